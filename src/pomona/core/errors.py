@@ -1,0 +1,94 @@
+"""Every error that a client or an operator can cause.
+
+    PomonaError
+    ├── InvalidRequestError      a parameter of a request is wrong; names the field        (400)
+    │   └── PromptTooLongError   prompt, or prompt and max_tokens, exceed the context       (400)
+    ├── ModelNotFoundError       no such base or adapter name, for this tenant             (404)
+    ├── QueueFullError           the bounded queue is full; try again later                (429)
+    ├── EngineUnavailableError   the model process died or is restarting                   (503)
+    ├── AdapterError             an adapter could not be read, or does not fit             (422)
+    │   ├── AdapterNotFoundError     nothing at that source                                (404)
+    │   ├── AdapterForbiddenError    the source lies outside what the operator allowed     (403)
+    │   └── AdapterConfigError       a field of adapter_config.json is wrong or unsupported (422)
+    ├── CheckpointError          the base checkpoint could not be read or is unsupported   (start-up)
+    └── ConfigError              a setting is wrong; names the setting                     (start-up)
+
+Status codes are assigned in server/errors.py only. What only a bug of ours can cause is an ``assert``.
+"""
+
+from typing import Any
+
+
+class PomonaError(Exception):
+    """Base of all errors raised on purpose. ``str(error)`` is fit to show to the person who caused it."""
+
+
+class InvalidRequestError(PomonaError):
+    """A request parameter is wrong.
+
+    Args:
+        field: the parameter's name as the client wrote it, for example ``temperature``.
+        message: what is wrong, with the value and the limit.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+    @classmethod
+    def out_of_range(cls, field: str, value: Any, allowed: str) -> "InvalidRequestError":
+        """Build the common message: ``temperature is -1: must be between 0 and 2``."""
+        return cls(field, f"{field} is {value!r}: must be {allowed}")
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt, or the prompt with the tokens asked for, does not fit the context."""
+
+
+class ModelNotFoundError(PomonaError):
+    """No base model or adapter of that name exists for this tenant."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model {model!r} does not exist.")
+        self.model = model
+
+
+class QueueFullError(PomonaError):
+    """The waiting queue is at its limit; the request was never admitted."""
+
+
+class EngineUnavailableError(PomonaError):
+    """The model process is not answering: it died, is restarting, or is shutting down."""
+
+
+class AdapterError(PomonaError):
+    """An adapter cannot be used: unreadable, corrupt, or made for another base model."""
+
+
+class AdapterNotFoundError(AdapterError):
+    """Nothing was found at the adapter's source."""
+
+
+class AdapterForbiddenError(AdapterError):
+    """The adapter's source lies outside the allowed folders or hubs."""
+
+
+class AdapterConfigError(AdapterError):
+    """A field of adapter_config.json is invalid or not supported.
+
+    Args:
+        field: the key in adapter_config.json.
+        message: what is wrong, with the value.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"adapter_config.json: {field}: {message}")
+        self.field = field
+
+
+class CheckpointError(PomonaError):
+    """The base model's checkpoint is missing, broken, or of an unsupported kind."""
+
+
+class ConfigError(PomonaError):
+    """A setting of the server is wrong; the message names the setting."""

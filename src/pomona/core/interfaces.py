@@ -1,0 +1,75 @@
+"""The seams: where the simulator, tests and other processes plug in."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from pomona.core.adapter import AdapterInfo
+from pomona.core.ids import AdapterId, RequestId
+from pomona.core.output import EngineStats, RequestOutput
+from pomona.core.plan import StepPlan, StepResult
+from pomona.core.request import Request
+
+
+class Executor(Protocol):
+    """Whatever can carry out a plan: the tensor runner, the simulator's cost model, a fake in a test."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Carry out one step. Plans arrive in order of ``step_id``, one at a time."""
+        ...
+
+
+class AdapterHost(Protocol):
+    """Where adapters' weights wait in host memory. Implemented by the runner; called beside the step, from any thread."""
+
+    def stage(self, path: str) -> AdapterInfo:
+        """Read, verify and convert the adapter in the local folder ``path``.
+
+        Raises:
+            AdapterError: with everything as it was before.
+        """
+        ...
+
+    def unstage(self, adapter_id: AdapterId) -> None:
+        """Drop the host copy. The caller has made sure that no sequence needs it."""
+        ...
+
+
+class EngineClient(Protocol):
+    """The engine as the server sees it, in this process, another one, or on another machine."""
+
+    @property
+    def is_ready(self) -> bool:
+        """False while the engine starts, or restarts after its death."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The latest snapshot received; never blocks."""
+        ...
+
+    def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Yield the request's outputs until the one with a finish reason. Closing the iterator early aborts.
+
+        Raises:
+            QueueFullError: the queue is full; nothing was admitted.
+            EngineUnavailableError: the engine is not there.
+        """
+        ...
+
+    async def abort(self, request_id: RequestId) -> None:
+        """End a request; unknown ids are ignored."""
+        ...
+
+    async def load_adapter(self, path: str) -> AdapterInfo:
+        """Stage the adapter in the local folder ``path`` on every engine behind this client, or on none.
+
+        Loading the same bytes again is cheap and returns the same id.
+
+        Raises:
+            AdapterError: it cannot be used; nothing changed.
+            EngineUnavailableError: the engine is not there.
+        """
+        ...
+
+    async def unload_adapter(self, adapter_id: AdapterId) -> None:
+        """Take no new requests for it, let running ones finish, then free every copy. Returns when all is freed."""
+        ...

@@ -1,0 +1,102 @@
+"""The adapters' part of a projection, for rows of many adapters and of none, at each adapter's own rank.
+
+    out[rows of segment s, slice i] += scaling[i, s] * (x[rows] @ A[i, s].T) @ B[i, s]
+
+A *segment* is a run of rows that use the same adapter; rows outside every segment use none and are never touched.
+A *slice* is one target of a fused projection (q, k, v side by side in ``out``). A and B live in *pages*: fixed numbers
+of rank rows, so an adapter of rank r occupies ceil(r / rows_per_page) pages anywhere in the pool (Punica's SGMV
+contract, arXiv 2310.18547 section 4, widened by S-LoRA's own-rank paging, arXiv 2311.03285 section 5).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pomona.kernels.dispatch import backend_for
+
+
+@dataclass(frozen=True)
+class LoraBatch:
+    """Segments of one step, built once and used by every layer.
+
+    Host copies stand beside device tensors so that neither planning nor a backend's loop ever reads the device.
+    """
+
+    starts: Tensor
+    """int32 [num_segments]: first row."""
+    ends: Tensor
+    """int32 [num_segments]: one past the last row; segments are ordered and do not overlap."""
+    page_tables: Tensor
+    """int32 [num_segments, max_pages]: the adapter's pages in order; padding is 0 and never read."""
+    host_rows: tuple[tuple[int, int], ...]
+    """(start, end) per segment."""
+    host_pages: tuple[tuple[int, ...], ...]
+    """Pages per segment, without padding."""
+    max_rank: int
+    """Largest rank of any segment and slice; the width of the intermediate."""
+
+
+@dataclass(frozen=True)
+class LoraSlices:
+    """Adapter weights of one site: views into the page pool, one entry per slice.
+
+    ``a[i]`` is [num_pages, rows_per_page, in_features] and ``b[i]`` [num_pages, rows_per_page, out_features_i]; both
+    may have any page stride; the last two dimensions are dense.
+    """
+
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class LoraRanks:
+    """Rank and scaling of every segment at one site."""
+
+    ranks: Tensor
+    """int32 [num_slices, num_segments]; 0 where the adapter does not adapt this slice."""
+    scalings: Tensor
+    """float32 [num_slices, num_segments]."""
+    host_ranks: tuple[tuple[int, ...], ...]
+    """[num_slices][num_segments], the same numbers."""
+    host_scalings: tuple[tuple[float, ...], ...]
+
+
+def lora_shrink(x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> Tensor:
+    """Semantics: ``v[i, row, :r] = x[row] @ A[i, s].T`` for the row's segment s and its rank r.
+
+    Args:
+        x: [num_tokens, in_features], the model's dtype.
+        slices: pages of A (and B) for this site, same dtype as x.
+        ranks: rank per slice and segment.
+        batch: the step's segments.
+
+    Returns:
+        float32 [num_slices, num_tokens, batch.max_rank]. Entries outside a segment, or at or past its rank, are
+        unspecified: expand never reads them.
+    """
+    result: Tensor = backend_for("lora", x.device).lora_shrink(x, slices, ranks, batch)
+    return result
+
+
+def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch, out: Tensor) -> None:
+    """Semantics: ``out[row, slice i] += scaling[i, s] * v[i, row, :r] @ B[i, s]``, accumulated in float32.
+
+    Args:
+        v: the result of ``lora_shrink`` with the same batch.
+        slices: pages of B for this site.
+        ranks: rank and scaling per slice and segment.
+        batch: the step's segments.
+        out: [num_tokens, sum of out_features], changed in place; rows outside segments are not touched.
+    """
+    backend_for("lora", out.device).lora_expand(v, slices, ranks, batch, out)
+
+
+def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> None:
+    """Shrink then expand: ``out += lora(x)`` in place. Does nothing for a site that no segment adapts."""
+    assert out.dim() == 2 and out.shape[1] == sum(b.shape[2] for b in slices.b), "out must hold all slices"
+    assert out.shape[0] == x.shape[0]
+    if not any(any(row) for row in ranks.host_ranks):
+        return
+    with torch.no_grad():
+        lora_expand(lora_shrink(x, slices, ranks, batch), slices, ranks, batch, out)
