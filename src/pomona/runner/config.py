@@ -1,0 +1,49 @@
+"""RunnerConfig: where the model is and how much memory the runner may take. Sizes found at start-up are results."""
+
+from dataclasses import dataclass
+
+from pomona.core.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """Settings of the tensor runner."""
+
+    model_path: str
+    """Local folder of a Hugging Face checkpoint."""
+    dtype: str = "auto"
+    """auto (the checkpoint's own; float32 instead of float16 on CPU), float32, bfloat16 or float16."""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu), cpu, cuda, or cuda:N."""
+    block_size: int = 16
+    """Token positions per KV block."""
+    max_model_len: int | None = None
+    """Longest prompt + output, tokens; None takes the checkpoint's max_position_embeddings."""
+    max_num_seqs: int = 256
+    """Most sequences in one step."""
+    kv_cache_bytes: int | None = None
+    """Memory for KV blocks; None sizes it from the free memory and what max_num_seqs full contexts could use."""
+    adapter_bytes: int | None = None
+    """Device memory for resident adapters; None takes a tenth of the free memory, at most 8 GiB."""
+    rows_per_page: int = 4
+    """Rank rows per adapter page; an adapter's rank is rounded up to a multiple of this in memory, never in compute."""
+    gpu_memory_fraction: float = 0.9
+    """Share of a GPU's memory that weights, KV blocks and adapters may take together."""
+    num_threads: int | None = None
+    """CPU threads of the model step; None takes the cores this process may use."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the model."""
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype is {self.dtype!r}: must be auto, float32, bfloat16 or float16")
+        for name in ("block_size", "max_num_seqs", "rows_per_page"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")
+        for name in ("max_model_len", "kv_cache_bytes", "adapter_bytes", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: must be at least 1")
+        if not 0.0 < self.gpu_memory_fraction <= 1.0:
+            raise ConfigError(f"gpu_memory_fraction is {self.gpu_memory_fraction}: must be in (0, 1]")

@@ -1,0 +1,33 @@
+"""KV blocks on the device, and how many of them fit. Who owns which block is the scheduler's business."""
+
+import torch
+from torch import Tensor
+
+from pomona.model.spec import ModelSpec
+
+
+def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one KV block over all layers, keys and values."""
+    return spec.num_layers * 2 * block_size * spec.kv_size * dtype.itemsize
+
+
+def num_kv_blocks(budget_bytes: int, spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
+    """How many blocks fit into ``budget_bytes``."""
+    return budget_bytes // block_bytes(spec, block_size, dtype)
+
+
+class KVCache:
+    """The KV blocks of every layer.
+
+    ``layers[i]`` is (keys, values), each [num_blocks, block_size, num_kv_heads, head_dim].
+    """
+
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        # Zeros, not empty: masked positions are multiplied by probability zero, and 0 * NaN would be NaN.
+        self._storage: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple(
+            (self._storage[layer, 0], self._storage[layer, 1]) for layer in range(spec.num_layers)
+        )

@@ -1,0 +1,121 @@
+"""ModelRunner: the Executor made of tensors. It carries out plans; it decides nothing."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pomona.core.ids import RequestId
+from pomona.core.plan import StepPlan, StepResult, TokenLogprobs
+from pomona.model.decoder import Decoder
+from pomona.model.lora import LoraState
+from pomona.runner.adapter_host import StagedAdapters
+from pomona.runner.adapter_pool import AdapterPool
+from pomona.runner.batch import DeviceBatch, build_batch
+from pomona.runner.kv_cache import KVCache
+from pomona.runner.sampler import sample, token_logprobs
+from pomona.runner.sequences import SequenceTable
+
+_PROMPT_LOGITS_ROWS = 256
+"""Prompt positions whose logits are held at once: bounds memory at this many rows of the vocabulary."""
+
+
+class ModelRunner:
+    """Executes step plans on one device.
+
+    Args:
+        decoder: the base model.
+        kv_cache: as many blocks as the scheduler was told.
+        adapter_pool: as many pages as the scheduler was told.
+        staged: host copies of adapters, filled beside the step.
+        table: one row per running sequence.
+        block_size: token positions per KV block.
+        device: where the decoder lives.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv_cache: KVCache,
+        adapter_pool: AdapterPool,
+        staged: StagedAdapters,
+        table: SequenceTable,
+        *,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._adapter_pool = adapter_pool
+        self._staged = staged
+        self._table = table
+        self._block_size = block_size
+        self._device = device
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Carry out one step: release, evict, load, forward, sample."""
+        for request_id in plan.released:
+            self._table.release(request_id)
+        self._adapter_pool.apply(plan.adapter_evictions, plan.adapter_loads, self._staged.staged)
+        if not plan.seqs:
+            return StepResult(step_id=plan.step_id)
+        batch = build_batch(plan, self._table, self._block_size, self._device)
+        lora = self._adapter_pool.state(batch.adapter_runs)
+        hidden = self._decoder.forward(batch.token_ids, batch.positions, self._kv_cache.layers, batch.attention, lora)
+        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden, lora)
+        if not batch.sampled_seqs.size:
+            return StepResult(step_id=plan.step_id, prompt_logprobs=prompt_logprobs)
+        logits = self._decoder.logits(hidden[batch.sampled_rows], lora)
+        rows = batch.table_rows[batch.sampled_seqs]
+        sampled = sample(logits, rows, self._table)
+        self._table.append(rows, sampled.token_ids)
+        request_ids = [plan.seqs[index].request_id for index in batch.sampled_seqs]
+        return StepResult(
+            step_id=plan.step_id,
+            sampled={
+                request_id: token_id
+                for request_id, token_id, ok in zip(
+                    request_ids, sampled.token_ids.tolist(), sampled.is_finite, strict=True
+                )
+                if ok
+            },
+            logprobs={request_ids[index]: value for index, value in sampled.logprobs.items()},
+            prompt_logprobs=prompt_logprobs,
+            failed={
+                request_ids[index]: "the model produced logits that are not finite"
+                for index in np.flatnonzero(~sampled.is_finite)
+            },
+        )
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, batch: DeviceBatch, hidden: Tensor, lora: LoraState | None
+    ) -> dict[RequestId, tuple[TokenLogprobs, ...]]:
+        """For sequences that asked: log-probabilities of the prompt tokens that this step's rows predict."""
+        found: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
+        for index, row in enumerate(batch.table_rows):
+            params = self._table.sampling[row]
+            if params is None or params.prompt_logprobs is None:
+                continue
+            seq = plan.seqs[index]
+            first = seq.num_computed_tokens + 1
+            last = min(first + seq.num_scheduled_tokens, int(self._table.num_prompt_tokens[row]))
+            if first >= last:
+                continue
+            start = int(batch.query_starts[index])
+            rows = hidden[start : start + last - first]
+            token_ids = self._table.token_ids[row, first:last].tolist()
+            found[seq.request_id] = tuple(
+                token_logprobs(logits, token_id, params.prompt_logprobs)
+                for logits, token_id in zip(self._logits_of_run(rows, start, lora), token_ids, strict=True)
+            )
+        return found
+
+    def _logits_of_run(self, hidden: Tensor, start: int, lora: LoraState | None) -> Iterator[Tensor]:
+        """Yield the logits [vocab_size] of consecutive rows of one adapter, the first being row ``start`` of the batch."""
+        extras = () if lora is None else tuple(extra for first, end, extra in lora.extras if first <= start < end)
+        for part in hidden.split(_PROMPT_LOGITS_ROWS):
+            logit_extras = tuple((0, part.shape[0], extra) for extra in extras)
+            yield from self._decoder.logits(part, lora and replace(lora, logit_extras=logit_extras))

@@ -1,0 +1,157 @@
+"""From logits to the next token of every sampled row, all rows at once.
+
+A row's result depends on its own logits, parameters and tokens only. Its random draws come from its own stream: draw
+number i is a hash of (seed, i), so the batch it shares never changes them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pomona.core.plan import TokenLogprobs
+from pomona.core.request import SamplingParams
+from pomona.runner.sequences import SequenceTable
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Next tokens of the sampled rows."""
+
+    token_ids: NDArray[np.int64]
+    """[num_rows]."""
+    is_finite: NDArray[np.bool_]
+    """[num_rows]; False where the logits were not finite, so that the token means nothing."""
+    logprobs: dict[int, TokenLogprobs]
+    """By row, for those that asked."""
+
+
+def sample(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Sampled:
+    """Choose the next token of every row.
+
+    Args:
+        logits: float32 [num_rows, vocab_size]; changed in place.
+        rows: [num_rows], the sequences' rows in the table.
+        table: sampling parameters and tokens so far.
+    """
+    # One reduction finds both NaN (which amax propagates) and infinities.
+    is_finite = torch.isfinite(logits.abs().amax(dim=1)).cpu().numpy()
+    special = np.flatnonzero(~table.is_plain[rows])
+    wanted = {int(i): _params(table, rows[i]).logprobs for i in special}
+    raw = {i: logits[i].clone() for i, num_top in wanted.items() if num_top is not None}
+    for i in special:
+        _edit(logits[int(i)], int(rows[i]), table)
+    token_ids = _choose(logits, rows, table)
+    logprobs = {i: token_logprobs(raw[i], int(token_ids[i]), wanted[i] or 0) for i in raw if is_finite[i]}
+    return Sampled(token_ids=token_ids, is_finite=is_finite, logprobs=logprobs)
+
+
+def _params(table: SequenceTable, row: int) -> SamplingParams:
+    params = table.sampling[row]
+    assert params is not None, "sampled row has no sequence"
+    return params
+
+
+def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
+    """Apply penalties, bias and min_tokens to one row's logits [vocab_size], in place."""
+    params = _params(table, row)
+    num_tokens, num_prompt = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
+    tokens = torch.from_numpy(table.token_ids[row, :num_tokens]).to(logits.device)
+    if params.repetition_penalty != 1.0:
+        seen = tokens.unique()
+        values = logits[seen]
+        scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        logits[seen] = scaled
+    if (params.presence_penalty or params.frequency_penalty) and num_tokens > num_prompt:
+        output, counts = tokens[num_prompt:].unique(return_counts=True)
+        logits[output] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
+    if params.logit_bias:
+        ids, values = zip(*params.logit_bias, strict=True)
+        index = torch.tensor(ids, device=logits.device)
+        logits.index_add_(0, index, torch.tensor(values, dtype=logits.dtype, device=logits.device))
+    if num_tokens - num_prompt < params.min_tokens and params.stop_token_ids:
+        logits[list(params.stop_token_ids)] = -torch.inf
+
+
+def _choose(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> NDArray[np.int64]:
+    token_ids = logits.argmax(dim=1)
+    random = np.flatnonzero(table.temperature[rows] > 0)
+    if random.size:
+        picked = _draw(logits[torch.from_numpy(random).to(logits.device)], rows[random], table)
+        token_ids[torch.from_numpy(random).to(logits.device)] = picked
+    result: NDArray[np.int64] = token_ids.cpu().numpy()
+    return result
+
+
+def _draw(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Tensor:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's uniform number.
+
+    Filters apply in the order temperature, top_k, top_p (over what top_k left), min_p, as in transformers.
+    """
+
+    def column(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values[rows]).to(logits.device).unsqueeze(1)
+
+    probs = torch.softmax(logits / column(table.temperature), dim=-1)
+    vocab_size = probs.shape[1]
+    is_filtered = ((table.top_k[rows] > 0) & (table.top_k[rows] < vocab_size)) | (table.top_p[rows] < 1.0)
+    filtered = np.flatnonzero(is_filtered)
+    if filtered.size:
+        index = torch.from_numpy(filtered).to(logits.device)
+        top_k = np.where(table.top_k[rows[filtered]] > 0, table.top_k[rows[filtered]], vocab_size)
+        probs[index] = _keep_top(
+            probs[index],
+            torch.from_numpy(top_k).to(logits.device).unsqueeze(1),
+            torch.from_numpy(table.top_p[rows[filtered]]).to(logits.device).unsqueeze(1),
+        )
+    if (table.min_p[rows] > 0).any():
+        floor = probs.amax(dim=1, keepdim=True) * column(table.min_p)
+        probs = probs.masked_fill(probs < floor, 0.0)
+    cdf = probs.to(torch.float64).cumsum(dim=1)
+    draws = uniform(table.seed[rows], (table.num_tokens[rows] - table.num_prompt_tokens[rows]).astype(np.uint64))
+    threshold = torch.from_numpy(draws).to(logits.device).unsqueeze(1) * cdf[:, -1:]
+    # right=True skips tokens of probability zero. The clamp only matters for rows that are not finite.
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp_(max=vocab_size - 1)
+
+
+def _keep_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Zero all but the top_k most likely tokens, then all but the smallest set of those that reaches top_p."""
+    ordered, order = probs.sort(dim=1, descending=True, stable=True)
+    ordered = ordered.masked_fill(torch.arange(probs.shape[1], device=probs.device) >= top_k, 0.0)
+    before = ordered.cumsum(dim=1) - ordered  # probability of everything more likely
+    ordered = ordered.masked_fill(before >= top_p * ordered.sum(dim=1, keepdim=True), 0.0)
+    return torch.zeros_like(probs).scatter_(1, order, ordered)
+
+
+def uniform(seeds: NDArray[np.uint64], indices: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Number ``indices[i]`` of the random stream ``seeds[i]``, in [0, 1) with 53 random bits.
+
+    Two rounds of the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) over seed and index.
+    """
+    with np.errstate(over="ignore"):
+        mixed = _splitmix64(_splitmix64(seeds) ^ (indices * np.uint64(0xD1B54A32D192ED03)))
+    result: NDArray[np.float64] = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    result: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return result
+
+
+def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+    """Log-probability and rank of one token, and the most likely ones, from raw logits [vocab_size]."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    own = logprobs[token_id]
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(
+        token_id=token_id, logprob=float(own), rank=int((logprobs > own).sum()) + 1, top=top
+    )
