@@ -77,9 +77,10 @@ COMMON_WORDS: tuple[str, ...] = tuple(
 _ONSETS = (
     "b c d f g h j k l m n p r s t v w y z b d f g l m n p r s t br ch cl cr dr fl fr gl gr pl pr qu sh sl sp st th "
     "tr wh"
-).split() + ["", "", ""]
+).split()
+_ONSETS += ["", "", ""]
 _NUCLEI = "a e i o u a e i o u ai ea ee oa oo ou io".split()
-_CODAS = ["", "", "", "", ""] + "b d g k l m n p r s t x ck ff ll nd ng nt rd rn sh ss st th".split()
+_CODAS = ["", "", "", "", "", *"b d g k l m n p r s t x ck ff ll nd ng nt rd rn sh ss st th".split()]
 
 
 def split_of(word: str) -> str:
