@@ -1,0 +1,68 @@
+"""How many tokens prompts and answers have: distributions of positive integers, bounds included."""
+
+import random
+from dataclasses import dataclass
+
+from pomona.workload.checks import require, require_count, require_positive
+
+
+@dataclass(frozen=True, slots=True)
+class FixedLength:
+    """Always ``num_tokens``."""
+
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        """Refuse less than one token."""
+        require_count("num_tokens", self.num_tokens)
+
+    def draw(self, rng: random.Random) -> int:
+        """Return the length; draws nothing from ``rng``."""
+        del rng
+        return self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class UniformLength:
+    """Every integer from ``min_tokens`` to ``max_tokens`` equally often. S-LoRA's synthetic workloads use [8, 512]."""
+
+    min_tokens: int
+    max_tokens: int
+
+    def __post_init__(self) -> None:
+        """Refuse empty ranges and less than one token."""
+        require_count("min_tokens", self.min_tokens)
+        require_count("max_tokens", self.max_tokens, self.min_tokens)
+
+    def draw(self, rng: random.Random) -> int:
+        """Return one length."""
+        return rng.randint(self.min_tokens, self.max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class LognormalLength:
+    """``shift_tokens + median_tokens * exp(sigma * N(0, 1))``, rounded down, then clipped to [min, max].
+
+    Punica's text-generation script draws prompts with median 18, sigma 0.8, shift -1, clipped to [1, context - 2].
+    """
+
+    median_tokens: float
+    sigma: float
+    max_tokens: int
+    min_tokens: int = 1
+    shift_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse empty ranges, less than one token, and a spread that is negative or not finite."""
+        require_positive("median_tokens", self.median_tokens)
+        require("sigma", self.sigma, "between 0 and 10", ok=0.0 <= self.sigma <= 10.0)
+        require_count("min_tokens", self.min_tokens)
+        require_count("max_tokens", self.max_tokens, self.min_tokens)
+
+    def draw(self, rng: random.Random) -> int:
+        """Return one length."""
+        num_tokens = self.shift_tokens + int(self.median_tokens * rng.lognormvariate(0.0, self.sigma))
+        return min(max(num_tokens, self.min_tokens), self.max_tokens)
+
+
+Lengths = FixedLength | UniformLength | LognormalLength
