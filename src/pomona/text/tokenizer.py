@@ -1,0 +1,162 @@
+"""Text to token ids and back, from a checkpoint's tokenizer.json; built on the ``tokenizers`` library alone.
+
+Read-only after loading, so any thread may use it. Encoding releases the GIL. Streaming is in ``detokenizer``.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+
+from pomona.core.errors import CheckpointError
+from pomona.text.token_bytes import DecodeRule
+
+TOKENIZER_FILE: Final = "tokenizer.json"
+_NAMED_SPECIALS: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``path``, or an empty one if there is no such file.
+
+    Raises:
+        CheckpointError: the file is unreadable or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _content_of(token: Any) -> str | None:
+    """A special token is written as a string or as {"content": string, ...}."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    Args:
+        backend: the tokenizer; owned by this object from now on (truncation and padding are switched off).
+        special_tokens: "bos_token", "eos_token", ... to their text.
+        where: file name for error messages.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str], where: str = TOKENIZER_FILE
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._rule = DecodeRule.of(backend, where)
+        self.special_tokens: Final = dict(special_tokens)
+        """Text of the special tokens by name, as chat templates know them."""
+        self.bos_token_id: Final = self._id_of("bos_token")
+        self.eos_token_id: Final = self._id_of("eos_token")
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids: Final = frozenset(token_id for token_id, token in added.items() if token.special)
+        """Ids of control tokens, which decoding leaves out unless asked to keep them."""
+        self.vocab_size: Final = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """One more than the largest token id."""
+        self._bytes: list[bytes | None] = [None] * self.vocab_size
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Load tokenizer.json and its companions from a checkpoint's folder.
+
+        Raises:
+            CheckpointError: there is no tokenizer.json, or it is broken or of an unsupported kind.
+        """
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f'{folder} has no {TOKENIZER_FILE}. Write one with: python -c "from transformers import AutoTokenizer; '
+                f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for every kind of broken file
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        config = {
+            **read_json_object(folder / "special_tokens_map.json"),
+            **read_json_object(folder / "tokenizer_config.json"),
+        }
+        _add_missing_tokens(backend, config, folder / "tokenizer_config.json")
+        special_tokens = {name: text for name in _NAMED_SPECIALS if (text := _content_of(config.get(name)))}
+        return cls(backend, special_tokens, str(path))
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        token_id: int | None = None if text is None else self._backend.token_to_id(text)
+        return token_id
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of ``text``; special tokens written out in it become their ids.
+
+        Args:
+            text: valid Unicode (no lone surrogates).
+            add_special_tokens: let the tokenizer add what it adds around a text, such as a beginning-of-sequence id.
+        """
+        # The batch form is the one that releases the GIL and skips offsets.
+        encoding = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of ``token_ids``; broken UTF-8 becomes U+FFFD, ids without a token nothing."""
+        skipped = self.special_token_ids if skip_special_tokens else ()
+        joined = b"".join([self.token_bytes(token_id) for token_id in token_ids if token_id not in skipped])
+        text = joined.decode("utf-8", "replace")
+        num_spaces = len(text) - len(text.lstrip(" "))
+        return text[min(num_spaces, self._rule.num_leading_spaces_cut) :]
+
+    @property
+    def num_leading_spaces_cut(self) -> int:
+        """Spaces that decoding removes, if they are there, from the start of a text (sentencepiece's word mark)."""
+        return self._rule.num_leading_spaces_cut
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that the token adds to a text; empty for ids that have no token."""
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        known = self._bytes[token_id]
+        if known is None:
+            token = self._backend.id_to_token(token_id)
+            known = b"" if token is None else self._rule.to_bytes(token)
+            self._bytes[token_id] = known
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """Return the token alone as text, with U+FFFD for parts of characters; for display only."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], where: Path) -> None:
+    """Add tokens that only tokenizer_config.json knows, and make its special tokens whole and special."""
+    declared = config.get("added_tokens_decoder")
+    for key, entry in sorted((declared or {}).items(), key=lambda item: int(item[0])):
+        text = _content_of(entry)
+        if text is None or backend.token_to_id(text) is not None:
+            continue
+        flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        token = tokenizers.AddedToken(text, special=bool(entry.get("special", False)), **flags)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(text) != int(key):
+            raise CheckpointError(
+                f"{where}: added_tokens_decoder: token {text!r} has id {key}, but {TOKENIZER_FILE} leaves it "
+                f"{backend.token_to_id(text)}"
+            )
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    extra = config.get("additional_special_tokens") or []
+    for entry in [config.get("bos_token"), config.get("eos_token"), *extra]:
+        text = _content_of(entry)
+        if text is not None and text not in known and backend.token_to_id(text) is not None:
+            backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
