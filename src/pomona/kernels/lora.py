@@ -94,7 +94,7 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
 
 def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> None:
     """Shrink then expand: ``out += lora(x)`` in place. Does nothing for a site that no segment adapts."""
-    assert out.dim() == 2 and out.shape[1] == sum(b.shape[2] for b in slices.b), "out must hold all slices"
+    assert out.shape[1:] == (sum(b.shape[2] for b in slices.b),), "out must hold all slices"
     assert out.shape[0] == x.shape[0]
     if not any(any(row) for row in ranks.host_ranks):
         return

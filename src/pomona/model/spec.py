@@ -1,4 +1,4 @@
-"""ModelSpec: what the decoder needs to know of a checkpoint, read once from config.json.
+"""ModelSpec: what the decoder needs to know of a checkpoint. ``hf_config.read_spec`` makes it from config.json.
 
 Target: one of the seven linear layers of a decoder layer that LoRA usually adapts. Site: targets that read the same
 input and are computed as one product (q, k, v; gate, up).
@@ -39,8 +39,8 @@ class RopeSpec:
 
     theta: float = 10000.0
     kind: str = "default"
-    """default, linear, dynamic, llama3, yarn or longrope."""
-    params: tuple[tuple[str, float | int | bool | tuple[float, ...]], ...] = ()
+    """default, linear, dynamic, llama3 or yarn."""
+    params: tuple[tuple[str, float | int | bool], ...] = ()
     """The scaling's own numbers, under their names in config.json."""
 
 

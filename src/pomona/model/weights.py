@@ -1,0 +1,232 @@
+"""A Hugging Face checkpoint's tensors -> DecoderWeights: verified, cast to the serving dtype, projections fused.
+
+Reads safetensors (one file or shards) or, failing that, pytorch_model.bin without ever unpickling code. Each source
+tensor is copied straight into its place, so that memory never holds the model twice.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pomona.core.errors import CheckpointError
+from pomona.model.checkpoint_files import TensorInfo, describe_tensors, find_files, read_tensors
+from pomona.model.spec import TARGET_NAMES, TARGET_PARENTS, ModelSpec, Site, Target
+
+_EMBED = "model.embed_tokens.weight"
+_LM_HEAD = "lm_head.weight"
+_FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. Products of one ``Site`` are fused: rows of its targets one after the other."""
+
+    sites: dict[Site, Tensor]
+    """[sum of out_features, in_features]."""
+    biases: dict[Site, Tensor | None]
+    """[sum of out_features]."""
+    norms: dict[str, Tensor]
+    """input_layernorm and post_attention_layernorm [hidden_size]; with qk-norm also q_norm and k_norm [head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """The base model, on one device, in the serving dtype."""
+
+    spec: ModelSpec
+    embed: Tensor
+    """[vocab_size, hidden_size]."""
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    """[hidden_size]: the final norm."""
+    lm_head: Tensor
+    """[vocab_size, hidden_size]; the very tensor of ``embed`` if the model is tied."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The serving dtype."""
+        return self.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.device
+
+    def target_weight(self, layer: int, target: Target) -> Tensor:
+        """One target's weight [out_features, in_features], a view."""
+        site, rows = _site_rows(self.spec, target)
+        return self.layers[layer].sites[site][rows]
+
+    def target_bias(self, layer: int, target: Target) -> Tensor | None:
+        """One target's bias [out_features], a view, or None."""
+        site, rows = _site_rows(self.spec, target)
+        bias = self.layers[layer].biases[site]
+        return None if bias is None else bias[rows]
+
+    def norm_weight(self, layer: int, name: str) -> Tensor:
+        """A norm's weight by attribute name; layer -1 is the final norm."""
+        return self.norm if layer == -1 else self.layers[layer].norms[name]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all weights; a tied lm_head counts once."""
+        tensors = [self.embed, self.norm] + ([] if self.lm_head is self.embed else [self.lm_head])
+        for layer in self.layers:
+            tensors += [*layer.sites.values(), *layer.norms.values()]
+            tensors += [bias for bias in layer.biases.values() if bias is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _site_rows(spec: ModelSpec, target: Target) -> tuple[Site, slice]:
+    """The site of a target, and the target's rows in the fused weight."""
+    for site in Site:
+        start = 0
+        for member in site.value:
+            end = start + spec.target_shape(member)[1]
+            if member is target:
+                return site, slice(start, end)
+            start = end
+    raise AssertionError(target)
+
+
+def allocate_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Weights of the right shapes with unspecified values."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def layer() -> LayerWeights:
+        sites: dict[Site, Tensor] = {}
+        biases: dict[Site, Tensor | None] = {}
+        for site in Site:
+            shapes = [spec.target_shape(target) for target in site.value]
+            out_features = sum(out for _, out in shapes)
+            sites[site] = empty(out_features, shapes[0][0])
+            biases[site] = empty(out_features) if spec.has_bias(site.value[0]) else None
+        norms = {name: empty(spec.hidden_size) for name in ("input_layernorm", "post_attention_layernorm")}
+        if spec.has_qk_norm:
+            norms |= {name: empty(spec.head_dim) for name in ("q_norm", "k_norm")}
+        return LayerWeights(sites, biases, norms)
+
+    embed = empty(spec.vocab_size, spec.hidden_size)
+    return DecoderWeights(
+        spec=spec,
+        embed=embed,
+        layers=tuple(layer() for _ in range(spec.num_layers)),
+        norm=empty(spec.hidden_size),
+        lm_head=embed if spec.is_tied else empty(spec.vocab_size, spec.hidden_size),
+    )
+
+
+def named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+    """(name in a Hugging Face checkpoint, view of the tensor's place) for every tensor; a tied lm_head is left out."""
+    yield _EMBED, weights.embed
+    if weights.lm_head is not weights.embed:
+        yield _LM_HEAD, weights.lm_head
+    yield "model.norm.weight", weights.norm
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}"
+        for target in Target:
+            name = f"{prefix}.{TARGET_PARENTS[target]}.{TARGET_NAMES[target]}"
+            yield f"{name}.weight", weights.target_weight(index, target)
+            bias = weights.target_bias(index, target)
+            if bias is not None:
+                yield f"{name}.bias", bias
+        for norm, weight in layer.norms.items():
+            parent = "self_attn." if norm in ("q_norm", "k_norm") else ""
+            yield f"{prefix}.{parent}{norm}.weight", weight
+
+
+def load_weights(
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> DecoderWeights:
+    """Read a checkpoint.
+
+    Args:
+        folder: holds model.safetensors, or its shards and index, or pytorch_model.bin, or its shards and index.
+        spec: what config.json promises.
+        dtype: the serving dtype, to which float32, float16 and bfloat16 sources are cast.
+        device: where the weights go.
+        progress: called with (bytes in place, bytes in total) after every tensor.
+
+    Raises:
+        CheckpointError: no weights, an unreadable file, or a missing, unexpected or wrongly shaped tensor; nothing has
+            been allocated for the model unless a file breaks half-way.
+    """
+    files = find_files(folder)
+    found = {path: describe_tensors(path) for path in files}
+    on_meta = allocate_weights(spec, dtype, torch.device("meta"))
+    expected = {name: tuple(place.shape) for name, place in named_tensors(on_meta)}
+    has_spare_head = _check(folder, found, expected, is_tied=spec.is_tied)
+    weights = allocate_weights(spec, dtype, device)
+    places = dict(named_tensors(weights))
+    total = sum(place.numel() * place.element_size() for place in places.values())
+    done = 0
+    with torch.no_grad():
+        for path in files:
+            wanted = [name for name in found[path] if name in places]
+            for name, source in read_tensors(path, wanted):
+                place = places[name]
+                place.copy_(source)
+                done += place.numel() * place.element_size()
+                if progress is not None:
+                    progress(done, total)
+        if has_spare_head:
+            _check_spare_head(found, weights.embed)
+    return weights
+
+
+def _check(
+    folder: Path, found: dict[Path, dict[str, TensorInfo]], expected: dict[str, tuple[int, ...]], *, is_tied: bool
+) -> bool:
+    """Compare what the files hold with what the spec expects. True if a tied model's lm_head is stored too."""
+    where: dict[str, Path] = {}
+    unexpected: list[str] = []
+    has_spare_head = False
+    for path, tensors in found.items():
+        for name, (shape, dtype) in tensors.items():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name in where:
+                raise CheckpointError(f"{path}: tensor {name} is in {where[name].name} too")
+            where[name] = path
+            is_spare_head = is_tied and name == _LM_HEAD
+            has_spare_head |= is_spare_head
+            wanted = expected.get(_EMBED if is_spare_head else name)
+            if wanted is None:
+                unexpected.append(name)
+                continue
+            if shape != wanted:
+                raise CheckpointError(f"{path}: tensor {name} has shape {list(shape)}, expected {list(wanted)}")
+            if dtype not in _FLOAT_DTYPES:
+                raise CheckpointError(f"{path}: tensor {name} is {dtype}: quantized checkpoints are not supported")
+    if unexpected:
+        raise CheckpointError(f"{folder}: the model has no place for tensor {_listed(sorted(unexpected))}")
+    missing = [name for name in expected if name not in where]
+    if missing:
+        name = missing[0]
+        raise CheckpointError(f"{folder}: tensor {_listed(missing)} is missing, expected shape {list(expected[name])}")
+    return has_spare_head
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _check_spare_head(found: dict[Path, dict[str, TensorInfo]], embed: Tensor) -> None:
+    """A tied checkpoint may store lm_head as well, if it is the same."""
+    for path, tensors in found.items():
+        if _LM_HEAD not in tensors:
+            continue
+        for _, source in read_tensors(path, [_LM_HEAD]):
+            if not torch.equal(source.to(embed), embed):
+                raise CheckpointError(
+                    f"{path}: tensor {_LM_HEAD} differs from {_EMBED}, but config.json has tie_word_embeddings: true"
+                )
