@@ -23,10 +23,12 @@ class RunnerConfig:
     """Longest prompt + output, tokens; None takes the checkpoint's max_position_embeddings."""
     max_num_seqs: int = 256
     """Most sequences in one step."""
+    max_num_batched_tokens: int = 2048
+    """Most rows in one step; bounds the step's temporaries."""
     kv_cache_bytes: int | None = None
     """Memory for KV blocks; None sizes it from the free memory and what max_num_seqs full contexts could use."""
     adapter_bytes: int | None = None
-    """Device memory for resident adapters; None takes a tenth of the free memory, at most 8 GiB."""
+    """Device memory for resident adapters; None takes a fifth of what is free, at most 8 GiB."""
     rows_per_page: int = 4
     """Rank rows per adapter page; an adapter's rank is rounded up to a multiple of this in memory, never in compute."""
     gpu_memory_fraction: float = 0.9
@@ -38,7 +40,7 @@ class RunnerConfig:
         """Check what can be checked without the model."""
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype is {self.dtype!r}: must be auto, float32, bfloat16 or float16")
-        for name in ("block_size", "max_num_seqs", "rows_per_page"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "rows_per_page"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")
         for name in ("max_model_len", "kv_cache_bytes", "adapter_bytes", "num_threads"):

@@ -1,5 +1,6 @@
-"""KV blocks on the device, and how many of them fit. Who owns which block is the scheduler's business."""
+"""KV blocks on the device. Who owns which block is the scheduler's business."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,9 +12,12 @@ def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
     return spec.num_layers * 2 * block_size * spec.kv_size * dtype.itemsize
 
 
-def num_kv_blocks(budget_bytes: int, spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """How many blocks fit into ``budget_bytes``."""
-    return budget_bytes // block_bytes(spec, block_size, dtype)
+def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros whose host memory is only taken when first written (the operating system's zero pages)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class KVCache:
@@ -27,7 +31,7 @@ class KVCache:
     ) -> None:
         shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
         # Zeros, not empty: masked positions are multiplied by probability zero, and 0 * NaN would be NaN.
-        self._storage: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self._storage: Tensor = lazy_zeros(shape, dtype=dtype, device=device)
         self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple(
             (self._storage[layer, 0], self._storage[layer, 1]) for layer in range(spec.num_layers)
         )

@@ -1,0 +1,52 @@
+# Everything a fresh machine needs: `make demo` shows Pomona at work, `make test` runs the whole default test set.
+# Needs python3 (3.11 or newer) with venv; a C++ compiler is used if there is one.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard src/pomona/kernels/cpu/*.cpp src/pomona/kernels/cpu/*.h)
+
+.PHONY: demo test check format docs bench train clean help
+
+help:  ## List the targets.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed  ## Serve the bundled model, ask every adapter at once, then keep serving.
+	$(BIN)/pomona demo
+
+test: $(VENV)/.installed-dev  ## Run the default test set (lint, types and import rules included).
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev  ## Format check, lint, types, import rules.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev  ## Format the code.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev  ## Regenerate docs/reference.
+	$(BIN)/python -m pomona.cli.reference
+
+bench: $(VENV)/.installed-dev  ## Load-test the bundled model: four adapter popularities against the base alone.
+	$(BIN)/pomona bench serve --spawn
+
+train: $(VENV)/.installed-dev  ## Train the bundled model and its adapters again (under 30 minutes on 2 cores).
+	$(BIN)/python training/train_bundled.py
+
+clean:  ## Remove the virtual environment and build products.
+	rm -rf $(VENV) build dist src/*.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --progress-bar on --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --progress-bar on --editable '.[dev]'
+	touch $@ $(VENV)/.installed

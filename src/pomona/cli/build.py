@@ -1,0 +1,125 @@
+"""Where concrete classes meet: settings in, a running engine out. Used by the command line, ``LLM`` and tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pomona.cli.config import BUNDLED_MODEL, AppConfig
+from pomona.cli.hub import bundled_dir, checkpoint_dir
+from pomona.core.engine_info import EngineInfo
+from pomona.core.errors import ConfigError
+from pomona.driver.loop import EngineParts
+from pomona.engine.engine import Engine
+from pomona.runner.config import RunnerConfig
+from pomona.runner.loading import load_runner
+from pomona.sched.config import SchedulerConfig
+from pomona.sched.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class BuildEngine:
+    """Builds the engine, in whichever process it is called. Picklable."""
+
+    config: AppConfig
+    model_path: str
+
+    def __call__(self, report_progress: Callable[[str], None] = lambda text: None) -> EngineParts:
+        """Load the model and put a scheduler in front of it.
+
+        Raises:
+            PomonaError: a checkpoint or setting is wrong.
+        """
+        config = self.config
+        loaded = load_runner(runner_config(config, self.model_path), report_progress)
+        scheduler = Scheduler(
+            SchedulerConfig(
+                num_kv_blocks=loaded.capacity.num_kv_blocks,
+                num_adapter_pages=loaded.capacity.num_adapter_pages,
+                max_model_len=loaded.max_model_len,
+                block_size=config.block_size,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_seqs=config.max_num_seqs,
+                max_waiting=config.max_waiting,
+                enable_prefix_cache=config.prefix_cache,
+                adapter_wait_limit_s=config.adapter_wait_limit_s,
+            )
+        )
+        info = EngineInfo(
+            max_model_len=loaded.max_model_len,
+            vocab_size=loaded.spec.vocab_size,
+            block_size=config.block_size,
+            num_kv_blocks=loaded.capacity.num_kv_blocks,
+            num_adapter_pages=loaded.capacity.num_adapter_pages,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            eos_token_ids=loaded.spec.eos_token_ids,
+            device=loaded.device_name,
+        )
+        return EngineParts(engine=Engine(scheduler, loaded.runner), adapter_host=loaded.adapters, info=info)
+
+
+def engine_builder(config: AppConfig) -> BuildEngine:
+    """Find the checkpoint (downloading it if need be) and return what builds an engine of it.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    return BuildEngine(config, str(checkpoint_dir(config.model)))
+
+
+def runner_config(config: AppConfig, model_path: str) -> RunnerConfig:
+    """The runner's part of the settings."""
+    return RunnerConfig(
+        model_path=model_path,
+        dtype=config.dtype,
+        device=config.device,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_cache_bytes=config.kv_cache_bytes,
+        adapter_bytes=config.adapter_bytes,
+        gpu_memory_fraction=config.gpu_memory_fraction,
+        num_threads=config.num_threads,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """An adapter to load at start."""
+
+    name: str
+    source: str
+    is_required: bool
+    """True if asked for by name: the server does not start without it. Folders found in a directory may be broken."""
+
+
+def startup_adapters(config: AppConfig) -> list[AdapterSource]:
+    """Adapters to load before the server is ready: those named, then those found in adapters dirs, in name order.
+
+    Raises:
+        ConfigError: malformed NAME=SOURCE, the same name twice, or a directory that does not exist.
+    """
+    found: list[AdapterSource] = []
+    for item in config.adapter:
+        name, separator, source = item.partition("=")
+        if not separator or not name or not source:
+            raise ConfigError(f"adapter {item!r}: must be NAME=PATH_OR_HUB_ID")
+        found.append(AdapterSource(name, source, is_required=True))
+    for directory in adapters_dirs(config):
+        if not directory.is_dir():
+            raise ConfigError(f"adapters_dir {str(directory)!r}: no such folder")
+        folders = sorted(path for path in directory.iterdir() if (path / "adapter_config.json").is_file())
+        found.extend(AdapterSource(path.name, str(path), is_required=False) for path in folders)
+    seen: dict[str, str] = {}
+    for adapter in found:
+        if adapter.name in seen:
+            raise ConfigError(f"adapter {adapter.name!r} is given twice: {seen[adapter.name]} and {adapter.source}")
+        seen[adapter.name] = adapter.source
+    return found
+
+
+def adapters_dirs(config: AppConfig) -> list[Path]:
+    """The adapters dirs of the settings; for the bundled model without any, the bundled adapters."""
+    if config.model == BUNDLED_MODEL and not config.adapter and not config.adapters_dir:
+        return [bundled_dir() / "adapters"]
+    return [Path(directory).expanduser() for directory in config.adapters_dir]

@@ -1,0 +1,127 @@
+"""AppConfig: every setting of ``pomona serve``, in one place; flags, file and docs are derived from its fields.
+
+Precedence: flags, then POMONA_* environment variables, then the TOML file of ``--config``, then the defaults. This is
+the only module that reads the environment. Components never see this object: ``cli.build`` hands each its own part.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ByteSize, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from pomona.core.errors import ConfigError
+
+BUNDLED_MODEL = "pippin"
+"""Name of the base model that ships in the package; its adapters come with it unless others are named."""
+
+_ENV_PREFIX = "POMONA_"
+
+
+class AppConfig(BaseSettings):
+    """Settings of one server."""
+
+    model_config = SettingsConfigDict(env_prefix=_ENV_PREFIX, extra="forbid", frozen=True)
+
+    model: str = Field(BUNDLED_MODEL, description="Base model: a folder, a Hugging Face hub id, or 'pippin' (bundled).")
+    served_model_name: str | None = Field(
+        None, description="Name of the base model in the API; default: last part of MODEL."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: SecretStr | None = Field(None, description="Require this bearer token on /v1 routes (better set by env).")
+
+    adapter: tuple[str, ...] = Field((), description="NAME=PATH_OR_HUB_ID of an adapter to load at start; repeatable.")
+    adapters_dir: tuple[str, ...] = Field(
+        (), description="Folder whose sub-folders are adapters under their own names; repeatable."
+    )
+    allowed_adapter_root: tuple[str, ...] = Field(
+        (), description="Folder from which the API may load adapters; repeatable. Default: the adapters dirs."
+    )
+    allow_hub_adapters: bool = Field(default=False, description="Let the API load adapters from the Hugging Face hub.")
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights and activations.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    max_model_len: int | None = Field(None, ge=1, description="Longest prompt + output, in tokens; default: the model's.")
+    max_num_seqs: int = Field(256, ge=1, description="Most requests running at once.")
+    max_num_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step.")
+    max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered with 429.")
+    block_size: int = Field(16, ge=1, description="Token positions per KV block.")
+    kv_cache_bytes: ByteSize | None = Field(None, description="Memory for the KV cache, such as 2GiB; default: sized.")
+    adapter_bytes: ByteSize | None = Field(None, description="Device memory for adapters, such as 1GiB; default: sized.")
+    gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model step; default: all cores.")
+    prefix_cache: bool = Field(default=True, description="Reuse KV blocks of equal prompt beginnings.")
+    adapter_wait_limit_s: float = Field(
+        2.0, gt=0, description="After this long, a request waiting for adapter memory goes before all that need it."
+    )
+
+    max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="Largest request body.")
+    step_timeout_s: float = Field(300.0, gt=0, description="A step longer than this counts as a hung engine.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to print.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, environment, file; no dotenv, no secrets folder."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file)
+
+
+_config_file: Path | None = None
+
+
+def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppConfig:
+    """Merge flags, environment and file.
+
+    Args:
+        flags: only those that were given.
+        config_file: TOML file with AppConfig's field names as keys.
+
+    Raises:
+        ConfigError: names the setting, the value and where it came from.
+    """
+    global _config_file  # noqa: PLW0603 - pydantic-settings offers no other way to choose the file per call
+    if config_file is not None and not config_file.is_file():
+        raise ConfigError(f"--config {config_file}: no such file")
+    unknown = [
+        key
+        for key in os.environ
+        if key.startswith(_ENV_PREFIX) and key.removeprefix(_ENV_PREFIX).lower() not in AppConfig.model_fields
+    ]
+    if unknown:
+        raise ConfigError(f"environment variable {unknown[0]} is not a setting; see `pomona serve --help`")
+    _config_file = config_file
+    try:
+        return AppConfig(**flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        shown = "" if name == "api_key" else f" (got {first['input']!r})"
+        raise ConfigError(f"{name}: {first['msg']}{shown}") from error
+    except ValueError as error:  # malformed TOML
+        raise ConfigError(f"--config {config_file}: {error}") from error
+    finally:
+        _config_file = None
+
+
+def format_config(config: AppConfig) -> str:
+    """The effective settings as TOML that ``--config`` accepts; secrets are never shown."""
+    lines = []
+    for name, field in AppConfig.model_fields.items():
+        value = getattr(config, name)
+        lines.append(f"# {field.description}")
+        if value is None:
+            lines.append(f"# {name} =")
+        elif isinstance(value, SecretStr):
+            lines.append(f'# {name} = "(set, not shown)"')
+        else:
+            lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"

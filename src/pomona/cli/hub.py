@@ -1,0 +1,59 @@
+"""Where a base model's files are: a folder, the bundled model, or a Hugging Face hub id through its cache."""
+
+import importlib.resources
+from pathlib import Path
+
+from pomona.cli.config import BUNDLED_MODEL
+from pomona.core.errors import CheckpointError
+
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+
+
+def bundled_dir() -> Path:
+    """Folder of the bundled model and adapters."""
+    return Path(str(importlib.resources.files("pomona").joinpath("bundled")))
+
+
+def checkpoint_dir(model: str) -> Path:
+    """The local folder of a base model; downloads from the hub if needed.
+
+    Raises:
+        CheckpointError: it is nowhere, with what to try next.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model == BUNDLED_MODEL:
+        return bundled_dir() / BUNDLED_MODEL
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"model {model!r}: no such folder")
+    return _download(model)
+
+
+def model_name(model: str) -> str:
+    """The name under which a base is served by default: the last part of its folder or hub id."""
+    return Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo_id, _, revision = hub_id.partition("@")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"model {hub_id!r} is neither a folder nor a hub id such as 'meta-llama/Llama-3.2-1B'"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"model {hub_id!r} is not in the local Hugging Face cache and the hub cannot be reached. "
+            f"Go online once, or copy the checkpoint here and pass its folder."
+        ) from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(
+            f"model {hub_id!r}: the hub refused it ({error}). Check the name; for gated models set HF_TOKEN."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"model {hub_id!r}: download failed: {error}") from error

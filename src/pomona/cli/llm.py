@@ -1,0 +1,290 @@
+"""LLM: the engine in this process, for scripts and notebooks. No server, no other process.
+
+    from pomona import LLM
+
+    llm = LLM("pippin")
+    print(llm.chat("banana", adapter="reverse").text)
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from pomona.adapters.catalogue import Catalogue
+from pomona.cli.build import engine_builder, startup_adapters
+from pomona.cli.config import load_config
+from pomona.cli.hub import model_name
+from pomona.core.adapter import AdapterInfo
+from pomona.core.errors import CheckpointError, ConfigError, ModelNotFoundError, QueueFullError
+from pomona.core.ids import AdapterId, RequestId
+from pomona.core.output import EngineStats, RequestOutput
+from pomona.core.plan import TokenLogprobs
+from pomona.core.request import MAX_SEED, FinishReason, Request, SamplingParams
+from pomona.text.chat_template import ChatTemplate
+from pomona.text.detokenizer import Detokenizer
+from pomona.text.stop import StopMatcher, StopStrings
+from pomona.text.tokenizer import Tokenizer
+
+GREEDY = SamplingParams(max_tokens=256, temperature=0.0)
+"""What ``LLM`` does unless told otherwise: the most likely token each time, at most 256."""
+
+Prompt = str | Sequence[int]
+"""Text, or token ids that are taken as they are."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """One finished answer."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One per output token, if the sampling parameters ask for them."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One per prompt token but the first, if asked for."""
+    ttft_s: float = 0.0
+    """Time to the first token, seconds since the call."""
+
+
+class LLM:
+    """A base model with adapters, ready to generate.
+
+    Args:
+        model: a checkpoint folder, a Hugging Face hub id, or "pippin" (the bundled model with its adapters).
+        adapters: name -> folder or hub id, loaded at once.
+        settings: any other field of ``AppConfig``, such as dtype="float32" or max_model_len=4096.
+
+    Raises:
+        PomonaError: the model, an adapter or a setting is wrong.
+    """
+
+    def __init__(self, model: str = "pippin", adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
+        named = tuple(f"{name}={source}" for name, source in (adapters or {}).items())
+        config = load_config({"model": model, **({"adapter": named} if named else {}), **settings})
+        build = engine_builder(config)
+        parts = build()
+        self._engine = parts.engine
+        self._adapter_host = parts.adapter_host
+        self.info = parts.info
+        self.tokenizer = Tokenizer.load(Path(build.model_path))
+        self.chat_template = ChatTemplate.load(Path(build.model_path), self.tokenizer)
+        self._eos_token_ids = parts.info.eos_token_ids
+        self._catalogue = Catalogue(config.served_model_name or model_name(config.model))
+        self._num_requests = 0
+        for adapter in startup_adapters(config):
+            self.load_adapter(adapter.name, adapter.source)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return [entry.name for entry in self._catalogue.list()]
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges of the engine."""
+        return self._engine.stats()
+
+    def load_adapter(self, name: str, source: str) -> AdapterInfo:
+        """Load the PEFT folder ``source`` under ``name``, replacing what had that name.
+
+        Raises:
+            AdapterError: it cannot be used; nothing changed.
+        """
+        self._catalogue.validate_name(name)
+        info = self._adapter_host.stage(source)
+        self._engine.register_adapter(info)
+        self._retire(self._catalogue.register(name, info, source))
+        return info
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises:
+            ModelNotFoundError: there is none of that name.
+        """
+        self._catalogue.begin_unload(name)
+        self._retire(self._catalogue.remove(name))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        adapter: str | None | Sequence[str | None] = None,
+        sampling: SamplingParams = GREEDY,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        show_progress: bool = False,
+    ) -> list[Completion]:
+        """Complete every prompt, all in one batch.
+
+        Args:
+            prompts: one or several; text gets the tokenizer's own special tokens.
+            adapter: one for all, or one per prompt; None is the base model.
+            sampling: how tokens are chosen; the seed of prompt i is ``sampling.seed + i``.
+            stop: texts that end an answer; they are not part of it.
+            ignore_eos: go on past the model's end-of-sequence token.
+            show_progress: draw a progress bar.
+
+        Returns:
+            One completion per prompt, in order.
+        """
+        listed = _listed(prompts)
+        names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != len(listed):
+            raise ConfigError(f"adapter: {len(names)} given for {len(listed)} prompts")
+        runs = [
+            self._run(prompt, name, sampling, stop, index=index, ignore_eos=ignore_eos)
+            for index, (prompt, name) in enumerate(zip(listed, names, strict=True))
+        ]
+        with Progress(disable=not show_progress) as progress:
+            task = progress.add_task("generating", total=len(runs))
+            for run, _ in self._drive(runs):
+                if run.completion.finish_reason is not None:
+                    progress.advance(task)
+        return [run.completion for run in runs]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | None = None,
+        sampling: SamplingParams = GREEDY,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[str]:
+        """Yield the pieces of one answer as they come. Closing the iterator ends the request."""
+        run = self._run(prompt, adapter, sampling, stop, index=0, ignore_eos=ignore_eos)
+        try:
+            for _, piece in self._drive([run]):
+                if piece:
+                    yield piece
+        finally:
+            if run.completion.finish_reason is None:
+                self._engine.abort(run.request.request_id)
+
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Completion:
+        """Answer a conversation, or a single user message. Takes the options of ``generate``.
+
+        Raises:
+            CheckpointError: the model has no chat template.
+        """
+        return self.generate([self.encode_chat(messages)], **options)[0]
+
+    def encode_chat(self, messages: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        """Prompt token ids of a conversation, ready for ``generate`` and ``stream``."""
+        if self.chat_template is None:
+            raise CheckpointError("the model has no chat template; use generate() with a prompt")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
+
+    def _retire(self, adapter_id: AdapterId | None) -> None:
+        if adapter_id is None:
+            return
+        self._engine.retire_adapter(adapter_id)
+        for drained in self._engine.take_drained():
+            self._adapter_host.unstage(drained)
+
+    def _run(
+        self,
+        prompt: Prompt,
+        adapter: str | None,
+        sampling: SamplingParams,
+        stop: Sequence[str],
+        *,
+        index: int,
+        ignore_eos: bool,
+    ) -> "_Run":
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._num_requests += 1
+        request = Request(
+            request_id=RequestId(f"llm-{self._num_requests}"),
+            prompt_token_ids=tuple(token_ids),
+            sampling=_resolved(sampling, index, () if ignore_eos else self._eos_token_ids),
+            arrival_s=time.monotonic(),
+            adapter_id=None if adapter is None else self._adapter_id(adapter),
+        )
+        return _Run(request, Detokenizer(self.tokenizer), StopMatcher(StopStrings(tuple(stop))))
+
+    def _adapter_id(self, name: str) -> AdapterId:
+        adapter_id = self._catalogue.resolve_model(name)
+        if adapter_id is None:
+            raise ModelNotFoundError(name)
+        return adapter_id
+
+    def _drive(self, runs: Sequence["_Run"]) -> Iterator[tuple["_Run", str]]:
+        """Step the engine until these runs have ended; yield each run's news."""
+        waiting = deque(runs)
+        active: dict[RequestId, _Run] = {}
+        while waiting or active:
+            while waiting:
+                try:
+                    self._engine.add(waiting[0].request)
+                except QueueFullError:
+                    break  # the rest goes in as the queue empties
+                run = waiting.popleft()
+                active[run.request.request_id] = run
+            for output in self._engine.step(time.monotonic()):
+                found = active.get(output.request_id)
+                if found is None:
+                    continue
+                piece = found.take(output)
+                if found.completion.finish_reason is not None:
+                    del active[output.request_id]
+                    if output.finish_reason is None:  # a stop string: the engine does not know
+                        self._engine.abort(output.request_id)
+                yield found, piece
+
+
+class _Run:
+    """One request on its way to a completion."""
+
+    def __init__(self, request: Request, detokenizer: Detokenizer, stop: StopMatcher) -> None:
+        self.request = request
+        self.completion = Completion(num_prompt_tokens=len(request.prompt_token_ids))
+        self._detokenizer = detokenizer
+        self._stop = stop
+
+    def take(self, output: RequestOutput) -> str:
+        """Add one output; return the text that became final."""
+        completion = self.completion
+        if output.new_token_ids and not completion.token_ids:
+            completion.ttft_s = time.monotonic() - self.request.arrival_s
+            completion.num_cached_tokens = output.num_cached_tokens
+        completion.prompt_logprobs.extend(output.prompt_logprobs)
+        text = ""
+        for index, token_id in enumerate(output.new_token_ids):
+            completion.token_ids.append(token_id)
+            completion.logprobs.extend(output.logprobs[index : index + 1])
+            if token_id != output.stop_token_id:
+                text += self._stop.push(self._detokenizer.push(token_id))
+            if self._stop.matched is not None:
+                completion.finish_reason = FinishReason.STOP
+                break
+        else:
+            if output.finish_reason is not None:
+                completion.finish_reason = output.finish_reason
+                text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+        completion.text += text
+        return text
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[return-value]
+
+
+def _resolved(sampling: SamplingParams, index: int, eos_token_ids: Sequence[int]) -> SamplingParams:
+    stop_token_ids = tuple(sorted({*sampling.stop_token_ids, *eos_token_ids}))
+    return replace(sampling, seed=(sampling.seed + index) % (MAX_SEED + 1), stop_token_ids=stop_token_ids)

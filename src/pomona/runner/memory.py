@@ -1,0 +1,111 @@
+"""How much memory there is, and how it is split between KV blocks and adapter pages."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pomona.core.errors import ConfigError
+from pomona.model.lora import PageLayout
+from pomona.model.spec import ModelSpec
+from pomona.runner.config import GIB, RunnerConfig
+from pomona.runner.kv_cache import block_bytes
+
+_CPU_FRACTION = 0.5
+"""Share of the free host memory that KV blocks and adapter pages may take together."""
+_ADAPTER_FRACTION = 0.2
+"""Adapters' share of what is left after the weights, unless adapter_bytes says otherwise."""
+_MAX_ADAPTER_BYTES = 8 * GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What fits."""
+
+    num_kv_blocks: int
+    num_adapter_pages: int
+
+
+def available_host_bytes() -> int:
+    """Free memory of this machine, or of this container if that is less."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        available = min(available, max(int(text) - int(used.read_text()), 0))
+    return available
+
+
+def plan_capacity(
+    config: RunnerConfig, spec: ModelSpec, layout: PageLayout, *, max_model_len: int, device: torch.device
+) -> Capacity:
+    """Split the memory that is left after the weights were loaded.
+
+    Raises:
+        ConfigError: not even one sequence of max_model_len tokens fits; says what to change.
+    """
+    dtype_bytes = torch_dtype(config, spec, device).itemsize
+    budget = _free_bytes(config, spec, device)
+    page_bytes = layout.page_elems * dtype_bytes
+    adapter_bytes = config.adapter_bytes
+    if adapter_bytes is None:
+        adapter_bytes = min(int(budget * _ADAPTER_FRACTION), _MAX_ADAPTER_BYTES)
+    num_pages = adapter_bytes // page_bytes
+    per_block = block_bytes(spec, config.block_size, torch_dtype(config, spec, device))
+    blocks_per_seq = -(-max_model_len // config.block_size)
+    if config.kv_cache_bytes is not None:
+        num_blocks = config.kv_cache_bytes // per_block
+    else:
+        num_blocks = min((budget - adapter_bytes) // per_block, config.max_num_seqs * blocks_per_seq)
+    if num_blocks < blocks_per_seq:
+        raise ConfigError(
+            f"the KV cache holds {max(num_blocks, 0) * config.block_size} tokens but max_model_len is {max_model_len}: "
+            f"raise kv_cache_bytes to at least {blocks_per_seq * per_block} or lower max_model_len"
+        )
+    return Capacity(num_kv_blocks=num_blocks, num_adapter_pages=num_pages)
+
+
+def _free_bytes(config: RunnerConfig, spec: ModelSpec, device: torch.device) -> int:
+    if device.type != "cuda":
+        return int(available_host_bytes() * _CPU_FRACTION)
+    free, total = torch.cuda.mem_get_info(device)
+    reserve = _activation_bytes(config, spec)
+    return int(total * config.gpu_memory_fraction) - (total - free) - reserve
+
+
+def _activation_bytes(config: RunnerConfig, spec: ModelSpec) -> int:
+    """Upper estimate of a step's temporaries: the widest layer's rows in float32, and the logits of every sequence."""
+    row = 4 * (8 * spec.hidden_size + 4 * spec.intermediate_size + 2 * (spec.q_size + 2 * spec.kv_size))
+    return config.max_num_batched_tokens * row + 4 * config.max_num_seqs * spec.vocab_size * 4
+
+
+def torch_device(config: RunnerConfig) -> torch.device:
+    """The device that the config means.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {config.device!r}: must be auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {config.device!r}: must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device is {config.device!r} but PyTorch finds {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def torch_dtype(config: RunnerConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """Serving dtype: as asked, or the checkpoint's own (CPUs compute float16 slowly, so there it becomes float32)."""
+    name = spec.dtype if config.dtype == "auto" else config.dtype
+    if config.dtype == "auto" and name == "float16" and device.type == "cpu":
+        name = "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
