@@ -1,0 +1,65 @@
+"""Settings of one replica's scheduler. Built by the composition root, which fills in what the runner found at start-up
+(``num_kv_blocks``, ``num_adapter_pages``); never read from files or the environment here.
+"""
+
+import math
+from dataclasses import dataclass
+
+from pomona.core.errors import ConfigError
+
+_AT_LEAST_ONE = ("max_num_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "num_kv_blocks")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits and switches of one scheduler.
+
+    Raises:
+        ConfigError: a value is out of range; the message names it.
+    """
+
+    num_kv_blocks: int
+    """KV blocks on the device, as the runner sized them."""
+    max_model_len: int
+    """Context in tokens: prompt and output of one sequence together."""
+    num_adapter_pages: int = 0
+    """Adapter pages on the device; 0 serves the base model alone."""
+    block_size: int = 16
+    """Token positions of one KV block."""
+    max_num_batched_tokens: int = 2048
+    """Token budget: prompt and decode tokens computed in one step, over all sequences."""
+    max_num_seqs: int = 256
+    """Sequences that may run at once."""
+    max_prefill_chunk: int | None = None
+    """Most prompt tokens of one sequence in one step; None leaves it to the token budget."""
+    max_waiting: int = 1024
+    """Requests that may wait; one more is rejected. Preempted sequences come on top."""
+    enable_prefix_cache: bool = True
+    """Share the KV of equal prefixes (of equal adapter and tenant salt)."""
+    min_prefix_wait_tokens: int = 64
+    """A new sequence waits while a running one computes at least this many tokens that both begin with, in order to
+    share them; 0 never waits."""
+    reserve_steps: int = 8
+    """A sequence is admitted only if the blocks left are enough for the running ones to decode this many steps, so that
+    it is not preempted at once; 0 fills the pool."""
+    adapter_wait_limit_s: float = 1.0
+    """A request that has waited this long for adapter pages gets them next: until then no other request that would pin
+    pages is admitted."""
+
+    def __post_init__(self) -> None:
+        """Check every range once."""
+        for name in _AT_LEAST_ONE:
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("num_adapter_pages", self.num_adapter_pages, 0)
+        _check_at_least("min_prefix_wait_tokens", self.min_prefix_wait_tokens, 0)
+        _check_at_least("reserve_steps", self.reserve_steps, 0)
+        _check_at_least("max_model_len", self.max_model_len, 2)
+        if self.max_prefill_chunk is not None:
+            _check_at_least("max_prefill_chunk", self.max_prefill_chunk, 1)
+        if not 0.0 <= self.adapter_wait_limit_s < math.inf:
+            raise ConfigError(f"adapter_wait_limit_s is {self.adapter_wait_limit_s}: must be finite and at least 0")
+
+
+def _check_at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{name} is {value}: must be at least {minimum}")

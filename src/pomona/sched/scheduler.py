@@ -1,0 +1,394 @@
+"""The scheduler of one replica: which sequences compute how many tokens next, with which blocks and adapters.
+
+Continuous batching without phases (vLLM): a sequence has tokens known and tokens computed, and a step computes some of
+the difference. Under a token budget (Sarathi-Serve), running sequences come first, in order of admission, then waiting
+ones. Pure: decisions depend on the order of calls and their arguments alone.
+"""
+
+import operator
+
+from pomona.core.errors import InvalidRequestError, QueueFullError
+from pomona.core.ids import BlockId, RequestId
+from pomona.core.output import EngineStats, RequestOutput
+from pomona.core.plan import AdapterLoad, ScheduledSeq, StepPlan, StepResult, TokenLogprobs
+from pomona.core.request import FinishReason, Request
+from pomona.sched.adapter_slots import AdapterSlots
+from pomona.sched.adapter_turn import AdapterTurn
+from pomona.sched.block_pool import BlockPool
+from pomona.sched.config import SchedulerConfig
+from pomona.sched.fair_queue import FairQueue
+from pomona.sched.limits import check_request
+from pomona.sched.prefix_cache import PrefixCache
+from pomona.sched.sequence import Sequence, SequenceState
+
+_adapter_order = operator.attrgetter("adapter_order")
+
+
+class Scheduler:
+    """Call ``schedule`` and ``update`` in turn; ``add`` and ``abort`` at any time.
+
+    Invariants: a running sequence is held by the executor, holds its blocks and pins its adapter; a waiting or ended
+    one holds nothing. A sequence alone always fits the pool (checked by ``add``) and the oldest running one is never
+    preempted, so every step makes progress. Tokens count as computed once they are scheduled, and blocks become findable
+    when the step's result arrives, so that a later step could be planned in between.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.adapters = AdapterSlots(config.num_adapter_pages)
+        self._pool = BlockPool(config.num_kv_blocks)
+        self._cache = PrefixCache(
+            self._pool,
+            config.block_size,
+            is_enabled=config.enable_prefix_cache,
+            min_wait_tokens=config.min_prefix_wait_tokens,
+        )
+        self._queue = FairQueue()
+        self._seqs: dict[RequestId, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._released: list[RequestId] = []
+        self._turn = AdapterTurn(self.adapters, config.adapter_wait_limit_s)
+        # The sequences of the plan whose result is outstanding, in plan order.
+        self._in_flight: list[Sequence] | None = None
+        self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """True while ``schedule`` has something to plan, if only to tell the executor what to forget."""
+        return bool(self._seqs or self._released or self.adapters.has_evictions)
+
+    def add(self, request: Request) -> None:
+        """Accept a request; from now on it ends in exactly one terminal output.
+
+        Raises:
+            InvalidRequestError: it can never be served; names the field.
+            PromptTooLongError: it does not fit the context or the KV cache.
+            QueueFullError: ``max_waiting`` requests wait already.
+        """
+        check_request(request, self.config)
+        if request.request_id in self._seqs:
+            raise InvalidRequestError("request_id", f"request_id {request.request_id!r} is in use")
+        adapter_id = request.adapter_id
+        if adapter_id is not None and not self.adapters.can_use(adapter_id):
+            raise InvalidRequestError("model", f"adapter {adapter_id!r} is not registered, or is being unloaded")
+        if len(self._queue) >= self.config.max_waiting:
+            raise QueueFullError(f"{len(self._queue)} requests are waiting already: the limit is max_waiting")
+        seq = Sequence(request, self.config.max_model_len)
+        self._cache.prepare(seq)
+        if adapter_id is not None:
+            self.adapters.use(adapter_id)
+        self._seqs[request.request_id] = seq
+        self._queue.push(seq)
+
+    def abort(self, request_id: RequestId) -> RequestOutput | None:
+        """End a request now, even between ``schedule`` and ``update``; that step's result for it is then ignored.
+
+        Returns:
+            Its terminal output, or None if no such request is known (it may have ended already).
+        """
+        seq = self._seqs.get(request_id)
+        if seq is None:
+            return None
+        if seq.state is SequenceState.RUNNING:
+            self._running.remove(seq)
+        return self._end(seq, FinishReason.ABORT)
+
+    def schedule(self, now_s: float) -> StepPlan:
+        """Plan the next step.
+
+        Args:
+            now_s: the engine's clock; must not run backwards.
+        """
+        assert self._in_flight is None, "update comes before the next schedule"
+        chosen: list[Sequence] = []
+        num_preemptions = self._num_preemptions
+        budget = self._schedule_running(chosen)
+        loads: list[AdapterLoad] = []
+        if self._num_preemptions == num_preemptions and len(self._queue) > 0:
+            self._admit(now_s, budget, chosen, loads)
+        # A stable sort: rows of one adapter stand together, base rows first, and in order of admission otherwise.
+        chosen.sort(key=_adapter_order)
+        released, self._released = tuple(self._released), []
+        self._in_flight = chosen
+        self._num_steps += 1
+        return StepPlan(
+            step_id=self._num_steps,
+            seqs=tuple([seq.scheduled for seq in chosen]),
+            released=released,
+            adapter_evictions=self.adapters.take_evictions(),
+            adapter_loads=tuple(loads),
+        )
+
+    def update(self, plan: StepPlan, result: StepResult, now_s: float) -> list[RequestOutput]:
+        """Take in a plan's result.
+
+        Args:
+            plan: what ``schedule`` returned last.
+            result: what the executor made of it.
+            now_s: the engine's clock after the step.
+
+        Returns:
+            News of every sequence that has some, in plan order.
+        """
+        seqs, self._in_flight = self._in_flight, None
+        assert seqs is not None, "no plan is outstanding"
+        assert plan.step_id == result.step_id == self._num_steps, "plans and results come in order"
+        outputs: list[RequestOutput] = []
+        num_alive = len(self._seqs)
+        failed, sampled = result.failed, result.sampled
+        has_logprobs = bool(result.logprobs or result.prompt_logprobs)
+        for entry, seq in zip(plan.seqs, seqs, strict=True):
+            if seq.state is not SequenceState.RUNNING:
+                continue  # aborted while the step ran
+            if failed and seq.request_id in failed:
+                outputs.append(self._fail(seq, failed[seq.request_id]))
+                continue
+            num_computed = entry.num_computed_tokens + entry.num_scheduled_tokens
+            if num_computed >= seq.next_publish_tokens:
+                self._cache.publish(seq, num_computed)
+            logprobs, prompt_logprobs = _logprobs_of(seq, entry, result) if has_logprobs else _NO_LOGPROBS
+            if entry.is_sampled:
+                outputs.append(self._append(seq, sampled[seq.request_id], logprobs, prompt_logprobs))
+            elif prompt_logprobs:
+                outputs.append(_output(seq, prompt_logprobs=prompt_logprobs))
+        if len(self._seqs) < num_alive:
+            self._running = [seq for seq in self._running if seq.state is SequenceState.RUNNING]
+        return outputs
+
+    def fail_all(self, reason: str) -> list[RequestOutput]:
+        """End every request with FAIL, because the executor died or failed in the middle of a step.
+
+        Nothing the executor held is relied on afterwards: no prefix is cached, no adapter is resident (registered ones
+        stay registered and are loaded again when needed), and the next plan releases every sequence it may still hold.
+        """
+        outputs = [self._end(seq, FinishReason.FAIL, reason) for seq in list(self._seqs.values())]
+        self._running.clear()
+        self._in_flight = None
+        self._pool.forget_all()
+        self.adapters.forget_all()
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Gauges as they are now, counters since the start."""
+        adapters = self.adapters
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._queue),
+            num_kv_blocks=self._pool.num_blocks,
+            num_kv_blocks_used=self._pool.num_used,
+            num_adapter_pages=adapters.num_pages,
+            num_adapter_pages_used=adapters.num_pages - adapters.num_free_pages,
+            num_resident_adapters=adapters.num_resident,
+            num_pinned_adapters=adapters.num_pinned,
+            num_steps=self._num_steps,
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_prefix_queries=self._cache.num_queried_tokens,
+            num_prefix_hits=self._cache.num_hit_tokens,
+            num_adapter_loads=adapters.num_loads,
+            num_adapter_evictions=adapters.num_evictions,
+        )
+
+    def _schedule_running(self, chosen: list[Sequence]) -> int:
+        """Give running sequences their tokens, preempting the newest when blocks run out; returns the budget left."""
+        budget, max_chunk = self.config.max_num_batched_tokens, self._max_chunk
+        # Preemption removes sequences from the end of the list; those before the end are not disturbed.
+        for seq in self._running:
+            if budget == 0:
+                break
+            start = seq.num_computed_tokens
+            num_known = len(seq.token_ids)
+            num_tokens = num_known - start
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, max_chunk, budget)
+            end = start + num_tokens
+            new_block_ids: tuple[BlockId, ...] = ()
+            if end > seq.num_slots:
+                assert num_tokens == 1, "blocks for all known tokens were taken at the start"
+                if not self._make_room(seq):
+                    break
+                new_block_ids = tuple(self._pool.allocate(1))
+                seq.block_ids.extend(new_block_ids)
+                seq.num_slots += self.config.block_size
+            if start < seq.num_prompt_tokens:
+                self._num_prompt_tokens += min(end, seq.num_prompt_tokens) - start
+            seq.num_computed_tokens = end
+            seq.scheduled = ScheduledSeq(seq.request_id, start, num_tokens, end == num_known, new_block_ids)
+            chosen.append(seq)
+            budget -= num_tokens
+        return budget
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """Preempt the newest running sequences until a block is free; False if ``seq`` itself had to go."""
+        while self._pool.num_free == 0:
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._num_preemptions += 1
+        self._leave_device(seq)
+        seq.state = SequenceState.WAITING
+        self._queue.requeue(seq)
+
+    def _admit(self, now_s: float, budget: int, chosen: list[Sequence], loads: list[AdapterLoad]) -> None:
+        """Start waiting sequences. One that only lacks adapter pages, or waits to share a prefix, is passed over; one
+        that lacks blocks holds up those behind it, or long prompts would starve."""
+        for seq in self._queue.candidates():
+            if budget == 0 or len(self._running) == self.config.max_num_seqs:
+                break
+            if not self._turn.may_start(seq, now_s):
+                continue
+            found = self._cache.find(seq)
+            if self._cache.should_wait(seq, len(found)):
+                continue
+            if not self._fits(seq, found):
+                break
+            self._queue.remove(seq)
+            self._start(seq, found, now_s, loads)
+            budget -= self._schedule_first(seq, budget)
+            chosen.append(seq)
+
+    def _fits(self, seq: Sequence, found: list[BlockId]) -> bool:
+        """True if all known tokens of the sequence find room, and the running ones keep room to grow."""
+        config = self.config
+        num_new = -(-len(seq.token_ids) // config.block_size) - len(found)
+        num_reserved = -(-len(self._running) * config.reserve_steps // config.block_size)
+        return num_new + num_reserved <= self._pool.num_free - self._pool.num_idle(found)
+
+    def _start(self, seq: Sequence, found: list[BlockId], now_s: float, loads: list[AdapterLoad]) -> None:
+        """Make a waiting sequence a running one: blocks for all its known tokens, adapter resident and pinned."""
+        config = self.config
+        self._pool.share(found)
+        num_blocks = -(-len(seq.token_ids) // config.block_size)
+        seq.block_ids = found + self._pool.allocate(num_blocks - len(found))
+        seq.num_slots = num_blocks * config.block_size
+        seq.num_computed_tokens = len(found) * config.block_size
+        self._cache.admit(seq, len(found))
+        adapter_id = seq.request.adapter_id
+        if adapter_id is not None:
+            if not self.adapters.is_resident(adapter_id):
+                loads.append(self.adapters.load(adapter_id))
+            seq.adapter_order = self.adapters.pin(adapter_id)
+        if seq.first_scheduled_s is None:
+            seq.first_scheduled_s = now_s
+            seq.num_cached_tokens = seq.num_computed_tokens
+        self._turn.leave(seq)
+        seq.state = SequenceState.RUNNING
+        self._running.append(seq)
+
+    def _schedule_first(self, seq: Sequence, budget: int) -> int:
+        """Plan the first tokens of a sequence just started; returns how many."""
+        start, num_known = seq.num_computed_tokens, len(seq.token_ids)
+        num_tokens = min(num_known - start, self._max_chunk, budget)
+        end = start + num_tokens
+        self._num_prompt_tokens += max(0, min(end, seq.num_prompt_tokens) - start)
+        seq.num_computed_tokens = end
+        seq.scheduled = ScheduledSeq(
+            seq.request_id, start, num_tokens, end == num_known, tuple(seq.block_ids), seq.start()
+        )
+        return num_tokens
+
+    def _append(
+        self,
+        seq: Sequence,
+        token_id: int,
+        logprobs: tuple[TokenLogprobs, ...],
+        prompt_logprobs: tuple[TokenLogprobs, ...],
+    ) -> RequestOutput:
+        """Take in a sequence's next token, and end it if that was the last."""
+        seq.token_ids.append(token_id)
+        self._num_output_tokens += 1
+        num_known = len(seq.token_ids)
+        reason: FinishReason | None = None
+        stop_token_id: int | None = None
+        if token_id in seq.stop_token_ids and num_known > seq.min_tokens_total:
+            reason, stop_token_id = FinishReason.STOP, token_id
+        elif num_known >= seq.max_tokens_total:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            self._conclude(seq)
+        return RequestOutput(
+            seq.request_id,
+            (token_id,),
+            logprobs,
+            prompt_logprobs,
+            reason,
+            stop_token_id,
+            None,
+            seq.num_cached_tokens,
+            seq.first_scheduled_s,
+        )
+
+    def _fail(self, seq: Sequence, error: str) -> RequestOutput:
+        """End a sequence that the executor could not go on with; its KV may be bad, so nobody shall share it."""
+        self._pool.withdraw(seq.block_ids)
+        return self._end(seq, FinishReason.FAIL, error)
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> RequestOutput:
+        self._conclude(seq)
+        return _output(seq, finish_reason=reason, error=error)
+
+    def _conclude(self, seq: Sequence) -> None:
+        """Make a sequence an ended one that holds nothing. The caller takes it off the list of running ones."""
+        if seq.state is SequenceState.RUNNING:
+            self._leave_device(seq)
+        else:
+            self._queue.remove(seq)
+        if seq.request.adapter_id is not None:
+            self.adapters.end_use(seq.request.adapter_id)
+        self._turn.leave(seq)
+        seq.state = SequenceState.ENDED
+        del self._seqs[seq.request_id]
+
+    def _leave_device(self, seq: Sequence) -> None:
+        """Give back what a running sequence holds."""
+        self._cache.leave(seq)
+        self._pool.release(seq.block_ids)
+        seq.block_ids = []
+        seq.num_slots = 0
+        seq.num_computed_tokens = 0
+        if seq.request.adapter_id is not None:
+            self.adapters.unpin(seq.request.adapter_id)
+        self._released.append(seq.request_id)
+
+
+_NO_LOGPROBS: tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs, ...]] = ((), ())
+
+
+def _logprobs_of(
+    seq: Sequence, entry: ScheduledSeq, result: StepResult
+) -> tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs, ...]]:
+    """The sequence's part of a result: of its new token, and of those prompt tokens that were not sent before it was
+    preempted."""
+    new = result.logprobs.get(seq.request_id)
+    prompt = result.prompt_logprobs.get(seq.request_id, ())
+    if prompt:
+        prompt = prompt[seq.num_prompt_logprobs_sent - entry.num_computed_tokens :]
+        seq.num_prompt_logprobs_sent += len(prompt)
+    return (new,) if new is not None else (), prompt
+
+
+def _output(
+    seq: Sequence,
+    *,
+    prompt_logprobs: tuple[TokenLogprobs, ...] = (),
+    finish_reason: FinishReason | None = None,
+    error: str | None = None,
+) -> RequestOutput:
+    """News of a sequence other than a token."""
+    return RequestOutput(
+        request_id=seq.request_id,
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=finish_reason,
+        error=error,
+        num_cached_tokens=seq.num_cached_tokens,
+        first_scheduled_s=seq.first_scheduled_s,
+    )
