@@ -42,6 +42,11 @@ class EngineClient(Protocol):
         """False while the engine starts, or restarts after its death."""
         ...
 
+    @property
+    def state(self) -> str:
+        """For people: "starting: loading weights 35%", "ready", "restarting: why", "failed: why", "closed"."""
+        ...
+
     def stats(self) -> EngineStats:
         """The latest snapshot received; never blocks."""
         ...

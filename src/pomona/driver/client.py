@@ -1,0 +1,246 @@
+"""ProcessClient: the server's EngineClient. Keeps an engine process alive and what it had loaded, loaded.
+
+Belongs to the event loop on which it was started. driver/local_client.py is its single-process sibling.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Self
+
+from pomona.core.adapter import AdapterInfo
+from pomona.core.engine_info import EngineInfo
+from pomona.core.errors import EngineUnavailableError, PomonaError
+from pomona.core.ids import AdapterId, RequestId
+from pomona.core.output import EngineStats
+from pomona.core.request import Request
+from pomona.driver.config import DriverConfig
+from pomona.driver.life import EngineLife
+from pomona.driver.loop import EngineBuilder
+from pomona.driver.restarts import RestartRule
+from pomona.driver.session import EngineSession, RequestStream
+
+_LOGGER = logging.getLogger(__name__)
+
+_CLOSED = "the engine is shutting down"
+
+
+def _ignore_state(state: str) -> None:
+    """Nobody wants to hear of changes of state."""
+
+
+def _ignore_loss(adapter_id: AdapterId, reason: str) -> None:
+    """Nobody wants to hear of lost adapters."""
+
+
+class ProcessClient:
+    """An engine in a process of its own, started again when it dies.
+
+    Args:
+        build: picklable; called in the engine's process.
+        config: limits.
+        on_state: called with ``state`` after every change, start-up progress included.
+        on_adapter_lost: called with an adapter's id and the reason when a restarted engine could not load it again.
+    """
+
+    def __init__(
+        self,
+        build: EngineBuilder,
+        config: DriverConfig | None = None,
+        *,
+        on_state: Callable[[str], None] = _ignore_state,
+        on_adapter_lost: Callable[[AdapterId, str], None] = _ignore_loss,
+    ) -> None:
+        """Nothing is started yet."""
+        self._build = build
+        self._config = config or DriverConfig()
+        self._on_state = on_state
+        self._on_adapter_lost = on_adapter_lost
+        self._restarts = RestartRule(self._config)
+        self._adapters: dict[AdapterId, str] = {}
+        self._lost_adapters: dict[AdapterId, str] = {}
+        self._life: EngineLife | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._state = "not started"
+
+    async def __aenter__(self) -> Self:
+        """Start."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
+
+    @property
+    def is_ready(self) -> bool:
+        """True while requests are taken."""
+        return self._state == "ready"
+
+    @property
+    def state(self) -> str:
+        """For people: "starting: loading weights 35%", "ready", "restarting: why", "failed: why", "closed"."""
+        return self._state
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine; 0 while there is none."""
+        return 0 if self._life is None else self._life.pid
+
+    @property
+    def adapters(self) -> Mapping[AdapterId, str]:
+        """Adapters loaded, with the folder each was last loaded from; loaded again after a restart."""
+        return MappingProxyType(self._adapters)
+
+    @property
+    def lost_adapters(self) -> Mapping[AdapterId, str]:
+        """Adapters that a restarted engine could not load again, with the reason; loading one again removes it."""
+        return MappingProxyType(self._lost_adapters)
+
+    def stats(self) -> EngineStats:
+        """The latest snapshot received; all zero while no engine is ready."""
+        return EngineStats() if self._life is None else self._life.session.stats
+
+    async def start(self) -> EngineInfo:
+        """Start the engine's process; returns when requests are taken.
+
+        Raises:
+            PomonaError: the builder's error, or EngineUnavailableError if the process died or fell silent.
+        """
+        assert self._supervisor is None, "started twice"
+        self._set_state("starting")
+        try:
+            self._life, info = await self._begin("starting")
+        except PomonaError as error:
+            self._set_state(f"failed: {error}")
+            raise
+        if self._state == "closed":
+            await self._life.end(_CLOSED)
+            raise EngineUnavailableError(_CLOSED)
+        self._set_state("ready")
+        self._supervisor = asyncio.create_task(self._supervise(self._life), name="pomona-engine-supervisor")
+        return info
+
+    async def close(self) -> None:
+        """Shut the engine down. Requests in flight end with FinishReason.FAIL. May be called twice."""
+        self._set_state("closed")
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait((self._supervisor,))
+        if self._life is not None:
+            await self._life.end(_CLOSED)
+            self._life = None
+
+    def submit(self, request: Request) -> RequestStream:
+        """Send a request; see EngineClient.submit. Request ids are never used twice."""
+        return self._session().submit(request)
+
+    async def abort(self, request_id: RequestId) -> None:
+        """End a request; its stream gets the terminal output. Unknown ids are ignored."""
+        if self._life is not None:
+            self._life.session.abort(request_id)
+
+    async def load_adapter(self, path: str) -> AdapterInfo:
+        """See EngineClient.load_adapter. A load whose caller is cancelled goes on."""
+        info = await self._session().load_adapter(path)
+        self._lost_adapters.pop(info.adapter_id, None)
+        return info
+
+    async def unload_adapter(self, adapter_id: AdapterId) -> None:
+        """See EngineClient.unload_adapter. If the engine dies meanwhile, the adapter stays loaded."""
+        await self._session().unload_adapter(adapter_id)
+
+    def _session(self) -> EngineSession:
+        if self._life is None or not self.is_ready:
+            raise EngineUnavailableError(f"the engine is not ready: {self._state}")
+        return self._life.session
+
+    def _set_state(self, state: str) -> None:
+        if state != self._state and self._state != "closed":
+            self._state = state
+            self._on_state(state)
+
+    async def _begin(self, prefix: str) -> tuple[EngineLife, EngineInfo]:
+        return await EngineLife.begin(
+            self._build, self._config, self._adapters, lambda progress: self._set_state(f"{prefix}: {progress}")
+        )
+
+    async def _supervise(self, life: EngineLife) -> None:
+        """Watch one life after the other until there is to be no further one."""
+        try:
+            next_life: EngineLife | None = life
+            while next_life is not None:
+                reason = await next_life.wait_until_over()
+                _LOGGER.error("The engine ended: %s", reason)
+                # Not ready first: whoever sees a request fail must also see why.
+                self._set_state(f"restarting: {reason}")
+                await next_life.end(reason)
+                next_life = await self._restart(reason)
+        except Exception as error:
+            _LOGGER.exception("The engine's supervisor failed")
+            self._set_state(f"failed: {type(error).__name__}: {error}")
+
+    async def _restart(self, reason: str) -> EngineLife | None:
+        """Start engines until one is ready with all its adapters; None when there were too many deaths."""
+        while True:
+            self._life = None
+            delay_s = self._restarts.delay_after_death_s(time.monotonic())
+            if delay_s is None:
+                self._set_state(f"failed: {reason}")
+                return None
+            self._set_state(f"restarting: {reason}")
+            await asyncio.sleep(delay_s)
+            try:
+                self._life, _ = await self._begin("restarting")
+                await self._reload_adapters(self._life)
+            except PomonaError as error:
+                reason = str(error)
+                _LOGGER.error("The engine could not be restarted: %s", reason)
+                if self._life is not None:
+                    await self._life.end(reason)
+                continue
+            self._set_state("ready")
+            return self._life
+
+    async def _reload_adapters(self, life: EngineLife) -> None:
+        """Load every adapter again that was loaded when the last engine died.
+
+        Raises:
+            EngineUnavailableError: the engine died meanwhile.
+        """
+        wanted = dict(self._adapters)
+        reloads = asyncio.gather(
+            *(self._reload_adapter(life.session, adapter_id, path, wanted) for adapter_id, path in wanted.items())
+        )
+        over = asyncio.create_task(life.wait_until_over())
+        try:
+            await asyncio.wait((reloads, over), return_when=asyncio.FIRST_COMPLETED)
+            if over.done():
+                life.session.end(over.result())
+            await reloads
+        finally:
+            reloads.cancel()
+            over.cancel()
+
+    async def _reload_adapter(
+        self, session: EngineSession, adapter_id: AdapterId, path: str, wanted: Mapping[AdapterId, str]
+    ) -> None:
+        try:
+            info = await session.load_adapter(path)
+        except EngineUnavailableError:
+            raise
+        except PomonaError as error:
+            self._lose_adapter(adapter_id, str(error))
+            return
+        if info.adapter_id != adapter_id:
+            self._lose_adapter(adapter_id, f"{path} now holds another adapter, {info.adapter_id}")
+            if info.adapter_id not in wanted:
+                await session.unload_adapter(info.adapter_id)
+
+    def _lose_adapter(self, adapter_id: AdapterId, reason: str) -> None:
+        _LOGGER.error("Adapter %s is lost: %s", adapter_id, reason)
+        self._adapters.pop(adapter_id, None)
+        self._lost_adapters[adapter_id] = reason
+        self._on_adapter_lost(adapter_id, reason)

@@ -1,0 +1,128 @@
+"""LocalClient: an EngineClient over an engine in this process, for tests, notebooks and single-process use.
+
+The same loop, messages and session as ProcessClient, with a thread in the place of the process. There is nothing to
+start again: an engine that fails leaves the client in the state "failed".
+"""
+
+import asyncio
+import threading
+from typing import Self
+
+import zmq
+
+from pomona.core.adapter import AdapterInfo
+from pomona.core.engine_info import EngineInfo
+from pomona.core.errors import EngineUnavailableError
+from pomona.core.ids import AdapterId, RequestId
+from pomona.core.output import EngineStats
+from pomona.core.request import Request
+from pomona.driver.channel import Address, ClientChannel, EngineChannel
+from pomona.driver.config import DriverConfig
+from pomona.driver.loop import EngineLoop, EngineParts
+from pomona.driver.messages import Ended, Report, Shutdown, TurnReport, pack_error, unpack_error
+from pomona.driver.session import EngineSession, RequestStream
+
+_ADDRESS = Address("inproc://commands", "inproc://reports")
+_TICK_S = 0.005
+_CLOSED = "the engine is shutting down"
+
+
+class LocalClient:
+    """An engine stepped by one thread of this process.
+
+    Args:
+        parts: the built engine; the client's thread alone touches it from ``start`` on.
+        config: limits; those of processes do not apply.
+    """
+
+    def __init__(self, parts: EngineParts, config: DriverConfig | None = None) -> None:
+        """Nothing runs yet."""
+        self._parts = parts
+        self._config = config or DriverConfig()
+        self._state = "not started"
+        self._thread = threading.Thread(target=self._run, name="pomona-engine", daemon=True)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channel: ClientChannel | None = None
+        self._open_session: EngineSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Start."""
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        await self.close()
+
+    @property
+    def is_ready(self) -> bool:
+        """True while requests are taken."""
+        return self._state == "ready"
+
+    @property
+    def state(self) -> str:
+        """For people: "ready", "failed: why", "closed"."""
+        return self._state
+
+    def stats(self) -> EngineStats:
+        """The latest snapshot received; all zero while the engine is not ready."""
+        return EngineStats() if self._open_session is None else self._open_session.stats
+
+    async def start(self) -> EngineInfo:
+        """Start the engine's thread on the running event loop."""
+        self._channel = ClientChannel(self._context, _ADDRESS, self._config.max_queued_reports, self._on_report)
+        self._open_session = EngineSession(self._channel, {}, self._config.max_unanswered_commands)
+        self._thread.start()
+        self._state = "ready"
+        return self._parts.info
+
+    async def close(self) -> None:
+        """Stop the thread. Requests in flight end with FinishReason.FAIL. May be called twice."""
+        self._state = "closed"
+        if self._open_session is not None and self._channel is not None:
+            self._open_session.end(_CLOSED)
+            self._channel.send(Shutdown())
+            while self._thread.is_alive():
+                await asyncio.sleep(_TICK_S)
+            self._channel.close()
+        self._context.term()
+
+    def submit(self, request: Request) -> RequestStream:
+        """Send a request; see EngineClient.submit. Request ids are never used twice."""
+        return self._session().submit(request)
+
+    async def abort(self, request_id: RequestId) -> None:
+        """End a request; its stream gets the terminal output. Unknown ids are ignored."""
+        if self._open_session is not None:
+            self._open_session.abort(request_id)
+
+    async def load_adapter(self, path: str) -> AdapterInfo:
+        """See EngineClient.load_adapter. A load whose caller is cancelled goes on."""
+        return await self._session().load_adapter(path)
+
+    async def unload_adapter(self, adapter_id: AdapterId) -> None:
+        """See EngineClient.unload_adapter."""
+        await self._session().unload_adapter(adapter_id)
+
+    def _session(self) -> EngineSession:
+        if self._open_session is None or not self.is_ready:
+            raise EngineUnavailableError(f"the engine is not ready: {self._state}")
+        return self._open_session
+
+    def _run(self) -> None:
+        """The thread: one engine's life."""
+        channel = EngineChannel(self._context, _ADDRESS, self._config.max_queued_reports)
+        error = EngineLoop(self._parts, channel, self._config.num_staging_threads).run()
+        self._parts.close()
+        channel.tell(Ended(None if error is None else pack_error(error)))
+        channel.close()
+
+    def _on_report(self, report: Report) -> None:
+        assert self._open_session is not None
+        match report:
+            case TurnReport():
+                self._open_session.on_turn(report)
+            case Ended(error) if error is not None and self.is_ready:
+                reason = str(unpack_error(error))
+                self._state = f"failed: {reason}"
+                self._open_session.end(reason)

@@ -1,0 +1,118 @@
+"""The engine's process as its parent holds it: start, look whether it lives, kill, reap.
+
+A plain subprocess rather than multiprocessing: the caller's main module is not run again in the child, and no resource
+tracker process stays behind. Only files in a private directory and one pipe are shared, and no shared memory.
+"""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pomona.core.errors import ConfigError
+from pomona.driver.channel import Address
+from pomona.driver.loop import EngineBuilder
+
+_MAX_SOCKET_PATH = 100
+"""Characters; the kernel's limit for Unix sockets is 107 on Linux and 103 on macOS, the terminating zero apart."""
+
+# Signals first: the terminal sends Ctrl-C to every process of the foreground group, but the parent decides when the
+# engine ends. The parent's module search path next, so that whatever the builder refers to is found.
+_BOOT = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+import pickle, sys
+directory, parent_pid, life_fd = sys.argv[1:]
+with open(directory + "/path", "rb") as file:
+    sys.path[:] = pickle.load(file)
+from pomona.driver.child import main
+sys.exit(main(directory, int(parent_pid), int(life_fd)))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildConfig:
+    """What the engine's process needs of DriverConfig."""
+
+    num_staging_threads: int
+    max_queued_reports: int
+
+
+class EngineProcess:
+    """One child process with its private directory."""
+
+    def __init__(self) -> None:
+        """Make the directory: mode 0700, so that no other user of the machine can reach the sockets."""
+        self._directory = tempfile.mkdtemp(prefix="pomona-")
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._life_fd = -1
+        self.address = Address.in_directory(self._directory)
+        longest = max(len(endpoint.removeprefix("ipc://")) for endpoint in self.address)
+        if longest > _MAX_SOCKET_PATH:
+            self.remove_directory()
+            raise ConfigError(
+                f"TMPDIR: {self._directory} is too long for a socket's path: "
+                f"{longest} characters, at most {_MAX_SOCKET_PATH} are possible"
+            )
+
+    @property
+    def pid(self) -> int:
+        """Of the child; 0 before ``start``."""
+        return 0 if self._popen is None else self._popen.pid
+
+    def start(self, build: EngineBuilder, config: ChildConfig) -> None:
+        """Start the child. Call it on a thread that lives as long as the engine shall: the kernel's death signal fires
+        when the *thread* that started a process ends.
+
+        Raises:
+            ConfigError: the builder cannot be pickled.
+        """
+        try:
+            builder_pickle = pickle.dumps(build)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(f"build: cannot be sent to the engine's process: {error}") from error
+        for name, content in (
+            ("path", pickle.dumps([entry or os.getcwd() for entry in sys.path])),
+            ("config", pickle.dumps(config)),
+            ("builder", builder_pickle),
+        ):
+            Path(self._directory, name).write_bytes(content)
+        read_fd, self._life_fd = os.pipe()
+        arguments = [sys.executable, "-P", "-c", _BOOT, self._directory, str(os.getpid()), str(read_fd)]
+        try:
+            self._popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(read_fd,))
+        finally:
+            os.close(read_fd)
+
+    def remove_directory(self) -> None:
+        """Remove the directory. Connected sockets need it no longer, so nothing can be left behind after Hello."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def end_text(self) -> str | None:
+        """How the child ended, for people; None while it lives. Reaps it."""
+        status = None if self._popen is None else self._popen.poll()
+        if status is None:
+            return None
+        if status >= 0:
+            return f"ended with exit status {status}"
+        name = signal.Signals(-status).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"was killed by {name}{hint}"
+
+    def kill(self) -> None:
+        """Make the child end at once; ``end_text`` tells when it has. May be called twice."""
+        if self._popen is not None:
+            self._popen.kill()
+
+    def release(self) -> None:
+        """Free what the child needed of this process: the pipe (whose end would kill it too) and the directory."""
+        if self._life_fd >= 0:
+            os.close(self._life_fd)
+            self._life_fd = -1
+        self.remove_directory()
