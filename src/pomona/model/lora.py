@@ -5,12 +5,17 @@ adapter may carry (DoRA magnitudes, biases, saved modules, embedding and lm_head
 dense: it is kept per adapter in ``AdapterExtras`` and applied segment by segment, only for segments that have it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
+from pomona.kernels.lora import lora as add_lora
+from pomona.kernels.norm import rms_norm
 from pomona.model.spec import ModelSpec, Site, Target
 
 
@@ -74,41 +79,57 @@ class AdapterExtras:
     dora_scales: dict[tuple[int, Target], Tensor] = field(default_factory=dict)
     """(layer, target) -> float32 [out_features]: m / ||W + s*BA|| per output, on base-without-bias plus LoRA."""
     biases: dict[tuple[int, Target], Tensor] = field(default_factory=dict)
-    """(layer, target) -> [out_features], added to the output: lora_B's bias times scaling, or new minus base bias."""
+    """(layer, target) -> float32 [out_features], added: lora_B's bias times scaling, and new minus base bias."""
     weights: dict[tuple[int, Target], Tensor] = field(default_factory=dict)
     """modules_to_save on a target: full weight [out_features, in_features] that replaces the base's."""
     norms: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     """modules_to_save on a norm: (layer or -1 for the final norm, attribute name) -> weight."""
     embed_weight: Tensor | None = None
-    """modules_to_save on embed_tokens: [vocab_size, hidden_size]."""
+    """[vocab_size, hidden_size] instead of the base's: modules_to_save on embed_tokens, or embeddings saved along."""
     embed_lora: tuple[Tensor, Tensor, float] | None = None
     """lora_embedding_A transposed to [vocab_size, r], lora_embedding_B transposed to [r, hidden_size], scaling."""
+    embed_dora_scale: Tensor | None = None
+    """float32 [hidden_size]: m / ||W + s*BA|| per hidden dimension, on base plus LoRA."""
     embed_rows: tuple[Tensor, Tensor] | None = None
     """trainable_token_indices: sorted int64 token ids [n], their rows [n, hidden_size]."""
     lm_head_weight: Tensor | None = None
-    """modules_to_save on lm_head (or on tied embeddings where PEFT ties it): [vocab_size, hidden_size]."""
+    """[vocab_size, hidden_size] instead of the base's; see embed_weight, which PEFT ties it to in some cases."""
     lm_head_lora: tuple[Tensor, Tensor, float] | None = None
-    """A [r, hidden_size], B [r, vocab_size], scaling."""
+    """A [r, hidden_size], B [vocab_size, r], scaling."""
     lm_head_rows: tuple[Tensor, Tensor] | None = None
-    """trainable_token_indices seen through a tied lm_head: sorted token ids [n], their rows [n, hidden_size]."""
+    """Rows of lm_head replaced, its own or those of a tied embedding: sorted token ids [n], rows [n, hidden_size]."""
     lm_head_dora_scale: Tensor | None = None
     """float32 [vocab_size]."""
     lm_head_bias: Tensor | None = None
-    """[vocab_size], added."""
+    """float32 [vocab_size], added."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor once, even if two parts share it."""
+        seen: set[int] = set()
+        for part in vars(self).values():
+            members = part.values() if isinstance(part, dict) else part if isinstance(part, tuple) else (part,)
+            for member in members:
+                if isinstance(member, Tensor) and id(member) not in seen:
+                    seen.add(id(member))
+                    yield member
 
     @property
     def num_bytes(self) -> int:
         """Memory of all parts."""
-        tensors: list[Tensor] = []
-        for part in (self.dora_scales, self.biases, self.weights, self.norms):
-            tensors.extend(part.values())  # type: ignore[attr-defined]
-        for single in (self.embed_weight, self.lm_head_weight, self.lm_head_dora_scale, self.lm_head_bias):
-            if single is not None:
-                tensors.append(single)
-        for group in (self.embed_lora, self.embed_rows, self.lm_head_lora, self.lm_head_rows):
-            if group is not None:
-                tensors.extend(item for item in group if isinstance(item, Tensor))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def to(self, device: torch.device) -> "AdapterExtras":
+        """The same parts on another device; parts that share a tensor still do."""
+        moved = {id(tensor): tensor.to(device, non_blocking=True) for tensor in self.tensors()}
+
+        def move(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return moved[id(part)]
+            if isinstance(part, dict):
+                return {key: moved[id(tensor)] for key, tensor in part.items()}
+            return tuple(move(member) for member in part) if isinstance(part, tuple) else part
+
+        return AdapterExtras(**{name: move(part) for name, part in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -131,3 +152,119 @@ class LoraState:
 def new_page_pool(layout: PageLayout, num_pages: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Allocate [num_pages, page_elems], zeroed so that no stale value is ever a NaN."""
     return torch.zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
+
+
+def embed(token_ids: Tensor, weight: Tensor, lora: LoraState) -> Tensor:
+    """Look up embeddings, each row through its own adapter's.
+
+    Args:
+        token_ids: int64 [num_tokens].
+        weight: the base's [vocab_size, hidden_size].
+        lora: the step's adapters.
+
+    Returns:
+        [num_tokens, hidden_size].
+    """
+    out = functional.embedding(token_ids, weight)
+    for start, end, extras in lora.extras:
+        ids, rows = token_ids[start:end], out[start:end]
+        if extras.embed_weight is not None:
+            rows.copy_(functional.embedding(ids, extras.embed_weight))
+        if extras.embed_lora is not None:
+            a, b, scaling = extras.embed_lora
+            wide = rows.float() + (functional.embedding(ids, a) @ b).float() * scaling
+            rows.copy_(wide if extras.embed_dora_scale is None else wide * extras.embed_dora_scale)
+        if extras.embed_rows is not None:
+            replaced_ids, new_rows = extras.embed_rows
+            index = torch.searchsorted(replaced_ids, ids).clamp_(max=replaced_ids.shape[0] - 1)
+            is_replaced = (replaced_ids[index] == ids).unsqueeze(1)
+            rows.copy_(torch.where(is_replaced, new_rows[index], rows))
+    return out
+
+
+def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias: Tensor | None) -> None:
+    """Turn a site's base output into each row's own adapter's, in place.
+
+    Args:
+        out: [num_tokens, sum of out_features], base product with bias.
+        x: [num_tokens, in_features], what the site read.
+        layer: which layer.
+        site: which product.
+        lora: the step's adapters.
+        bias: the base's [sum of out_features], as it is in ``out``; None if there is none.
+    """
+    slices = lora.slices[layer, site]
+    add_lora(out, x, slices, lora.ranks[layer, site], lora.batch)
+    if not lora.extras:
+        return
+    first = 0
+    for target, b_pages in zip(site.value, slices.b, strict=True):
+        columns = slice(first, first + b_pages.shape[2])
+        first = columns.stop
+        target_bias = None if bias is None else bias[columns]
+        for start, end, extras in lora.extras:
+            _adapt_target(out[start:end, columns], x[start:end], (layer, target), extras, target_bias)
+
+
+def _adapt_target(out: Tensor, x: Tensor, key: tuple[int, Target], extras: AdapterExtras, bias: Tensor | None) -> None:
+    """One target's dense parts for one segment: ``out`` [rows, out_features] already has base and low-rank part."""
+    weight = extras.weights.get(key)
+    if weight is not None:
+        out.copy_(functional.linear(x, weight, bias))
+    scale = extras.dora_scales.get(key)
+    if scale is not None:
+        # DoRA rescales W + s*BA, not the bias (arXiv 2402.09353, equation 5)
+        wide = out.float()
+        out.copy_(wide * scale if bias is None else (wide - bias) * scale + bias)
+    added = extras.biases.get(key)
+    if added is not None:
+        out.copy_(out.float() + added)
+
+
+def adapt_norm(x: Tensor, normed: Tensor, layer: int, name: str, lora: LoraState, eps: float) -> Tensor:
+    """Normalize again, with their own weight, the rows whose adapter brings one.
+
+    Args:
+        x: what was normalized, [num_tokens, ..., features].
+        normed: with the base's weight; changed in place.
+        layer: which layer; -1 with name "norm" is the final norm.
+        name: attribute name of the norm.
+        lora: the step's adapters.
+        eps: the norm's.
+
+    Returns:
+        ``normed``.
+    """
+    for start, end, extras in lora.extras:
+        weight = extras.norms.get((layer, name))
+        if weight is not None:
+            normed[start:end] = rms_norm(x[start:end], weight, eps)
+    return normed
+
+
+def adapt_logits(logits: Tensor, hidden_rows: Tensor, lora: LoraState) -> Tensor:
+    """Turn the base's logits into each row's own adapter's.
+
+    Args:
+        logits: float32 [num_rows, vocab_size]; changed in place.
+        hidden_rows: [num_rows, hidden_size].
+        lora: the step's adapters; its ``logit_extras`` name rows of ``hidden_rows``.
+
+    Returns:
+        ``logits``.
+    """
+    for start, end, extras in lora.logit_extras:
+        hidden, rows = hidden_rows[start:end], logits[start:end]
+        if extras.lm_head_weight is not None:
+            rows.copy_(functional.linear(hidden, extras.lm_head_weight))
+        if extras.lm_head_rows is not None:
+            token_ids, new_rows = extras.lm_head_rows
+            rows[:, token_ids] = functional.linear(hidden, new_rows).to(rows.dtype)
+        if extras.lm_head_lora is not None:
+            a, b, scaling = extras.lm_head_lora
+            rows += functional.linear(functional.linear(hidden, a), b).float() * scaling
+        if extras.lm_head_dora_scale is not None:
+            rows *= extras.lm_head_dora_scale
+        if extras.lm_head_bias is not None:
+            rows += extras.lm_head_bias
+    return logits

@@ -1,0 +1,72 @@
+"""Regular expressions that came with an adapter, applied to module names in bounded time.
+
+Whoever can publish an adapter writes these patterns, and a backtracking pattern can run for years. Patterns that
+provably cannot explode are applied here; all others in a process of their own, which is killed when time is up.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pomona.adapters import pattern_worker
+from pomona.core.errors import AdapterConfigError
+
+TIME_LIMIT_S = 5.0
+_WORKER_PATH = str(Path(pattern_worker.__file__).resolve())
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+
+
+def match_patterns(
+    field: str, patterns: Sequence[str], names: Sequence[str], *, wrap: str = "{}", is_full_match: bool = False
+) -> list[list[str | None]]:
+    """Apply each pattern to each name, with ``re.match`` or ``re.fullmatch``.
+
+    Args:
+        field: the key of adapter_config.json to blame.
+        patterns: as written in the config.
+        names: module names.
+        wrap: what to match really; ``{}`` stands for the pattern.
+        is_full_match: the whole name must match.
+
+    Returns:
+        Per pattern and name: None without a match, else the text of the group ``idx`` ("" if there is none).
+
+    Raises:
+        AdapterConfigError: not a regular expression, or it took longer than TIME_LIMIT_S seconds.
+    """
+    wrapped = [wrap.replace("{}", pattern) for pattern in patterns]
+    if all(_is_harmless(pattern) for pattern in patterns):
+        try:
+            return pattern_worker.apply_patterns(wrapped, list(names), is_full_match=is_full_match)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterConfigError(field, f"not a valid regular expression: {error}") from error
+    return _match_in_process(field, {"patterns": wrapped, "names": list(names), "is_full_match": is_full_match})
+
+
+def _is_harmless(pattern: str) -> bool:
+    """True if backtracking cannot explode: at most one repetition and one group, and the group is not repeated."""
+    num_repeats = sum(pattern.count(symbol) for symbol in "*+?{")
+    return num_repeats <= 1 and pattern.count("(") <= 1 and not _REPEATED_GROUP.search(pattern)
+
+
+def _match_in_process(field: str, request: dict[str, object]) -> list[list[str | None]]:
+    command = [sys.executable, "-I", "-S", "-W", "ignore", _WORKER_PATH]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AdapterConfigError(
+            field, f"the pattern took longer than {TIME_LIMIT_S:g} s to match module names; simplify it"
+        ) from error
+    if done.returncode != 0:
+        raise AdapterConfigError(field, "the pattern could not be evaluated; simplify it")
+    answer: dict[str, object] = json.loads(done.stdout)
+    if "error" in answer:
+        raise AdapterConfigError(field, f"not a valid regular expression: {answer['error']}")
+    table = answer["table"]
+    assert isinstance(table, list)
+    return table
