@@ -7,6 +7,7 @@ import threading
 from pomona.adapters.digest import adapter_digest
 from pomona.adapters.peft_config import parse_config
 from pomona.adapters.sources import read_files
+from pomona.adapters.targets import resolve
 from pomona.core.adapter import AdapterInfo
 from pomona.core.errors import AdapterError
 from pomona.core.ids import AdapterId
@@ -44,7 +45,7 @@ class StagedAdapters:
         with self._lock:
             weights = self._staged.get(adapter_id)
         if weights is None:
-            weights = self._loader.load(parse_config(files.config_bytes), files)
+            weights = self._loader.load(resolve(parse_config(files.config_bytes), self._loader.modules), files)
         num_pages = self._loader.num_pages(weights)
         if num_pages > self._num_device_pages:
             raise AdapterError(

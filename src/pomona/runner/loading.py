@@ -67,7 +67,7 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
     report_progress("allocating the KV cache")
     layout = PageLayout(spec, config.rows_per_page)
     capacity = plan_capacity(config, spec, layout, max_model_len=max_model_len, device=device)
-    adapters = StagedAdapters(AdapterLoader(spec, weights, layout), capacity.num_adapter_pages)
+    adapters = StagedAdapters(AdapterLoader(weights, layout, capacity.num_adapter_pages), capacity.num_adapter_pages)
     runner = ModelRunner(
         Decoder(spec, weights),
         KVCache(spec, capacity.num_kv_blocks, config.block_size, dtype=dtype, device=device),
