@@ -1,0 +1,23 @@
+"""Before any test module: without a GPU Triton interprets its kernels, and nothing reaches for the network."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+# Both are read when the libraries are imported, which the test modules do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)  # the tensors of tests are tiny: more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _seed_everything() -> None:
+    """Whatever a test draws without a generator of its own, it draws the same every time."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (third-party code uses it)
+    torch.manual_seed(0)
