@@ -39,11 +39,11 @@ class ServedModel:
     """The base model as clients see it.
 
     Raises:
-        ConfigError: no name, or an empty one.
+        ConfigError: the name is empty.
     """
 
-    names: tuple[str, ...]
-    """Names under which the base is served; the first is the one shown."""
+    name: str
+    """Name under which the base is served."""
     max_model_len: int
     """Most tokens of one sequence, prompt and output together."""
     vocab_size: int
@@ -53,10 +53,5 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         """A model without a name could not be asked for."""
-        if not self.names or not all(self.names):
-            raise ConfigError(f"served_model_name is {self.names!r}: at least one name is needed, none empty")
-
-    @property
-    def name(self) -> str:
-        """The name shown."""
-        return self.names[0]
+        if not self.name:
+            raise ConfigError("served_model_name is empty: a name is needed")
