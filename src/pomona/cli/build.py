@@ -13,7 +13,6 @@ from pomona.engine.engine import Engine
 from pomona.runner.config import RunnerConfig
 from pomona.runner.loading import load_runner
 from pomona.sched.config import SchedulerConfig
-from pomona.sched.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +30,16 @@ class BuildEngine:
         """
         config = self.config
         loaded = load_runner(runner_config(config, self.model_path), report_progress)
-        scheduler = Scheduler(
-            SchedulerConfig(
-                num_kv_blocks=loaded.capacity.num_kv_blocks,
-                num_adapter_pages=loaded.capacity.num_adapter_pages,
-                max_model_len=loaded.max_model_len,
-                block_size=config.block_size,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_num_seqs=config.max_num_seqs,
-                max_waiting=config.max_waiting,
-                enable_prefix_cache=config.prefix_cache,
-                adapter_wait_limit_s=config.adapter_wait_limit_s,
-            )
+        limits = SchedulerConfig(
+            num_kv_blocks=loaded.capacity.num_kv_blocks,
+            num_adapter_pages=loaded.capacity.num_adapter_pages,
+            max_model_len=loaded.max_model_len,
+            block_size=config.block_size,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            max_waiting=config.max_waiting,
+            enable_prefix_cache=config.prefix_cache,
+            adapter_wait_limit_s=config.adapter_wait_limit_s,
         )
         info = EngineInfo(
             max_model_len=loaded.max_model_len,
@@ -54,7 +51,7 @@ class BuildEngine:
             eos_token_ids=loaded.spec.eos_token_ids,
             device=loaded.device_name,
         )
-        return EngineParts(engine=Engine(scheduler, loaded.runner), adapter_host=loaded.adapters, info=info)
+        return EngineParts(engine=Engine(limits, loaded.runner), adapter_host=loaded.adapters, info=info)
 
 
 def engine_builder(config: AppConfig) -> BuildEngine:

@@ -69,7 +69,7 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
     capacity = plan_capacity(config, spec, layout, max_model_len=max_model_len, device=device)
     adapters = StagedAdapters(AdapterLoader(weights, layout, capacity.num_adapter_pages), capacity.num_adapter_pages)
     runner = ModelRunner(
-        Decoder(spec, weights),
+        Decoder(spec, weights, max_model_len),
         KVCache(spec, capacity.num_kv_blocks, config.block_size, dtype=dtype, device=device),
         AdapterPool(layout, capacity.num_adapter_pages, dtype=dtype, device=device),
         adapters,

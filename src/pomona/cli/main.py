@@ -1,0 +1,180 @@
+"""``pomona``: the command line. Commands are thin; what they do lives in the modules they import when run, so that
+``pomona --help`` is quick.
+
+Exit codes: 0 done, 1 the thing asked for failed (one line says why and what to do), 2 wrong usage, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import pomona
+from pomona.cli.config import AppConfig, format_config
+from pomona.cli.flags import with_settings
+from pomona.core.errors import PomonaError
+
+app = typer.Typer(
+    name="pomona",
+    help="Serve many LoRA adapters of one base model in one batch, behind the OpenAI API.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+adapters_app = typer.Typer(help="Adapters of a running server, and adapter folders.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(adapters_app, name="adapters")
+app.add_typer(bench_app, name="bench")
+
+Url = Annotated[str, typer.Option("--url", help="Root of the server.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", help="Bearer token, if the server asks for one.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the effective settings as TOML and stop.")]
+
+
+def serve(config: AppConfig, print_config: PrintConfig = False) -> None:  # noqa: FBT002
+    """Serve a base model and its adapters behind the OpenAI API.
+
+    Examples:
+
+        pomona serve                                        # the bundled model with its adapters
+
+        pomona serve ./llama-3.2-1b --adapters-dir ./adapters --port 9000
+
+        pomona serve Qwen/Qwen2.5-0.5B-Instruct --adapter legal=./legal-lora --dtype bfloat16
+    """
+    if print_config:
+        typer.echo(format_config(config), nl=False)
+        return
+    from pomona.cli.serve import run_server
+
+    run_server(config)
+
+
+def demo(config: AppConfig) -> None:
+    """Serve, ask every adapter and the base the same thing at once, show the answers, keep serving.
+
+    Example:
+
+        pomona demo --port 8080
+    """
+    from pomona.cli.demo import run_demo
+
+    run_demo(config)
+
+
+app.command("serve")(with_settings(serve))
+app.command("demo")(with_settings(demo))
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base or adapter name; default: the base.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+) -> None:
+    """Talk to a running server.
+
+    Examples:
+
+        pomona chat --model reverse banana
+
+        pomona chat --url http://127.0.0.1:9000
+    """
+    from pomona.cli.chat import run_chat
+
+    run_chat(url, api_key, model, message, max_tokens=max_tokens, temperature=temperature)
+
+
+@adapters_app.command("list")
+def adapters_list(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Show a server's adapters: state, rank, size, features, source.
+
+    Example:
+
+        pomona adapters list --url http://127.0.0.1:8000
+    """
+    from pomona.cli.adapters import list_adapters
+
+    list_adapters(url, api_key)
+
+
+@adapters_app.command("add")
+def adapters_add(
+    name: Annotated[str, typer.Argument(help="Name that clients will use as `model`.")],
+    source: Annotated[str, typer.Argument(help="Folder on the server's machine, or hub id.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Load an adapter into a running server, or replace the one of that name. Returns when it can be used.
+
+    Example:
+
+        pomona adapters add legal /srv/adapters/legal-v2
+    """
+    from pomona.cli.adapters import add_adapter
+
+    add_adapter(url, api_key, name, source)
+
+
+@adapters_app.command("remove")
+def adapters_remove(
+    name: Annotated[str, typer.Argument(help="Adapter to unload.")], url: Url = DEFAULT_URL, api_key: ApiKey = None
+) -> None:
+    """Unload an adapter: running requests finish, then its memory is freed.
+
+    Example:
+
+        pomona adapters remove legal
+    """
+    from pomona.cli.adapters import remove_adapter
+
+    remove_adapter(url, api_key, name)
+
+
+@adapters_app.command("inspect")
+def adapters_inspect(
+    folder: Annotated[Path, typer.Argument(help="PEFT folder with adapter_config.json.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model to check it against; without it only the config is read.")
+    ] = None,
+) -> None:
+    """Say what is in an adapter folder, and whether Pomona can serve it. Needs no server.
+
+    Examples:
+
+        pomona adapters inspect ./my-lora
+
+        pomona adapters inspect ./my-lora --model ./llama-3.2-1b
+    """
+    from pomona.cli.adapters import inspect_adapter
+
+    inspect_adapter(folder, model)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(pomona.__version__)
+
+
+def main() -> None:
+    """Run the command line; errors that a person can mend are one line, not a traceback."""
+    try:
+        app()
+    except PomonaError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
