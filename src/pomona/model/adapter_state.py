@@ -27,7 +27,7 @@ _LORA_KEY = re.compile(
 )
 _TOKENS_KEY = re.compile(r"(?P<module>.+?)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _BASE_KEY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<leaf>weight|bias)")
-_COPY_KEY = re.compile(r"(?P<module>.+?)\.(?:original_module|modules_to_save)\.(?P<leaf>weight|bias)")
+_COPY_KEY = re.compile(r"(?P<module>.+?)\.(?P<part>original_module|modules_to_save)\.(?P<leaf>weight|bias)")
 _SAVED_KEY = re.compile(r"(?P<module>.+?)(?:\.modules_to_save\.[^.]+)?\.(?P<leaf>weight|bias)")
 _MALFORMED = (
     SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, ValueError,
@@ -89,8 +89,8 @@ class AdapterState:
 
     Parts: ``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_embedding_A``, ``lora_embedding_B``,
     ``lora_magnitude_vector``, ``tokens``, ``weight`` and ``bias`` (of a module saved whole, or of an unadapted one),
-    ``base.weight`` and ``base.bias`` (under an adapted module), ``copy.weight`` and ``copy.bias`` (duplicates that
-    bias="all" drags along).
+    ``base.weight`` and ``base.bias`` (under an adapted module), and ``original_module.bias`` and
+    ``modules_to_save.bias`` (which bias="all" drags along for a module saved whole).
     """
 
     def __init__(self, tensors: dict[str, Tensor], base_model_name: str | None) -> None:
@@ -179,7 +179,7 @@ def _place(key: str) -> tuple[str, str]:
     if match := _BASE_KEY.fullmatch(name):
         return match["module"], f"base.{match['leaf']}"
     if match := _COPY_KEY.fullmatch(name):
-        return match["module"], f"copy.{match['leaf']}"
+        return match["module"], f"{match['part']}.{match['leaf']}"
     if match := _SAVED_KEY.fullmatch(name):
         return match["module"], match["leaf"]
     raise AdapterError(f"tensor {key[:200]}: not a name that PEFT gives to a LoRA adapter's weights")

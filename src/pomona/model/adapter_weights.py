@@ -176,8 +176,10 @@ class _Parts:
                 layer, norm = self._names.norms[name]
                 weight = self._state.take(name, "weight", (norm_size(self._base.spec, norm),))
                 self.extras.norms[layer, norm] = self._cast(weight, name)
-            for part in ("copy.weight", "copy.bias"):
-                self._state.ignore(name, part)
+            if self._config.bias == "all":
+                # the unused original, and a second copy of what was just taken
+                self._state.ignore(name, "original_module.bias")
+                self._state.ignore(name, "modules_to_save.bias")
 
     def add_biases(self) -> None:
         """Biases of the base that bias="all" or "lora_only" trained; PEFT leaves out those that do not exist."""
@@ -197,7 +199,6 @@ class _Parts:
         extras, state = self.extras, self._state
         if EMBEDDING_NAME in self._adapter.saved_modules:
             extras.embed_weight = self._cast(state.take(EMBEDDING_NAME, "weight", self._table_shape), EMBEDDING_NAME)
-            state.ignore(EMBEDDING_NAME, "copy.weight")
         else:
             extras.embed_weight = self._table_saved_along(EMBEDDING_NAME, self._base.embed)
         lora = self._adapter.loras.get(EMBEDDING_NAME)
@@ -229,7 +230,6 @@ class _Parts:
                 self._check_same(weight, extras.embed_weight)
         else:
             extras.lm_head_weight = self._cast(state.take(HEAD_NAME, "weight", self._table_shape), HEAD_NAME)
-        state.ignore(HEAD_NAME, "copy.weight")
         lora = self._adapter.loras.get(HEAD_NAME)
         if lora is not None:
             self._add_head_lora(lora)
@@ -241,7 +241,7 @@ class _Parts:
         is_tied = self._adapter.head_follows == "lora"
         if is_tied and not state.has(HEAD_NAME, "lora_A"):
             assert extras.embed_lora is not None
-            a, b = extras.embed_lora[1].T, extras.embed_lora[0]
+            b, a, _ = extras.embed_lora
         else:
             a = state.take(HEAD_NAME, "lora_A", (lora.lora_rank, hidden_size))
             b = state.take(HEAD_NAME, "lora_B", (vocab_size, lora.lora_rank))
@@ -249,7 +249,7 @@ class _Parts:
         b_cast = self._cast(b, f"lora_B of {HEAD_NAME}").contiguous()
         if is_tied:
             assert extras.embed_lora is not None
-            self._check_same(a_cast, extras.embed_lora[1].T)
+            self._check_same(a_cast, extras.embed_lora[1])
             self._check_same(b_cast, extras.embed_lora[0])
         extras.lm_head_lora = (a_cast, b_cast, lora.scaling)
         if self._config.use_dora:
@@ -305,8 +305,8 @@ class _Parts:
     def _dora_scale(self, name: str, weight: Tensor, product: Tensor, scaling: float, dim: int) -> Tensor:
         """Magnitude over norm of the adapted weight (DoRA, arXiv 2402.09353, equation 5), float32."""
         adapted = weight.float() + scaling * product.to(device=weight.device, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(adapted, dim=dim).cpu()
-        scale = self._state.take(name, "lora_magnitude_vector", norm.shape).float() / norm
+        norm: Tensor = torch.linalg.vector_norm(adapted, dim=dim).cpu()
+        scale: Tensor = self._state.take(name, "lora_magnitude_vector", norm.shape).float() / norm
         if not torch.isfinite(scale).all():
             raise AdapterError(f"the DoRA norm of {name} is zero or not finite for this base model")
         return scale
