@@ -66,9 +66,11 @@ def test_groups_are_shuffled_differently():
     assert indices[:32] != sorted(indices[:32])
 
 
-def test_distinct_over_few_adapters_asks_for_each_equally_often():
-    indices = first_indices(GroupPopularity("distinct", num_adapters=8), 32)
-    assert Counter(indices) == {k: 4 for k in range(8)}
+def test_distinct_asks_for_every_adapter_before_any_comes_again():
+    for num_adapters in (8, 100):
+        indices = first_indices(GroupPopularity("distinct", num_adapters, group_size=32), 2 * num_adapters)
+        assert len(set(indices[:num_adapters])) == num_adapters
+        assert indices[:num_adapters] == indices[num_adapters:]
 
 
 def test_base_only_asks_for_no_adapter():

@@ -74,10 +74,10 @@ class BaseOnly:
 @dataclass(frozen=True, slots=True)
 class GroupPopularity:
     """Each group of ``group_size`` consecutive requests divides among adapters exactly as ``kind`` says, in an order
-    shuffled anew for every group.
+    shuffled anew for every group. Adapter k is the k-th most popular of every group; with fewer adapters than the kind
+    needs, indices wrap around.
 
-    Adapter k is the k-th most popular of every group. With fewer adapters than the kind needs, indices wrap around:
-    ``distinct`` over 8 adapters asks for each of them equally often.
+    ``distinct`` knows no groups: requests go round all adapters in turn, so that one comes back as late as possible.
     """
 
     kind: GroupKind
@@ -92,7 +92,9 @@ class GroupPopularity:
         require_count("group_size", self.group_size)
 
     def indices(self, rng: random.Random) -> Iterator[int | None]:
-        """Yield adapter indices in [0, num_adapters); one shuffle from ``rng`` per group."""
+        """Yield adapter indices in [0, num_adapters); one shuffle from ``rng`` per group, none for ``distinct``."""
+        if self.kind == "distinct":
+            yield from itertools.cycle(range(self.num_adapters))
         counts = GROUP_COUNTS[self.kind](self.group_size)
         group = [k % self.num_adapters for k, count in enumerate(counts) for _ in range(count)]
         while True:
