@@ -45,6 +45,11 @@ def backend_for(op: str, device: torch.device) -> ModuleType:
     return _choose(op, device.type, _override)
 
 
+def backends_of(op: str) -> tuple[str, ...]:
+    """Names of the backends that have ``op``: what parity tests run over."""
+    return tuple(name for name, modules in _MODULES.items() if op in modules)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Prefer one backend on every device while the context lasts. For tests and measurements, in one thread.
