@@ -11,11 +11,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+
+from pomona.core.request import FinishReason, SamplingParams
 from support.adapters import ALL_TARGETS, make_adapter
 from support.models import load_transformers, make_checkpoint
 from support.runner import TinyEngine
-
-from pomona.core.request import FinishReason, SamplingParams
 
 NUM_TOKENS = 64
 VOCAB_SIZE = 131

@@ -169,7 +169,7 @@ def test_logprobs_are_those_of_the_raw_logits_with_rank_and_top():
 def test_random_numbers_are_uniform_and_uncorrelated_between_neighbouring_seeds_and_indices():
     seeds, indices = np.meshgrid(np.arange(200, dtype=np.uint64), np.arange(200, dtype=np.uint64))
     draws = uniform(seeds.ravel(), indices.ravel()).reshape(200, 200)
-    assert 0 <= draws.min() and draws.max() < 1
+    assert draws.min() >= 0 and draws.max() < 1
     assert np.abs(np.histogram(draws, 20, (0, 1))[0] / draws.size - 0.05).max() < 0.005
     for shifted in (draws[1:] - 0.5, (draws[:, 1:] - 0.5).T):
         base = (draws[:-1] if shifted.shape == draws[1:].shape else draws[:, :-1]).reshape(shifted.shape) - 0.5

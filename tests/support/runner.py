@@ -24,21 +24,18 @@ class TinyEngine:
     """
 
     def __init__(self, checkpoint: Path, **settings: Any) -> None:
-        runner_settings = {name: value for name, value in settings.items() if name in _RUNNER_FIELDS}
-        runner_settings = {"dtype": "float32", "device": "cpu", "block_size": 4, "num_threads": 1} | runner_settings
-        self.loaded: LoadedRunner = load_runner(
-            RunnerConfig(
-                model_path=str(checkpoint), kv_cache_bytes=8 * 2**20, adapter_bytes=4 * 2**20, **runner_settings
-            )
-        )
-        limits = {name: value for name, value in settings.items() if name not in ("dtype", "device", "num_threads")}
+        defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 4, "num_threads": 1}
+        memory: dict[str, Any] = {"kv_cache_bytes": 8 * 2**20, "adapter_bytes": 4 * 2**20}
+        chosen = {**defaults, **memory, **{name: settings[name] for name in settings if name in _RUNNER_FIELDS}}
+        self.loaded: LoadedRunner = load_runner(RunnerConfig(model_path=str(checkpoint), **chosen))
+        limits = {name: value for name, value in settings.items() if name not in (*defaults, *memory)}
         self.engine = Engine(
             SchedulerConfig(
                 **{
                     "num_kv_blocks": self.loaded.capacity.num_kv_blocks,
                     "num_adapter_pages": self.loaded.capacity.num_adapter_pages,
                     "max_model_len": self.loaded.max_model_len,
-                    "block_size": runner_settings["block_size"],
+                    "block_size": chosen["block_size"],
                     **limits,
                 }
             ),

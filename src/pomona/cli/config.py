@@ -44,13 +44,17 @@ class AppConfig(BaseSettings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights and activations.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    max_model_len: int | None = Field(None, ge=1, description="Longest prompt + output, in tokens; default: the model's.")
+    max_model_len: int | None = Field(
+        None, ge=1, description="Longest prompt + output, in tokens; default: the model's."
+    )
     max_num_seqs: int = Field(256, ge=1, description="Most requests running at once.")
     max_num_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step.")
     max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered with 429.")
     block_size: int = Field(16, ge=1, description="Token positions per KV block.")
     kv_cache_bytes: ByteSize | None = Field(None, description="Memory for the KV cache, such as 2GiB; default: sized.")
-    adapter_bytes: ByteSize | None = Field(None, description="Device memory for adapters, such as 1GiB; default: sized.")
+    adapter_bytes: ByteSize | None = Field(
+        None, description="Device memory for adapters, such as 1GiB; default: sized."
+    )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model step; default: all cores.")
     prefix_cache: bool = Field(default=True, description="Reuse KV blocks of equal prompt beginnings.")
@@ -88,7 +92,7 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
     Raises:
         ConfigError: names the setting, the value and where it came from.
     """
-    global _config_file  # noqa: PLW0603 - pydantic-settings offers no other way to choose the file per call
+    global _config_file
     if config_file is not None and not config_file.is_file():
         raise ConfigError(f"--config {config_file}: no such file")
     unknown = [

@@ -1,9 +1,9 @@
 """LLM: the engine in this process, for scripts and notebooks. No server, no other process.
 
-    from pomona import LLM
+from pomona import LLM
 
-    llm = LLM("pippin")
-    print(llm.chat("banana", adapter="reverse").text)
+llm = LLM("pippin")
+print(llm.chat("banana", adapter="reverse").text)
 """
 
 import time
@@ -116,7 +116,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         sampling: SamplingParams = GREEDY,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,

@@ -19,7 +19,7 @@ class Executor(Protocol):
 
 
 class AdapterHost(Protocol):
-    """Where adapters' weights wait in host memory. Implemented by the runner; called beside the step, from any thread."""
+    """Where adapters' weights wait in host memory. The runner's; called beside the step, from any thread."""
 
     def stage(self, path: str) -> AdapterInfo:
         """Read, verify and convert the adapter in the local folder ``path``.

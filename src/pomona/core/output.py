@@ -9,7 +9,7 @@ from pomona.core.request import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """News of one request after one step. Exactly one output per request has a ``finish_reason``, and it is the last."""
+    """News of one request after one step. Exactly one output has a ``finish_reason``, and it is the last."""
 
     request_id: RequestId
     new_token_ids: tuple[int, ...] = ()

@@ -80,9 +80,7 @@ class SamplingParams:
         _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
         _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "between -2 and 2")
         _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
-        _check(
-            0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty, "in (0, 100]"
-        )
+        _check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty, "in (0, 100]")
         for token_id, bias in self.logit_bias:
             _check(token_id >= 0, "logit_bias", token_id, "a token id, 0 or larger")
             _check(-100.0 <= bias <= 100.0 and math.isfinite(bias), "logit_bias", bias, "between -100 and 100")

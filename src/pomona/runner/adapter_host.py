@@ -8,7 +8,6 @@ from pomona.adapters.digest import adapter_digest
 from pomona.adapters.peft_config import parse_config
 from pomona.adapters.sources import read_files
 from pomona.adapters.targets import resolve
-from pomona.adapters.targets import resolve
 from pomona.core.adapter import AdapterInfo
 from pomona.core.errors import AdapterError
 from pomona.core.ids import AdapterId

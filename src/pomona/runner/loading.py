@@ -1,6 +1,7 @@
 """load_runner: a checkpoint folder becomes a ModelRunner whose sizes are known."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pomona.model.decoder import Decoder
 from pomona.model.hf_config import read_spec
 from pomona.model.lora import PageLayout
 from pomona.model.spec import ModelSpec
-from pomona.model.weights import load_weights
+from pomona.model.weights import DecoderWeights, load_weights
 from pomona.runner.adapter_host import StagedAdapters
 from pomona.runner.adapter_pool import AdapterPool
 from pomona.runner.config import RunnerConfig
@@ -50,20 +51,13 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
         CheckpointError: the checkpoint is unreadable or of an unsupported kind.
         ConfigError: a setting does not fit the model or the machine.
     """
-    folder = Path(config.model_path)
-    spec = read_spec(folder)
-    device = torch_device(config)
-    dtype = torch_dtype(config, spec, device)
-    if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    weights = _load_weights(config, report_progress)
+    spec, device, dtype = weights.spec, weights.device, weights.dtype
     max_model_len = config.max_model_len or spec.max_position_embeddings
     if max_model_len > spec.max_position_embeddings:
         raise ConfigError(
             f"max_model_len is {max_model_len} but the model was made for {spec.max_position_embeddings} positions"
         )
-    weights = load_weights(
-        folder, spec, dtype, device, lambda done, total: report_progress(f"loading weights {100 * done // total}%")
-    )
     report_progress("allocating the KV cache")
     layout = PageLayout(spec, config.rows_per_page)
     capacity = plan_capacity(config, spec, layout, max_model_len=max_model_len, device=device)
@@ -78,3 +72,28 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
         device=device,
     )
     return LoadedRunner(runner, adapters, spec, capacity, max_model_len, dtype, device)
+
+
+def load_adapter_host(config: RunnerConfig) -> StagedAdapters:
+    """Only what it takes to read, verify and convert adapters for a base model; nothing can be run.
+
+    Raises:
+        CheckpointError: the checkpoint is unreadable or of an unsupported kind.
+    """
+    weights = _load_weights(config, lambda text: None)
+    return StagedAdapters(AdapterLoader(weights, PageLayout(weights.spec, config.rows_per_page)), sys.maxsize)
+
+
+def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) -> DecoderWeights:
+    folder = Path(config.model_path)
+    spec = read_spec(folder)
+    device = torch_device(config)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    return load_weights(
+        folder,
+        spec,
+        torch_dtype(config, spec, device),
+        device,
+        lambda done, total: report_progress(f"loading weights {100 * done // total}%"),
+    )

@@ -114,8 +114,8 @@ class ModelRunner:
         return found
 
     def _logits_of_run(self, hidden: Tensor, start: int, lora: LoraState | None) -> Iterator[Tensor]:
-        """Yield the logits [vocab_size] of consecutive rows of one adapter, the first being row ``start`` of the batch."""
+        """Yield logits [vocab_size] of consecutive rows of one adapter; the first is row ``start`` of the batch."""
         extras = () if lora is None else tuple(extra for first, end, extra in lora.extras if first <= start < end)
-        for part in hidden.split(_PROMPT_LOGITS_ROWS):
+        for part in torch.split(hidden, _PROMPT_LOGITS_ROWS):
             logit_extras = tuple((0, part.shape[0], extra) for extra in extras)
             yield from self._decoder.logits(part, lora and replace(lora, logit_extras=logit_extras))

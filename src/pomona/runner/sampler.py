@@ -60,17 +60,17 @@ def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
     num_tokens, num_prompt = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
     tokens = torch.from_numpy(table.token_ids[row, :num_tokens]).to(logits.device)
     if params.repetition_penalty != 1.0:
-        seen = tokens.unique()
+        seen = torch.unique(tokens)
         values = logits[seen]
         scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
         logits[seen] = scaled
     if (params.presence_penalty or params.frequency_penalty) and num_tokens > num_prompt:
-        output, counts = tokens[num_prompt:].unique(return_counts=True)
+        output, counts = torch.unique(tokens[num_prompt:], return_counts=True)
         logits[output] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
     if params.logit_bias:
-        ids, values = zip(*params.logit_bias, strict=True)
-        index = torch.tensor(ids, device=logits.device)
-        logits.index_add_(0, index, torch.tensor(values, dtype=logits.dtype, device=logits.device))
+        index = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
+        biases = torch.tensor([bias for _, bias in params.logit_bias], dtype=logits.dtype, device=logits.device)
+        logits.index_add_(0, index, biases)
     if num_tokens - num_prompt < params.min_tokens and params.stop_token_ids:
         logits[list(params.stop_token_ids)] = -torch.inf
 
@@ -152,6 +152,4 @@ def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs
     if num_top:
         values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(
-        token_id=token_id, logprob=float(own), rank=int((logprobs > own).sum()) + 1, top=top
-    )
+    return TokenLogprobs(token_id=token_id, logprob=float(own), rank=int((logprobs > own).sum()) + 1, top=top)

@@ -1,0 +1,104 @@
+"""``pomona adapters``: a server's adapters, and what is in an adapter folder."""
+
+from pathlib import Path
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.table import Table
+
+from pomona.adapters.digest import adapter_digest
+from pomona.adapters.peft_config import parse_config
+from pomona.adapters.sources import read_files
+from pomona.cli.api import Api
+from pomona.core.adapter import AdapterFiles, AdapterSpec
+
+
+def list_adapters(url: str, api_key: str | None) -> None:
+    """Print a table of a server's adapters."""
+    table = Table(
+        "name", "state", "rank", "MiB", "adapts", "features", "digest", "source", box=None, header_style="bold"
+    )
+    for adapter in Api(url, api_key).call("GET", "/v1/adapters")["data"]:
+        table.add_row(
+            adapter["name"],
+            adapter["state"],
+            str(adapter["rank"] if adapter["rank"] is not None else ""),
+            f"{adapter['bytes'] / 2**20:.2f}" if adapter["bytes"] is not None else "",
+            " ".join(name.removesuffix("_proj") for name in adapter["modules"]),
+            " ".join(adapter["features"]),
+            (adapter["digest"] or "")[:12],
+            adapter["source"],
+        )
+    console = Console()
+    console.print(table if table.row_count else "No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
+
+
+def add_adapter(url: str, api_key: str | None, name: str, source: str) -> None:
+    """Load or replace an adapter and say what was loaded."""
+    is_local = Path(source).expanduser().exists()
+    source = str(Path(source).expanduser().resolve()) if is_local else source
+    adapter = Api(url, api_key).call("POST", "/v1/adapters", {"name": name, "source": source})
+    Console().print(f"{adapter['name']}: rank {adapter['rank']}, {adapter['state']}, digest {adapter['digest'][:12]}")
+
+
+def remove_adapter(url: str, api_key: str | None, name: str) -> None:
+    """Unload an adapter."""
+    Api(url, api_key).call("DELETE", f"/v1/adapters/{quote(name)}")
+    Console().print(f"{name}: unloaded")
+
+
+def inspect_adapter(folder: Path, model: str | None) -> None:
+    """Print what an adapter folder holds; with a model, convert it as the server would.
+
+    Raises:
+        AdapterError: it cannot be served; says why.
+    """
+    files = read_files(str(folder))
+    spec = parse_config(files.config_bytes)
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    for name, value in _facts(files, spec).items():
+        table.add_row(name, value)
+    if model is not None:
+        for name, value in _checked_facts(folder, model).items():
+            table.add_row(name, value)
+    Console().print(table)
+
+
+def _facts(files: AdapterFiles, spec: AdapterSpec) -> dict[str, str]:
+    facts = {
+        "digest": adapter_digest(files),
+        "rank, alpha": f"{spec.lora_rank}, {spec.lora_alpha:g}",
+        "targets": _shown(spec.target_modules),
+        "base model": spec.base_model_name or "(not named)",
+        "weights": f"{len(files.weights_bytes) / 2**20:.2f} MiB, {files.weights_format}",
+    }
+    optional = {
+        "excluded": _shown(spec.exclude_modules),
+        "rsLoRA": "yes" if spec.use_rslora else "",
+        "DoRA": "yes" if spec.use_dora else "",
+        "rank pattern": ", ".join(f"{key}: {value}" for key, value in spec.rank_pattern),
+        "alpha pattern": ", ".join(f"{key}: {value:g}" for key, value in spec.alpha_pattern),
+        "bias": "" if spec.bias == "none" else spec.bias,
+        "saved modules": ", ".join(spec.modules_to_save),
+    }
+    return facts | {name: value for name, value in optional.items() if value}
+
+
+def _shown(names: tuple[str, ...] | str | None) -> str:
+    return names if isinstance(names, str) else ", ".join(names or ())
+
+
+def _checked_facts(folder: Path, model: str) -> dict[str, str]:
+    """Convert the adapter for a base model, as the server would."""
+    from pomona.cli.hub import checkpoint_dir
+    from pomona.runner.config import RunnerConfig
+    from pomona.runner.loading import load_adapter_host
+
+    info = load_adapter_host(RunnerConfig(model_path=str(checkpoint_dir(model)), device="cpu")).stage(str(folder))
+    return {
+        "fits": model,
+        "adapts": ", ".join(info.modules),
+        "features": ", ".join(info.features) or "(none)",
+        "in memory": f"{info.num_host_bytes / 2**20:.2f} MiB, {info.num_pages} pages",
+    }
