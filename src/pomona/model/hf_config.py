@@ -234,7 +234,7 @@ def _head_dim(fields: _Fields, family: _Family, hidden_size: int, num_heads: int
     default = hidden_size // num_heads if is_null or family.head_dim is None else family.head_dim
     head_dim = fields.integer("head_dim", default or None)
     if head_dim % 2 != 0:
-        raise CheckpointError(f"head_dim is {head_dim}: rotary embeddings need an even number")
+        raise fields.refuse("head_dim", f"rotary embeddings need an even number, not {head_dim}")
     return head_dim
 
 
