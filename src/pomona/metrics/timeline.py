@@ -4,6 +4,8 @@ The definitions are the glossary's; whoever fills in the times decides whether t
 No clock is read here. All times are seconds on one clock.
 """
 
+import itertools
+
 from pomona.core.request import FinishReason
 
 
@@ -81,7 +83,7 @@ class RequestTimeline:
     def itl_s(self) -> list[float]:
         """Gaps between consecutive tokens; 0 between tokens that arrived together."""
         times = self._token_times_s
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(times)]
 
     @property
     def tpot_s(self) -> float | None:

@@ -29,7 +29,7 @@ class Scheduler:
 
     Invariants: a running sequence is held by the executor, holds its blocks and pins its adapter; a waiting or ended
     one holds nothing. A sequence alone always fits the pool (checked by ``add``) and the oldest running one is never
-    preempted, so every step makes progress. Tokens count as computed once they are scheduled, and blocks become findable
+    preempted, so every step makes progress. Tokens count as computed once scheduled, and blocks become findable
     when the step's result arrives, so that a later step could be planned in between.
     """
 
