@@ -3,11 +3,12 @@
 Builders are picklable, so the same parts run in this process and in a child. Some prompts make the executor misbehave.
 """
 
+import asyncio
 import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import AdapterNotFoundError, PomonaError
 from pomona.core.ids import AdapterId, RequestId
+from pomona.core.interfaces import EngineClient
+from pomona.core.output import RequestOutput
 from pomona.core.plan import SeqStart, StepPlan, StepResult
-from pomona.core.request import Request, SamplingParams
+from pomona.core.request import FinishReason, Request, SamplingParams
 from pomona.driver.loop import EngineParts
 from pomona.engine.engine import Engine
 from pomona.sched.config import SchedulerConfig
@@ -175,3 +178,30 @@ class TinyBuilder:
             device="none",
         )
         return EngineParts(engine, host, info)
+
+
+async def read(stream: AsyncIterator[RequestOutput]) -> tuple[list[int], FinishReason | None]:
+    """All tokens of a stream and its one finish reason."""
+    token_ids: list[int] = []
+    reasons: list[FinishReason] = []
+    async for output in stream:
+        assert not reasons, "nothing follows the terminal output"
+        token_ids.extend(output.new_token_ids)
+        if output.finish_reason is not None:
+            reasons.append(output.finish_reason)
+    assert len(reasons) == 1, "a stream that ends has had its terminal output"
+    return token_ids, reasons[0]
+
+
+async def until(is_true: Callable[[], bool], what: str, limit_s: float = 30.0) -> None:
+    """Wait for a condition that must come true."""
+    deadline_s = time.monotonic() + limit_s
+    while not is_true():
+        assert time.monotonic() < deadline_s, f"{what} did not happen within {limit_s:g} s"
+        await asyncio.sleep(0.005)
+
+
+def is_idle(client: EngineClient) -> bool:
+    """True when the client's last snapshot shows no sequence and no block in use."""
+    stats = client.stats()
+    return stats.num_running == stats.num_waiting == stats.num_kv_blocks_used == stats.num_pinned_adapters == 0

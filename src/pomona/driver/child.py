@@ -67,6 +67,7 @@ def _live(channel: EngineChannel, builder_pickle: bytes, num_staging_threads: in
     error = loop.run()
     parts.close()
     channel.tell(Ended(None if error is None else pack_error(error)))
+    loop.close()
     return 0 if error is None else 1
 
 

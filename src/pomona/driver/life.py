@@ -75,7 +75,7 @@ class EngineLife:
         try:
             await self._watch(self._over, self._config.hang_limit_s)
         except PomonaError as error:
-            return str(error)
+            self._over.set_result(str(error))
         return self._over.result()
 
     async def end(self, reason: str) -> None:
@@ -98,13 +98,14 @@ class EngineLife:
 
     @property
     def _is_listening(self) -> bool:
-        """The engine is built and its loop takes commands."""
-        return self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
+        """The engine is built, and as far as is known its loop takes commands."""
+        is_built = self._ready.done() and not self._ready.cancelled() and self._ready.exception() is None
+        return is_built and not self._over.done()
 
     async def _wait_for_exit(self, limit_s: float) -> None:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + limit_s
-        while self._process.end_text() is None and loop.time() < deadline_s:
+        while self._process.is_running and loop.time() < deadline_s:
             await asyncio.sleep(_TICK_S / 10)
 
     async def _watch(self, news: "asyncio.Future[Any]", silence_limit_s: float) -> None:

@@ -112,10 +112,12 @@ class LocalClient:
     def _run(self) -> None:
         """The thread: one engine's life."""
         channel = EngineChannel(self._context, _ADDRESS, self._config.max_queued_reports)
-        error = EngineLoop(self._parts, channel, self._config.num_staging_threads).run()
+        loop = EngineLoop(self._parts, channel, self._config.num_staging_threads)
+        error = loop.run()
         self._parts.close()
         channel.tell(Ended(None if error is None else pack_error(error)))
         channel.close()
+        loop.close()
 
     def _on_report(self, report: Report) -> None:
         assert self._open_session is not None

@@ -118,9 +118,11 @@ class EngineLoop:
             _LOGGER.exception("The engine failed")
             # The text reaches clients; the details, which are not theirs to see, are in the log.
             return EngineUnavailableError(f"the engine failed: {type(error).__name__}")
-        finally:
-            self._pool.shutdown(wait=False, cancel_futures=True)
         return None
+
+    def close(self) -> None:
+        """After ``run``, and after whoever waits for its outcome has been told: wait for stagings that have begun."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _turn(self) -> None:
         for command in self._channel.receive(self._patience_s()):

@@ -94,6 +94,11 @@ class EngineProcess:
         """Remove the directory. Connected sockets need it no longer, so nothing can be left behind after Hello."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    @property
+    def is_running(self) -> bool:
+        """True between ``start`` and the child's end."""
+        return self._popen is not None and self._popen.poll() is None
+
     def end_text(self) -> str | None:
         """How the child ended, for people; None while it lives. Reaps it."""
         status = None if self._popen is None else self._popen.poll()
