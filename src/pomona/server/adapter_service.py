@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pomona.adapters.catalogue import Catalogue, CatalogueEntry
+from pomona.adapters.catalogue import AdapterState, Catalogue, CatalogueEntry
 from pomona.adapters.sources import AdapterSources
-from pomona.core.errors import EngineUnavailableError, ModelNotFoundError
+from pomona.core.errors import EngineUnavailableError, ModelNotFoundError, PomonaError
 from pomona.core.ids import AdapterId
 from pomona.core.interfaces import EngineClient
 from pomona.server.errors import UnknownAdapterError
@@ -71,6 +71,11 @@ class AdapterService:
     def entries(self) -> tuple[CatalogueEntry, ...]:
         """All names, sorted."""
         return self._catalogue.list()
+
+    @property
+    def num_ready(self) -> int:
+        """Names that requests may use."""
+        return sum(entry.state is AdapterState.READY for entry in self._catalogue.list())
 
     def get(self, name: str) -> CatalogueEntry:
         """Look up one name, in any state.
@@ -171,6 +176,8 @@ class AdapterService:
                 replaced = await self._stage(name, source, path)
             except BaseException:
                 self._catalogue.abandon_load(name)
+                if all(entry.name != name for entry in self._catalogue.list()):
+                    self._created_s.pop(name, None)
                 raise
             self._created_s[name] = int(time.time())  # noqa: TID251
             entry = self._catalogue.get(name)
@@ -268,5 +275,11 @@ class AdapterService:
     def _spawn(self, work: Coroutine[Any, Any, _Result]) -> "asyncio.Task[_Result]":
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._end_task)
         return task
+
+    def _end_task(self, task: "asyncio.Task[Any]") -> None:
+        self._tasks.discard(task)
+        # Whoever waits for the task gets its error too; but nobody may be waiting any more.
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, PomonaError):
+            _LOGGER.error("An adapter operation failed", exc_info=error)

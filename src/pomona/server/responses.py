@@ -135,6 +135,8 @@ class AdapterCard(msgspec.Struct, frozen=True):
     name: str
     state: str
     """loading, ready, or draining."""
+    version: int
+    """Counts what was loaded under this name, from 1; 0 while the first is loading."""
     source: str
     id: str | None
     """Digest of weights and config; null while it is first loaded."""
@@ -186,7 +188,7 @@ class Health(msgspec.Struct, frozen=True):
     status: str
     """ok or unavailable."""
     engine: str
-    """ready, or restarting."""
+    """The engine's state: ready, or what keeps it from that."""
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

@@ -1,0 +1,43 @@
+"""What every endpoint needs, in one frozen object; built by ``app.create_app``."""
+
+from dataclasses import dataclass
+
+from starlette.requests import HTTPConnection
+
+from pomona.core.interfaces import EngineClient
+from pomona.server.adapter_service import AdapterService
+from pomona.server.config import ServedModel, ServerConfig
+from pomona.server.metrics import ServerMetrics
+from pomona.text.chat_template import ChatTemplate
+from pomona.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """The parts of a running server."""
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    """None if the model has none; chat is then refused."""
+    adapters: AdapterService
+    model: ServedModel
+    config: ServerConfig
+    metrics: ServerMetrics
+    cache_secret: bytes
+    started_s: int
+    """Unix time of the start."""
+
+
+def context_of(connection: HTTPConnection) -> ServerContext:
+    """Return the context of the application that handles this request."""
+    context = connection.app.state.context
+    assert isinstance(context, ServerContext)
+    return context
+
+
+def request_id_of(connection: HTTPConnection) -> str:
+    """Return the id that the middleware gave this HTTP request; also its ``x-request-id``."""
+    request_id = connection.scope["state"]["request_id"]
+    assert isinstance(request_id, str)
+    return request_id

@@ -1,0 +1,132 @@
+"""The engine requests behind one API request: started together, read as one stream, never left behind."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from pomona.core.errors import EngineUnavailableError, PomonaError, QueueFullError
+from pomona.core.interfaces import EngineClient
+from pomona.core.output import RequestOutput
+from pomona.core.request import FinishReason, Request
+from pomona.server.errors import RequestAbortedError, RequestFailedError
+from pomona.server.metrics import AdapterSeries, RequestMeter
+
+_Pump = asyncio.Task[None]
+
+
+class FanOut:
+    """Runs engine requests side by side. If one fails, or the block is left early, all others are aborted.
+
+        async with FanOut(client, requests, series) as fan_out:
+            async for index, output in fan_out: ...
+
+    Args:
+        client: the engine.
+        requests: at least one.
+        series: where their latencies and ends are counted.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request], series: AdapterSeries) -> None:
+        assert requests, "nothing to run"
+        self._client = client
+        self._requests = requests
+        self._meters = [RequestMeter(series, len(request.prompt_token_ids), request.arrival_s) for request in requests]
+        self._streams: list[AsyncIterator[RequestOutput]] = []
+        self._pumps: list[_Pump] = []
+        self._outputs = self._run()
+
+    async def __aenter__(self) -> Self:
+        """Nothing is started before the first output is asked for."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Abort whatever has not ended."""
+        for pump in self._pumps:
+            pump.cancel()
+        if self._pumps:
+            await asyncio.wait(self._pumps)
+        await self._outputs.aclose()
+        reason = FinishReason.FAIL if isinstance(error, EngineUnavailableError) else FinishReason.ABORT
+        for index, meter in enumerate(self._meters):
+            if not meter.timeline.is_ended:
+                await self._close(index, None if isinstance(error, QueueFullError) else reason)
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Outputs of all requests as they come, each with its request's index.
+
+        Raises:
+            QueueFullError: one was not admitted.
+            EngineUnavailableError, RequestFailedError, RequestAbortedError: one ended without an answer.
+        """
+        return self._outputs
+
+    async def finish(self, index: int) -> None:
+        """End a request whose answer is complete: a stop string was found in it."""
+        if not self._meters[index].timeline.is_ended:
+            if self._pumps:
+                self._pumps[index].cancel()
+                await asyncio.wait([self._pumps[index]])
+            await self._close(index, FinishReason.STOP)
+
+    async def _close(self, index: int, reason: FinishReason | None) -> None:
+        self._meters[index].end(reason, time.monotonic())
+        if index < len(self._streams):
+            await self._client.abort(self._requests[index].request_id)
+            aclose = getattr(self._streams[index], "aclose", None)
+            if aclose is not None:
+                await aclose()
+
+    async def _run(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        for request in self._requests:
+            self._streams.append(self._client.submit(request))
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                self._note(0, output)
+                yield 0, output
+                if self._meters[0].timeline.is_ended:
+                    return
+            raise EngineUnavailableError("The engine ended the request without an answer.")
+        queue: asyncio.Queue[tuple[int, RequestOutput] | _Pump] = asyncio.Queue()
+        for index in range(len(self._streams)):
+            pump = asyncio.create_task(self._pump(index, queue))
+            pump.add_done_callback(queue.put_nowait)
+            self._pumps.append(pump)
+        while not all(meter.timeline.is_ended for meter in self._meters):
+            item = await queue.get()
+            if isinstance(item, asyncio.Task):
+                if not item.cancelled():
+                    item.result()  # raises what the pump raised
+                continue
+            index, output = item
+            if not self._meters[index].timeline.is_ended:
+                self._note(index, output)
+                yield index, output
+
+    async def _pump(self, index: int, queue: "asyncio.Queue[tuple[int, RequestOutput] | _Pump]") -> None:
+        async for output in self._streams[index]:
+            queue.put_nowait((index, output))
+            if output.finish_reason is not None:
+                return
+        raise EngineUnavailableError("The engine ended the request without an answer.")
+
+    def _note(self, index: int, output: RequestOutput) -> None:
+        now_s = time.monotonic()
+        meter = self._meters[index]
+        meter.advance(output, now_s)
+        if output.finish_reason is not None:
+            meter.end(output.finish_reason, now_s)
+            error = self._error_of(output)
+            if error is not None:
+                raise error
+
+    def _error_of(self, output: RequestOutput) -> PomonaError | None:
+        if output.finish_reason is FinishReason.ABORT:
+            return RequestAbortedError("The request was ended by the operator.")
+        if output.finish_reason is FinishReason.FAIL:
+            message = output.error or "The engine failed."
+            return RequestFailedError(message) if self._client.is_ready else EngineUnavailableError(message)
+        return None

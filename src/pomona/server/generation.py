@@ -1,0 +1,200 @@
+"""Runs one chat or completion request: engine requests out, text back, as a stream or as one body."""
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from starlette.requests import Request as HTTPRequest
+
+from pomona.core.errors import PomonaError
+from pomona.core.ids import RequestId
+from pomona.core.output import RequestOutput
+from pomona.core.plan import TokenLogprobs
+from pomona.core.request import Request, SamplingParams
+from pomona.server.adapter_service import Lease
+from pomona.server.answers import AnswerFacts, AnswerFormat
+from pomona.server.choice import Choice, Piece, PromptEcho, TextRules
+from pomona.server.context import ServerContext, context_of, request_id_of
+from pomona.server.errors import error_body
+from pomona.server.fan_out import FanOut
+from pomona.server.prompts import Prompt
+from pomona.server.protocol import GenerationRequest
+from pomona.server.reply import Reply, WatchedResponse
+from pomona.server.responses import PromptTokensDetails, Usage
+from pomona.server.tenant import DEFAULT_TENANT, cache_salt
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request, ready to run. Choice ``p * n + i`` is the i-th of prompt p."""
+
+    response_id: str
+    arrival_s: float
+    """Monotonic clock when the request came in."""
+    prompts: tuple[Prompt, ...]
+    n: int
+    sampling: tuple[SamplingParams, ...]
+    """One per choice."""
+    rules: TextRules
+    has_echo: bool
+    is_stream: bool
+    has_usage_event: bool
+
+
+class _Progress:
+    """One choice under way: an echoed prompt, then the output."""
+
+    __slots__ = ("_echo", "_is_open", "_prompt_logprobs", "choice", "whole")
+
+    def __init__(self, choice: Choice, echo: PromptEcho | None) -> None:
+        self.choice = choice
+        self.whole = Piece()
+        """Everything so far, if the answer is not streamed."""
+        self._echo = echo
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._is_open = False
+
+    def open(self) -> bool:
+        """Return True the first time only."""
+        was_open, self._is_open = self._is_open, True
+        return not was_open
+
+    def advance(self, output: RequestOutput) -> list[Piece]:
+        """Return what this output adds, in order; the last piece may be empty."""
+        pieces = []
+        if self._echo is not None:
+            self._prompt_logprobs.extend(output.prompt_logprobs)
+            if self._echo.is_complete(len(self._prompt_logprobs)):
+                pieces.append(self._echo.piece(self._prompt_logprobs))
+                self._echo = None
+        pieces.append(self.choice.advance(output))
+        return pieces
+
+    def collect(self, piece: Piece) -> None:
+        """Keep a piece for the whole answer."""
+        whole = self.whole
+        whole.text += piece.text
+        whole.logprobs.extend(piece.logprobs)
+        whole.finish_reason = piece.finish_reason
+        whole.stop_reason = piece.stop_reason
+
+
+def respond(
+    request: HTTPRequest,
+    body: GenerationRequest,
+    id_prefix: str,
+    plan_job: Callable[[str], Awaitable[Job]],
+    answer_format: Callable[[AnswerFacts], AnswerFormat],
+) -> WatchedResponse:
+    """Return the response that resolves the model, plans the job, and runs it for as long as the client listens.
+
+    Args:
+        request: the HTTP request, its body already read.
+        body: what the body says.
+        id_prefix: of the answer's id, such as "cmpl".
+        plan_job: checks everything else about the body; takes the answer's id.
+        answer_format: how the answer is worded.
+    """
+    context = context_of(request)
+    response_id = f"{id_prefix}-{request_id_of(request)}"
+
+    async def produce(reply: Reply) -> None:
+        with context.adapters.lease(body.model) as lease:
+            job = await plan_job(response_id)
+            facts = AnswerFacts(
+                tokenizer=context.tokenizer,
+                response_id=response_id,
+                created_s=int(time.time()),  # noqa: TID251  # a date for people
+                model=body.model,
+                has_logprobs=job.rules.has_logprobs,
+                has_usage_event=job.has_usage_event,
+            )
+            await run(context, job, lease, answer_format(facts), reply)
+
+    return WatchedResponse(produce)
+
+
+async def run(context: ServerContext, job: Job, lease: Lease, answer: AnswerFormat, reply: Reply) -> None:
+    """Run a job to the end of its answer.
+
+    Raises:
+        PomonaError: before anything was sent; later errors become the last event of the stream.
+    """
+    progress = _start_choices(context, job)
+    series = context.metrics.series_of(lease.adapter_name)
+    try:
+        async with FanOut(context.client, _engine_requests(context, job, lease), series) as fan_out:
+            async for index, output in fan_out:
+                one = progress[index]
+                pieces = one.advance(output)
+                if pieces[-1].finish_reason is not None and output.finish_reason is None:
+                    await fan_out.finish(index)
+                if job.is_stream:
+                    await _stream(reply, answer, index, one, pieces)
+                else:
+                    for piece in pieces:
+                        one.collect(piece)
+    except PomonaError as error:
+        if not reply.has_started:
+            raise
+        await reply.events(b"data: " + error_body(error) + b"\n\n")
+        await reply.end()
+        return
+    usage = _usage(job, progress)
+    if not job.is_stream:
+        await reply.json(answer.body([one.whole for one in progress], usage))
+        return
+    if job.has_usage_event:
+        await reply.events(answer.usage(usage))
+    await reply.end()
+
+
+async def _stream(reply: Reply, answer: AnswerFormat, index: int, one: _Progress, pieces: list[Piece]) -> None:
+    events = b"".join([answer.chunk(index, piece) for piece in pieces if not piece.is_empty])
+    if one.open():
+        events = answer.opening(index) + events
+    if events:
+        await reply.events(events)
+
+
+def _start_choices(context: ServerContext, job: Job) -> list[_Progress]:
+    progress = []
+    for prompt in job.prompts:
+        for _ in range(job.n):
+            echo = None
+            if job.has_echo:
+                has_logprobs = job.rules.has_logprobs
+                echo = PromptEcho(context.tokenizer, prompt.token_ids, prompt.text, has_logprobs=has_logprobs)
+            text_offset = 0 if echo is None else len(echo.text)
+            choice = Choice(context.tokenizer, job.rules, context.model.eos_token_ids, text_offset)
+            progress.append(_Progress(choice, echo))
+    return progress
+
+
+def _engine_requests(context: ServerContext, job: Job, lease: Lease) -> list[Request]:
+    salt = cache_salt(context.cache_secret, DEFAULT_TENANT)
+    return [
+        Request(
+            request_id=RequestId(f"{job.response_id}-{index}"),
+            prompt_token_ids=job.prompts[index // job.n].token_ids,
+            sampling=sampling,
+            arrival_s=job.arrival_s,
+            tenant_id=DEFAULT_TENANT,
+            adapter_id=lease.adapter_id,
+            cache_salt=salt,
+        )
+        for index, sampling in enumerate(job.sampling)
+    ]
+
+
+def _usage(job: Job, progress: list[_Progress]) -> Usage:
+    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
+    num_output_tokens = sum(one.choice.num_output_tokens for one in progress)
+    # The first choice of each prompt: the others find in the cache what it computed.
+    num_cached_tokens = sum(one.choice.num_cached_tokens for one in progress[:: job.n])
+    return Usage(
+        num_prompt_tokens,
+        num_output_tokens,
+        num_prompt_tokens + num_output_tokens,
+        PromptTokensDetails(num_cached_tokens),
+    )
