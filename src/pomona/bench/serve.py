@@ -4,11 +4,14 @@ Popularities run one after another over the same arrivals and lengths. Prompts d
 run finds nothing of an earlier one in a prefix cache.
 """
 
+import asyncio
 import datetime
 import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+import uvloop
 
 import pomona
 from pomona.bench.client import ServedModel, ServerClient
@@ -18,6 +21,7 @@ from pomona.bench.machine import describe_hardware, find_commit
 from pomona.bench.prompts import PromptSource, completion_body, find_prompt_source
 from pomona.bench.report import BenchReport, BenchSetup, RunReport, append_json_lines, check_writable, summarise
 from pomona.core.errors import ConfigError
+from pomona.workload.arrivals import AllAtOnce
 from pomona.workload.popularity import BaseOnly, GroupKind, GroupPopularity, Popularity
 from pomona.workload.spec import WorkloadRequest, WorkloadSpec, generate
 
@@ -71,6 +75,17 @@ async def run_serve_bench(config: ServeBenchConfig, on_progress: OnProgress | No
     if config.output_file is not None:
         append_json_lines(report, config.output_file, with_requests=config.is_recording_requests)
     return report
+
+
+def serve_bench(config: ServeBenchConfig, on_progress: OnProgress | None = None) -> BenchReport:
+    """``run_serve_bench`` on an event loop of its own: uvloop's, which takes a third off the client's CPU time.
+
+    Raises:
+        ConfigError: as ``run_serve_bench``.
+        KeyboardInterrupt: after Ctrl-C, once every stream is closed.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run_serve_bench(config, on_progress))
 
 
 async def _find_target(client: ServerClient, config: ServeBenchConfig) -> _Target:
@@ -186,5 +201,7 @@ async def _run(
     await _warm_up(client, config, warmup, _ProgressCount(popularity, len(warmup), on_progress, is_warmup=True))
     requests = _prepare(config, target, workload, f"prompts/{popularity}")
     count = _ProgressCount(popularity, len(requests), on_progress, is_warmup=False)
+    if config.arrivals == AllAtOnce():
+        await client.open_connections(min(len(requests), config.max_concurrency or len(requests)))
     load = await run_load(client, requests, config.max_concurrency, count.add)
     return RunReport(summarise(popularity, load, config.slo), load.records)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import TypeGuard
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -11,6 +12,9 @@ from rich.text import Text
 from pomona.bench.percentiles import Percentiles
 from pomona.bench.report import LATE_SEND_S, BenchReport, RunSummary
 from pomona.bench.serve import BenchProgress
+
+_NEGLIGIBLE_S = 0.002
+"""The resolution of timers: lateness below it is nobody's fault."""
 
 
 class ProgressBar:
@@ -50,13 +54,15 @@ def render_table(report: BenchReport) -> RenderableType:
     config = report.setup.config
     rate = "all at once" if config.request_rate_per_s == float("inf") else f"{config.request_rate_per_s:g} requests/s"
     title = f"{report.setup.base_model} at {config.base_url}, {config.num_requests} requests, {rate}"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("client-side", no_wrap=True)
     for run in report.runs:
         table.add_column(run.summary.popularity, justify="right", no_wrap=True)
     for name, cell in _rows(report):
         table.add_row(name, *(cell(run.summary) for run in report.runs))
-    return Group(table, *(Text(f"! {caution}", style="yellow") for caution in cautions(report)))
+    return Group(
+        Text(title, style="bold"), table, *(Text(f"! {caution}", style="yellow") for caution in cautions(report))
+    )
 
 
 def _rows(report: BenchReport) -> Iterator[tuple[str, Callable[[RunSummary], str]]]:
@@ -79,6 +85,7 @@ def _rows(report: BenchReport) -> Iterator[tuple[str, Callable[[RunSummary], str
         yield "attainment", lambda run: _number(run.attainment, "{:.1%}")
         yield "goodput/s", lambda run: _number(run.goodput_per_s, "{:.2f}")
     yield "most in flight", lambda run: str(run.max_in_flight)
+    yield f"sent >{1e3 * LATE_SEND_S:.0f} ms late", lambda run: str(run.num_late_sends)
 
 
 def _milliseconds(latency: Callable[[RunSummary], Percentiles | None], share: str) -> Callable[[RunSummary], str]:
@@ -93,6 +100,13 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
+def _is_material(own_delay: Percentiles | None, latency: Percentiles | None) -> TypeGuard[Percentiles]:
+    """True if the client's own delay at p99 is more than a tenth of the typical latency that it distorts."""
+    if own_delay is None or own_delay.p99 <= _NEGLIGIBLE_S:
+        return False
+    return latency is None or own_delay.p99 > 0.1 * latency.p50
+
+
 def cautions(report: BenchReport) -> list[str]:
     """Return what a reader must know before believing the numbers; empty when there is nothing."""
     notes = []
@@ -101,13 +115,13 @@ def cautions(report: BenchReport) -> list[str]:
     for run in (run.summary for run in report.runs):
         for kind, count, message in run.errors:
             notes.append(f"{run.popularity}: {count} x {kind}: {message}")
-        if run.num_late_sends and run.send_lateness_s is not None:
+        if _is_material(run.send_lateness_s, run.ttft_s):
             notes.append(
                 f"{run.popularity}: the client sent {run.num_late_sends} of {run.num_requests} requests more than "
                 f"{1e3 * LATE_SEND_S:.0f} ms late (at most {1e3 * run.send_lateness_s.max:.0f} ms); "
                 "TTFT and e2e include it, the offered load is less than asked"
             )
-        if run.loop_lag_s is not None and run.itl_s is not None and run.loop_lag_s.p99 > 0.1 * run.itl_s.p99:
+        if _is_material(run.loop_lag_s, run.itl_s):
             notes.append(
                 f"{run.popularity}: the client itself lagged by {1e3 * run.loop_lag_s.p99:.1f} ms at p99; "
                 "it needs a core of its own"
