@@ -172,7 +172,7 @@ def _layers_to_transform(
 ) -> tuple[int, ...] | None:
     name = "layers_to_transform"
     value = config.get(name)
-    if value is None or value == []:
+    if value is None:
         return None
     if isinstance(target_modules, str):
         raise AdapterConfigError(name, "cannot be combined with a target_modules that is a string (as in PEFT)")
@@ -180,20 +180,21 @@ def _layers_to_transform(
     for layer in layers:
         if not _is_integer(layer) or layer < 0:
             raise AdapterConfigError(name, f"holds {_show(layer)}: must be layer numbers from 0")
-    return tuple(sorted(set(layers)))
+    return tuple(sorted(set(layers))) or None
 
 
 def _layers_pattern(config: dict[str, Any], target_modules: tuple[str, ...] | str | None) -> tuple[str, ...]:
     name = "layers_pattern"
     value = config.get(name)
-    if value in (None, "", []):
+    if value is None:
         return ()
-    patterns = _strings(name, value if isinstance(value, list) else [value])
     if isinstance(target_modules, str):
         raise AdapterConfigError(name, "cannot be combined with a target_modules that is a string (as in PEFT)")
-    if config.get("layers_to_transform") in (None, []):
+    if value in ("", []):
+        return ()
+    if config.get("layers_to_transform") is None:
         raise AdapterConfigError(name, "needs layers_to_transform as well (as in PEFT)")
-    return patterns
+    return _strings(name, value if isinstance(value, list) else [value])
 
 
 def _bias(config: dict[str, Any]) -> str:

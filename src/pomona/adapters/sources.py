@@ -118,13 +118,17 @@ def _read(folder: str, name: str, roots: Sequence[str], max_bytes: int) -> bytes
         if error.errno == errno.ELOOP:
             raise AdapterForbiddenError(f"{name} is a symbolic link that leads nowhere") from error
         raise AdapterError(f"{name} cannot be read: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterError(f"{name} is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterError(f"{name} is not a regular file")
         if status.st_size > max_bytes:
             raise AdapterError(f"{name} has {status.st_size} bytes; the limit is {max_bytes}")
-        content = file.read(max_bytes + 1)
+        try:
+            content = file.read(max_bytes + 1)
+        except OSError as error:
+            raise AdapterError(f"{name} cannot be read: {error.strerror}") from error
     if len(content) > max_bytes:
         raise AdapterError(f"{name} has more than {max_bytes} bytes, the limit")
     return content

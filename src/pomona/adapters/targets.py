@@ -46,7 +46,10 @@ def resolve(spec: AdapterSpec, base: BaseModules) -> ResolvedAdapter:
     _check_adaptable(spec, request, base, matched)
     saved = _saved_modules(request, base)
     tokens, tokens_are_tied = _token_rows(spec, base)
-    _check_disjoint(spec, matched, saved, {*tokens, *((HEAD_NAME,) if tokens_are_tied else ())})
+    _check_disjoint(matched, saved, set(tokens))
+    if tokens_are_tied:
+        # PEFT puts a tied head's token rows under its low-rank part; it cannot put them under anything else
+        _check_disjoint(matched if spec.use_dora else set(), saved, {HEAD_NAME})
     loras = _ranks(spec, tuple(name for name in base.names if name in matched))
     if request.tie == "lora" and loras[HEAD_NAME].lora_rank != loras[EMBEDDING_NAME].lora_rank:
         raise AdapterConfigError("rank_pattern", "gives the tied embed_tokens and lm_head different ranks")
@@ -192,12 +195,11 @@ def _token_rows(spec: AdapterSpec, base: BaseModules) -> tuple[dict[str, tuple[i
     return tokens, True
 
 
-def _check_disjoint(spec: AdapterSpec, matched: set[str], saved: set[str], tokens: set[str]) -> None:
+def _check_disjoint(matched: set[str], saved: set[str], tokens: set[str]) -> None:
     for name in sorted(saved & (matched | tokens)):
         raise AdapterConfigError("modules_to_save", f"saves {name!r} whole, which another field adapts as well")
     for name in sorted(matched & tokens):
-        if name == EMBEDDING_NAME or spec.use_dora:
-            raise AdapterConfigError("trainable_token_indices", f"{name!r} is adapted by target_modules as well")
+        raise AdapterConfigError("trainable_token_indices", f"{name!r} is adapted by target_modules as well")
 
 
 def _ranks(spec: AdapterSpec, names: tuple[str, ...]) -> dict[str, ModuleLora]:

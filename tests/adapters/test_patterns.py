@@ -1,0 +1,43 @@
+"""Patterns from configs: exact regular expressions, but never without end."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pomona.adapters import patterns
+from pomona.adapters.patterns import match_patterns
+from pomona.core.errors import AdapterConfigError
+
+NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", "lm_head"]
+
+
+def test_simple_and_complex_patterns_match_alike() -> None:
+    simple = match_patterns("target_modules", [".*q_proj"], NAMES, is_full_match=True)
+    complex_ = match_patterns("target_modules", [".*(q+|z)_(proj)"], NAMES, is_full_match=True)
+    assert simple == complex_ == [["", None, None]]
+
+
+def test_the_group_named_idx_is_returned() -> None:
+    wrap = r".*\.{}\.(?P<idx>\d+)\."
+    assert match_patterns("layers_pattern", ["layers", "l+a+yers"], NAMES, wrap=wrap) == [["0", "11", None]] * 2
+
+
+@pytest.mark.parametrize("pattern", ["(", "*", "[", "(?P<n>", "a{2,1}", "(?<=a+)b", "(a)(b)(", "(?P=none)"])
+def test_what_is_no_regular_expression_is_refused_naming_the_field(pattern: str) -> None:
+    with pytest.raises(AdapterConfigError, match=r"rank_pattern: not a valid regular expression"):
+        match_patterns("rank_pattern", [pattern], NAMES)
+
+
+@pytest.mark.parametrize("pattern", [r"([a-z_.0-9]+)+#", r"(.|.)*#", "(m|m)(o|o)*" + ".*" * 12 + "#"])
+def test_a_pattern_that_would_run_for_years_is_stopped(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.5)
+    with pytest.raises(AdapterConfigError, match="target_modules: the pattern took longer than"):
+        match_patterns("target_modules", [pattern], ["model.layers.0.self_attn.q_proj" * 2], is_full_match=True)
+
+
+@given(st.text(alphabet="ab.*+?|()[]{}1,^$\\", max_size=8))
+def test_patterns_matched_in_this_process_cannot_explode(pattern: str) -> None:
+    """The rule itself: at most one repetition and no repeated group."""
+    if patterns._is_harmless(pattern):
+        assert sum(pattern.count(symbol) for symbol in "*+?{") <= 1
+        assert not any(f"){symbol}" in pattern for symbol in "*+?{")
