@@ -1,0 +1,168 @@
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pomona.core.errors import CheckpointError
+from pomona.text.tokenizer import Tokenizer
+from support.tokenizers import CORPUS, make_tokenizer_files
+
+texts = st.text(st.characters(codec="utf-8"), max_size=60)
+
+
+def _edit(path: Path, **changes: object) -> None:
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps(content))
+
+
+@given(text=texts)
+def test_byte_level_round_trip_loses_nothing(byte_level, text):
+    assert byte_level.decode(byte_level.encode(text), skip_special_tokens=False) == text
+
+
+@given(text=texts)
+def test_byte_fallback_round_trip_loses_nothing(sentencepiece, text):
+    # "▁" itself is how sentencepiece writes a space.
+    text = text.replace("▁", "")
+    assert sentencepiece.decode(sentencepiece.encode(text)) == text
+
+
+@given(token_ids=st.lists(st.integers(0, 511), max_size=30), skip=st.booleans())
+def test_byte_level_decoding_equals_the_library(byte_level, folder_of_byte_level, token_ids, skip):
+    expected = folder_of_byte_level.decode(token_ids, skip_special_tokens=skip)
+    assert byte_level.decode(token_ids, skip_special_tokens=skip) == expected
+
+
+@given(text=texts)
+def test_byte_fallback_decoding_of_text_equals_the_library(sentencepiece, folder_of_sentencepiece, text):
+    token_ids = sentencepiece.encode(text)
+    assert sentencepiece.decode(token_ids) == folder_of_sentencepiece.decode(token_ids)
+
+
+@pytest.fixture(scope="session")
+def folder_of_byte_level(tmp_path_factory):
+    folder = make_tokenizer_files(tmp_path_factory.mktemp("library_byte_level"))
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def folder_of_sentencepiece(tmp_path_factory):
+    folder = make_tokenizer_files(tmp_path_factory.mktemp("library_sentencepiece"), kind="sentencepiece")
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_only_broken_bytes_become_replacement_characters(sentencepiece):
+    token_ids = [sentencepiece._backend.token_to_id(token) for token in ("<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>")]
+    assert sentencepiece.decode(token_ids) == "你\ufffd"
+
+
+def test_ids_without_a_token_decode_to_nothing(tokenizer):
+    assert tokenizer.decode([tokenizer.vocab_size, 10**9]) == ""
+    assert tokenizer.token_bytes(-1) == b""
+
+
+def test_special_tokens_are_left_out_unless_kept(tokenizer):
+    token_ids = tokenizer.encode("a b<|im_end|>", add_special_tokens=False)
+    assert tokenizer.eos_token_id in token_ids
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == "a b<|im_end|>"
+    assert tokenizer.decode(token_ids) == "a b"
+
+
+def test_the_tokenizers_own_specials_are_added_only_on_request(sentencepiece):
+    assert sentencepiece.encode("a")[0] == sentencepiece.bos_token_id
+    assert sentencepiece.bos_token_id not in sentencepiece.encode("a", add_special_tokens=False)
+
+
+def test_special_tokens_are_known_by_name(sentencepiece):
+    assert sentencepiece.special_tokens == {
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(folder):
+    _edit(
+        folder / "tokenizer.json",
+        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        padding={
+            "strategy": {"Fixed": 9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<|endoftext|>",
+        },
+    )
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.decode(tokenizer.encode(CORPUS[0]), skip_special_tokens=False) == CORPUS[0]
+
+
+def test_tokens_that_only_the_config_knows_are_added_at_their_ids(folder):
+    size = Tokenizer.load(folder).vocab_size
+    _edit(folder / "tokenizer_config.json", added_tokens_decoder={str(size): {"content": "<|tool|>", "special": True}})
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.encode("<|tool|>") == [size]
+    assert size in tokenizer.special_token_ids
+
+
+def test_tokens_that_cannot_have_their_ids_are_refused(folder):
+    _edit(folder / "tokenizer_config.json", added_tokens_decoder={"99999": {"content": "<|tool|>", "special": True}})
+    with pytest.raises(CheckpointError, match=r"added_tokens_decoder: token '<\|tool\|>' has id 99999"):
+        Tokenizer.load(folder)
+
+
+def test_a_plain_vocabulary_entry_named_as_eos_becomes_special(folder):
+    word = "the" if Tokenizer.load(folder)._backend.token_to_id("the") is not None else "e"
+    _edit(folder / "tokenizer_config.json", eos_token=word)
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.eos_token_id in tokenizer.special_token_ids
+
+
+def test_a_checkpoint_without_tokenizer_json_says_what_to_do(tmp_path):
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json.*save_pretrained"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 1}'])
+def test_a_broken_tokenizer_json_is_named(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read"):
+        Tokenizer.load(folder)
+
+
+def test_a_broken_tokenizer_config_is_named(folder):
+    (folder / "tokenizer_config.json").write_text("[1")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: cannot be read as JSON"):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "decoder", [None, {"type": "WordPiece", "prefix": "##", "cleanup": True}, {"type": "BPEDecoder", "suffix": "</w>"}]
+)
+def test_decoders_that_cannot_be_streamed_are_refused_by_name(folder, decoder):
+    _edit(folder / "tokenizer.json", decoder=decoder)
+    with pytest.raises(CheckpointError, match=f"decoder {decoder['type'] if decoder else 'none'} is not supported"):
+        Tokenizer.load(folder)
+
+
+def test_many_threads_may_encode_and_decode_at_once(tokenizer):
+    expected = [tokenizer.encode(text) for text in CORPUS]
+    wrong: list[str] = []
+
+    def work() -> None:
+        for text, token_ids in zip(CORPUS, expected, strict=True):
+            if tokenizer.encode(text) != token_ids or tokenizer.decode(token_ids) != text:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
