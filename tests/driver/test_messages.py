@@ -2,7 +2,7 @@ import inspect
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pomona.core import errors
@@ -95,6 +95,7 @@ def test_every_message_is_among_those_tested():
     assert tested == defined
 
 
+@settings(max_examples=40)
 @given(
     st.lists(
         st.builds(

@@ -25,6 +25,7 @@ from pomona.driver.process import ChildConfig
 _LOGGER = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _BEGIN_LIMIT_S = 60.0
 """A parent that has not answered Hello for this long never will."""
 
@@ -65,8 +66,8 @@ def _live(channel: EngineChannel, builder_pickle: bytes, num_staging_threads: in
     loop = EngineLoop(parts, channel, num_staging_threads)
     channel.tell(Ready(parts.info))
     error = loop.run()
-    parts.close()
     channel.tell(Ended(None if error is None else pack_error(error)))
+    parts.close()
     loop.close()
     return 0 if error is None else 1
 
@@ -88,7 +89,9 @@ def _build(channel: EngineChannel, builder_pickle: bytes) -> EngineParts | None:
 def _die_with_parent(parent_pid: int, life_fd: int) -> None:
     """Two nets: the kernel's death signal (Linux; works while Python is stuck in a C call), and the pipe's end."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc.prctl(_PR_SET_NAME, b"pomona-engine")
     if os.getppid() != parent_pid:
         os._exit(1)
     threading.Thread(target=_wait_for_end_of, args=(life_fd,), name="pomona-parent-watch", daemon=True).start()

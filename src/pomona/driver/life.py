@@ -34,7 +34,14 @@ class EngineLife:
         self._on_progress = on_progress
         self._process = EngineProcess()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._channel = ClientChannel(self._context, self._process.address, config.max_queued_reports, self._on_report)
+        try:
+            self._channel = ClientChannel(
+                self._context, self._process.address, config.max_queued_reports, self._on_report
+            )
+        except BaseException:
+            self._process.release()
+            self._context.destroy(linger=0)
+            raise
         self.session = EngineSession(self._channel, adapters, config.max_unanswered_commands)
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = loop.create_future()
@@ -55,7 +62,10 @@ class EngineLife:
         Raises:
             PomonaError: the builder's own error, or EngineUnavailableError if the process died or fell silent.
         """
-        life = cls(config, adapters, on_progress)
+        try:
+            life = cls(config, adapters, on_progress)
+        except (OSError, zmq.ZMQError) as error:
+            raise EngineUnavailableError(f"the engine's sockets could not be made: {error}") from error
         try:
             life._process.start(build, ChildConfig(config.num_staging_threads, config.max_queued_reports))
             await life._watch(life._ready, config.start_silence_limit_s)

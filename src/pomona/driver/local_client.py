@@ -5,7 +5,9 @@ start again: an engine that fails leaves the client in the state "failed".
 """
 
 import asyncio
+import logging
 import threading
+import time
 from typing import Self
 
 import zmq
@@ -23,6 +25,8 @@ from pomona.driver.messages import Ended, Report, Shutdown, TurnReport, pack_err
 from pomona.driver.session import EngineSession, RequestStream
 
 _ADDRESS = Address("inproc://commands", "inproc://reports")
+_LOGGER = logging.getLogger(__name__)
+
 _TICK_S = 0.005
 _CLOSED = "the engine is shutting down"
 
@@ -82,9 +86,14 @@ class LocalClient:
         if self._open_session is not None and self._channel is not None:
             self._open_session.end(_CLOSED)
             self._channel.send(Shutdown())
-            while self._thread.is_alive():
+            deadline_s = time.monotonic() + self._config.stop_limit_s
+            while self._thread.is_alive() and time.monotonic() < deadline_s:
                 await asyncio.sleep(_TICK_S)
             self._channel.close()
+            if self._thread.is_alive():
+                # A thread cannot be killed; it is a daemon, and ends with the process.
+                _LOGGER.error("The engine's thread has not stopped within %g s", self._config.stop_limit_s)
+                return
         self._context.term()
 
     def submit(self, request: Request) -> RequestStream:
@@ -114,9 +123,9 @@ class LocalClient:
         channel = EngineChannel(self._context, _ADDRESS, self._config.max_queued_reports)
         loop = EngineLoop(self._parts, channel, self._config.num_staging_threads)
         error = loop.run()
-        self._parts.close()
         channel.tell(Ended(None if error is None else pack_error(error)))
         channel.close()
+        self._parts.close()
         loop.close()
 
     def _on_report(self, report: Report) -> None:

@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from pomona.core.errors import ConfigError
+from pomona.core.errors import ConfigError, EngineUnavailableError
 from pomona.driver.channel import Address
 from pomona.driver.loop import EngineBuilder
 
@@ -72,6 +72,7 @@ class EngineProcess:
 
         Raises:
             ConfigError: the builder cannot be pickled.
+            EngineUnavailableError: the system refuses another process.
         """
         try:
             builder_pickle = pickle.dumps(build)
@@ -87,6 +88,8 @@ class EngineProcess:
         arguments = [sys.executable, "-P", "-c", _BOOT, self._directory, str(os.getpid()), str(read_fd)]
         try:
             self._popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(read_fd,))
+        except OSError as error:
+            raise EngineUnavailableError(f"the engine's process could not be started: {error}") from error
         finally:
             os.close(read_fd)
 
