@@ -15,22 +15,25 @@ from pomona.core.adapter import AdapterFiles, AdapterSpec
 
 def list_adapters(url: str, api_key: str | None) -> None:
     """Print a table of a server's adapters."""
-    table = Table(
-        "name", "state", "rank", "MiB", "adapts", "features", "digest", "source", box=None, header_style="bold"
-    )
+    table = Table("name", "state", "rank", "MiB", "adapts", "features", "id", "source", box=None, header_style="bold")
     for adapter in Api(url, api_key).call("GET", "/v1/adapters")["data"]:
+        num_bytes = adapter["num_host_bytes"]
         table.add_row(
             adapter["name"],
             adapter["state"],
-            str(adapter["rank"] if adapter["rank"] is not None else ""),
-            f"{adapter['bytes'] / 2**20:.2f}" if adapter["bytes"] is not None else "",
+            _text(adapter["lora_rank"]),
+            "" if num_bytes is None else f"{num_bytes / 2**20:.2f}",
             " ".join(name.removesuffix("_proj") for name in adapter["modules"]),
             " ".join(adapter["features"]),
-            (adapter["digest"] or "")[:12],
+            _text(adapter["id"])[:12],
             adapter["source"],
         )
     console = Console()
     console.print(table if table.row_count else "No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def add_adapter(url: str, api_key: str | None, name: str, source: str) -> None:
@@ -38,7 +41,7 @@ def add_adapter(url: str, api_key: str | None, name: str, source: str) -> None:
     is_local = Path(source).expanduser().exists()
     source = str(Path(source).expanduser().resolve()) if is_local else source
     adapter = Api(url, api_key).call("POST", "/v1/adapters", {"name": name, "source": source})
-    Console().print(f"{adapter['name']}: rank {adapter['rank']}, {adapter['state']}, digest {adapter['digest'][:12]}")
+    Console().print(f"{adapter['name']}: {adapter['state']}, rank {adapter['lora_rank']}, id {adapter['id'][:12]}")
 
 
 def remove_adapter(url: str, api_key: str | None, name: str) -> None:

@@ -14,9 +14,10 @@ from pomona.core.ids import AdapterId
 from pomona.core.plan import AdapterLoad
 from pomona.kernels.lora import LoraBatch, LoraRanks
 from pomona.model.adapter_weights import AdapterWeights
-from pomona.model.lora import AdapterExtras, LoraState, PageLayout, new_page_pool
+from pomona.model.lora import AdapterExtras, LoraState, PageLayout
 from pomona.model.spec import Site
 from pomona.runner.batch import AdapterRun
+from pomona.runner.kv_cache import lazy_zeros
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class AdapterPool:
     def __init__(self, layout: PageLayout, num_pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
         self._device = device
-        self._pages = new_page_pool(layout, num_pages, device, dtype)
+        self._pages = lazy_zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
         self._resident: dict[AdapterId, _Resident] = {}
         self._slices = {
             (layer, site): layout.slices(self._pages, layer, site)

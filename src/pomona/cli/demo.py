@@ -1,0 +1,162 @@
+"""``pomona demo``: one server, every adapter asked at once over HTTP, the answers in a table; then it keeps serving."""
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from pomona.cli.build import adapters_dirs
+from pomona.cli.config import AppConfig
+from pomona.cli.hub import bundled_dir
+from pomona.cli.serve import Running, run_server
+from pomona.core.errors import ConfigError, PomonaError
+
+_WORDS = ("banana", "orchard")
+_MAX_TOKENS = 48
+
+
+@dataclass(slots=True)
+class Answer:
+    """One streamed answer."""
+
+    model: str
+    prompt: str
+    text: str = ""
+    num_tokens: int = 0
+    ttft_s: float = 0.0
+    duration_s: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Rate after the first token; 0 if there was only one."""
+        rest = self.duration_s - self.ttft_s
+        return (self.num_tokens - 1) / rest if self.num_tokens > 1 and rest > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What an adapter was trained to do, and right answers to the demo's words."""
+
+    description: str
+    answers: dict[str, str] = field(default_factory=dict)
+
+
+def run_demo(config: AppConfig) -> None:
+    """Serve the bundled model and show it at work.
+
+    Raises:
+        ConfigError: another model was asked for: the demo's questions are for the bundled adapters.
+    """
+    bundled = bundled_dir() / "adapters"
+    if adapters_dirs(config) != [bundled]:
+        raise ConfigError("the demo asks the bundled adapters; to serve your own use `pomona serve MODEL`")
+    tasks = _read_tasks()
+
+    async def show(running: Running) -> None:
+        console = Console()
+        answers, duration_s = await ask_all(
+            running.url, running.base_name, [entry.name for entry in running.adapters.entries]
+        )
+        ranks = {entry.name: entry.info.lora_rank for entry in running.adapters.entries if entry.info is not None}
+        console.print(_table(answers, tasks, ranks, running.base_name))
+        num_tokens = sum(answer.num_tokens for answer in answers)
+        console.print(
+            f"{len(answers)} requests to {len(ranks)} adapters and the base, in flight together: "
+            f"{num_tokens} tokens in {duration_s * 1000:.0f} ms.\n"
+        )
+        console.print(_try_it(running.url, next(iter(ranks))), markup=False, highlight=False)
+
+    run_server(config, show)
+
+
+async def ask_all(url: str, base_name: str, adapters: list[str]) -> tuple[list[Answer], float]:
+    """Send every word to every adapter and to the base, all at once.
+
+    Returns:
+        The answers, and the seconds until the last was complete.
+    """
+    async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
+        started_s = time.perf_counter()
+        asked = [_ask(client, model, word) for word in _WORDS for model in (base_name, *adapters)]
+        answers = await asyncio.gather(*asked)
+        return list(answers), time.perf_counter() - started_s
+
+
+async def _ask(client: httpx.AsyncClient, model: str, word: str) -> Answer:
+    answer = Answer(model, word)
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": word}],
+        "temperature": 0,
+        "max_tokens": _MAX_TOKENS,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started_s = time.perf_counter()
+    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.is_error:
+            await response.aread()
+            raise PomonaError(f"{model}: {response.text}")
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if chunk.get("usage"):
+                answer.num_tokens = chunk["usage"]["completion_tokens"]
+            for choice in chunk["choices"]:
+                if piece := choice["delta"].get("content"):
+                    answer.ttft_s = answer.ttft_s or time.perf_counter() - started_s
+                    answer.text += piece
+    answer.duration_s = time.perf_counter() - started_s
+    return answer
+
+
+def _read_tasks() -> dict[str, Task]:
+    tasks = json.loads((bundled_dir() / "tasks.json").read_text())
+    return {
+        task["name"]: Task(task["description"], {example["prompt"]: example["answer"] for example in task["examples"]})
+        for task in tasks
+    }
+
+
+def _table(answers: list[Answer], tasks: dict[str, Task], ranks: dict[str, int], base_name: str) -> Table:
+    table = Table(
+        "adapter", "rank", "prompt", "answer", "", "TTFT ms", "tokens/s", "does", header_style="bold", box=None
+    )
+    for answer in answers:
+        is_base = answer.model == base_name
+        task = tasks.get(answer.model)
+        right = task.answers.get(answer.prompt) if task else None
+        verdict = "" if right is None else "[green]right[/]" if answer.text == right else f"[red]wrong: {right}[/]"
+        table.add_row(
+            "(base)" if is_base else answer.model,
+            "" if is_base else str(ranks[answer.model]),
+            answer.prompt,
+            answer.text,
+            verdict,
+            f"{answer.ttft_s * 1000:.0f}",
+            f"{answer.tokens_per_s:.0f}",
+            "" if task is None else f"[dim]{task.description}[/]",
+        )
+    return table
+
+
+def _try_it(url: str, adapter: str) -> str:
+    body = json.dumps({"model": adapter, "messages": [{"role": "user", "content": "cider"}]})
+    return f"""Still serving at {url}. Try it:
+
+  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key="unused")
+  answer = client.chat.completions.create(model="{adapter}", messages=[{{"role": "user", "content": "cider"}}])
+  print(answer.choices[0].message.content)
+
+  pomona chat --url {url} --model {adapter} cider
+  pomona adapters list --url {url}
+
+Ctrl-C stops."""

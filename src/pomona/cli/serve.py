@@ -1,0 +1,196 @@
+"""``pomona serve``: start the engine's process, load the adapters, open the door."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pomona.adapters.catalogue import Catalogue
+from pomona.adapters.sources import AdapterSources
+from pomona.cli.build import AdapterSource, adapters_dirs, engine_builder, startup_adapters
+from pomona.cli.config import AppConfig
+from pomona.cli.hub import model_name
+from pomona.core.engine_info import EngineInfo
+from pomona.core.errors import ConfigError, PomonaError
+from pomona.core.ids import AdapterId
+from pomona.driver.client import ProcessClient
+from pomona.driver.config import DriverConfig
+from pomona.server.adapter_service import AdapterService
+from pomona.server.app import create_app
+from pomona.server.config import ServedModel, ServerConfig
+from pomona.text.chat_template import ChatTemplate
+from pomona.text.tokenizer import Tokenizer
+
+_LOGGER = logging.getLogger(__name__)
+_DRAIN_S = 5
+"""Seconds that open streams get after Ctrl-C."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers."""
+
+    url: str
+    base_name: str
+    adapters: AdapterService
+
+
+WhenReady = Callable[[Running], Awaitable[None]]
+
+
+def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        config: settings.
+        when_ready: run beside the server once it answers.
+
+    Raises:
+        PomonaError: a model, adapter or setting is wrong, or the port is taken.
+    """
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(message)s", datefmt="[%X]", handlers=[RichHandler(console=console)]
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # The loop that uvicorn would choose: uvloop where there is one.
+    make_loop = uvicorn.Config("").get_loop_factory()
+    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=make_loop) as runner:
+        runner.run(_serve(config, console, when_ready))
+
+
+async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | None) -> None:
+    with _bind(config) as listener:
+        async with _build_app(config, console) as (app, running_adapters, base_name):
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            running = Running(f"http://{host}:{listener.getsockname()[1]}", base_name, running_adapters)
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_DRAIN_S, server_header=False)
+            )
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.01)
+            console.print(
+                f"[bold green]Ready[/] at {running.url}: {base_name} and {len(running_adapters.entries)} adapters. "
+                f"Metrics at /metrics, API description at /docs. Ctrl-C stops."
+            )
+            beside = asyncio.create_task(_run_beside(when_ready, running)) if when_ready is not None else None
+            await serving
+            if beside is not None:
+                beside.cancel()
+                await asyncio.gather(beside, return_exceptions=True)
+
+
+async def _run_beside(when_ready: WhenReady, running: Running) -> None:
+    try:
+        await when_ready(running)
+    except PomonaError as error:
+        _LOGGER.error("%s", error)
+
+
+def _bind(config: AppConfig) -> socket.socket:
+    """Take the port before minutes of loading, not after."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; choose another --port"
+        ) from error
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple[FastAPI, AdapterService, str]]:
+    """Everything behind the door, started; closed on the way out."""
+    at_start = startup_adapters(config)
+    build = engine_builder(config)
+    folder = Path(build.model_path)
+    tokenizer = Tokenizer.load(folder)
+    base_name = config.served_model_name or model_name(config.model)
+    services: list[AdapterService] = []  # empty until the engine, which it needs, has started
+
+    def forget_lost(adapter_id: AdapterId, reason: str) -> None:
+        for service in services:
+            service.forget_lost(adapter_id, reason)
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        start = progress.add_task(f"{base_name}: starting", total=None)
+        client = ProcessClient(
+            build,
+            DriverConfig(hang_limit_s=config.step_timeout_s),
+            on_state=lambda state: progress.update(start, description=f"{base_name}: {state}"),
+            on_adapter_lost=forget_lost,
+        )
+        try:
+            info = await client.start()
+            service = AdapterService(client, _api_sources(config), Catalogue(base_name))
+            services.append(service)
+            progress.remove_task(start)
+            await _load_adapters(service, at_start, progress)
+        except BaseException:
+            await client.close()
+            raise
+    console.print(_summary(base_name, info))
+    try:
+        model = ServedModel(base_name, info.max_model_len, info.vocab_size, info.eos_token_ids)
+        yield (
+            create_app(client, tokenizer, ChatTemplate.load(folder, tokenizer), service, model, _server_config(config)),
+            service,
+            base_name,
+        )
+    finally:
+        await client.close()
+
+
+async def _load_adapters(service: AdapterService, adapters: list[AdapterSource], progress: Progress) -> None:
+    task = progress.add_task("loading adapters", total=len(adapters))
+    for adapter in adapters:
+        # Whoever starts the server may load from anywhere.
+        parent = str(Path(adapter.source).expanduser().resolve().parent)
+        try:
+            await service.load(adapter.name, adapter.source, AdapterSources((parent,), allow_hub=True))
+        except PomonaError as error:
+            if adapter.is_required:
+                raise ConfigError(f"adapter {adapter.name!r} from {adapter.source!r}: {error}") from error
+            _LOGGER.warning("Adapter %s is not served: %s", adapter.name, error)
+        progress.advance(task)
+
+
+def _api_sources(config: AppConfig) -> AdapterSources:
+    """Where the API may load adapters from: as allowed, or else from the adapters dirs."""
+    roots = config.allowed_adapter_root or tuple(str(path) for path in adapters_dirs(config))
+    return AdapterSources(tuple(str(Path(root).expanduser()) for root in roots), allow_hub=config.allow_hub_adapters)
+
+
+def _server_config(config: AppConfig) -> ServerConfig:
+    return ServerConfig(
+        api_key=config.api_key.get_secret_value() if config.api_key else None, max_body_bytes=config.max_body_bytes
+    )
+
+
+def _summary(base_name: str, info: EngineInfo) -> str:
+    tokens = info.num_kv_blocks * info.block_size
+    return (
+        f"{base_name}: {info.dtype} on {info.device}, context {info.max_model_len} tokens, "
+        f"KV cache {tokens} tokens, {info.num_adapter_pages} adapter pages"
+    )
