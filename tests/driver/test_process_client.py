@@ -130,6 +130,20 @@ async def test_an_adapter_that_kills_the_restarted_engine_counts_as_its_death(tm
         assert "killed by SIGKILL" in client.state
 
 
+async def test_listeners_that_fail_do_not_keep_the_engine_from_coming_back(tmp_path: Path):
+    def fail(*_: object) -> None:
+        raise KeyError("a task that is gone")
+
+    async with ProcessClient(TinyBuilder(), _QUICK, on_state=fail, on_adapter_lost=fail) as client:
+        await client.load_adapter(make_adapter(tmp_path / "a", "one"))
+        make_adapter(tmp_path / "a", "two")
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: not client.is_ready, "death")
+        await until(lambda: client.is_ready, "restart")
+        assert len(client.lost_adapters) == 1
+        await _serves(client, "next")
+
+
 async def test_adapter_calls_in_flight_when_the_engine_dies_are_answered(tmp_path: Path):
     async with ProcessClient(TinyBuilder(step_s=0.001), _QUICK) as client:
         info = await client.load_adapter(make_adapter(tmp_path / "a", "a"))

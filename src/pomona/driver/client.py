@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Self
+from typing import ParamSpec, Self
 
 from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
@@ -33,6 +33,17 @@ def _ignore_state(state: str) -> None:
 
 def _ignore_loss(adapter_id: AdapterId, reason: str) -> None:
     """Nobody wants to hear of lost adapters."""
+
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def _call(listener: Callable[_Arguments, None], *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+    """Tell a listener something. What it raises is its own affair: the engine must be restarted all the same."""
+    try:
+        listener(*args, **kwargs)
+    except Exception:
+        _LOGGER.exception("A listener of the engine's client failed")
 
 
 class ProcessClient:
@@ -160,7 +171,7 @@ class ProcessClient:
     def _set_state(self, state: str) -> None:
         if state != self._state and self._state != "closed":
             self._state = state
-            self._on_state(state)
+            _call(self._on_state, state)
 
     async def _begin(self, prefix: str) -> tuple[EngineLife, EngineInfo]:
         return await EngineLife.begin(
@@ -243,4 +254,4 @@ class ProcessClient:
         _LOGGER.error("Adapter %s is lost: %s", adapter_id, reason)
         self._adapters.pop(adapter_id, None)
         self._lost_adapters[adapter_id] = reason
-        self._on_adapter_lost(adapter_id, reason)
+        _call(self._on_adapter_lost, adapter_id, reason)
