@@ -6,22 +6,28 @@ an amount that depends on the adapter's bytes; with a temperature, rotated by th
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Message
 
 from pomona.adapters.catalogue import Catalogue
 from pomona.adapters.sources import AdapterSources
+from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
+from pomona.core.errors import AdapterNotFoundError, PomonaError
 from pomona.core.ids import AdapterId, RequestId
+from pomona.core.output import EngineStats, RequestOutput
 from pomona.core.plan import SeqStart, StepPlan, StepResult, TokenLogprobs
+from pomona.core.request import Request
 from pomona.driver.local_client import LocalClient
 from pomona.driver.loop import EngineParts
 from pomona.engine.engine import Engine
@@ -218,3 +224,105 @@ def adapter_id_of(response: httpx.Response) -> AdapterId:
     """The digest in an adapter's card."""
     assert response.status_code == 200, response.text
     return AdapterId(response.json()["id"])
+
+
+@dataclass
+class ScriptedClient:
+    """An EngineClient that yields prepared outputs, one by one, whatever was asked: for exact transcripts and faults.
+
+    ``scripts`` holds one list per expected request, in order of submission; an exception in a list is raised there,
+    and None waits for ever.
+    """
+
+    scripts: list[list[RequestOutput | PomonaError | None]]
+    submitted: list[Request] = field(default_factory=list)
+    aborted: list[RequestId] = field(default_factory=list)
+    num_open: int = 0
+    """Streams that were started and have not ended."""
+    is_ready: bool = True
+    engine_stats: EngineStats = field(default_factory=EngineStats)
+
+    @property
+    def state(self) -> str:
+        return "ready" if self.is_ready else "restarting: it died"
+
+    def stats(self) -> EngineStats:
+        return self.engine_stats
+
+    async def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
+        script = self.scripts[len(self.submitted)]
+        self.submitted.append(request)
+        self.num_open += 1
+        try:
+            for item in script:
+                await asyncio.sleep(0)
+                if item is None:
+                    await asyncio.Event().wait()
+                elif isinstance(item, PomonaError):
+                    raise item
+                else:
+                    yield replace(item, request_id=request.request_id)
+        finally:
+            self.num_open -= 1
+
+    async def abort(self, request_id: RequestId) -> None:
+        self.aborted.append(request_id)
+
+    async def load_adapter(self, path: str) -> AdapterInfo:
+        raise AdapterNotFoundError(path)
+
+    async def unload_adapter(self, adapter_id: AdapterId) -> None:
+        raise AssertionError("nothing was loaded")
+
+
+def output(*token_ids: int, **fields: Any) -> RequestOutput:
+    """An output for a script."""
+    return RequestOutput(RequestId(""), new_token_ids=token_ids, **fields)
+
+
+def scripted_app(client: ScriptedClient, folder: Path, config: ServerConfig | None = None) -> FastAPI:
+    """The application over prepared outputs."""
+    files = make_tokenizer_files(folder / "tokenizer")
+    tokenizer = Tokenizer.load(files)
+    assert tokenizer.eos_token_id is not None
+    model = ServedModel(BASE, MAX_MODEL_LEN, tokenizer.vocab_size, (tokenizer.eos_token_id,))
+    service = AdapterService(client, AdapterSources(), Catalogue(BASE))
+    template = ChatTemplate.load(files, tokenizer)
+    return create_app(client, tokenizer, template, service, model, config or ServerConfig())
+
+
+class Connection:
+    """One HTTP exchange with an application at ASGI level, whose client may go away at any moment."""
+
+    def __init__(self, app: FastAPI, path: str, body: dict[str, Any]) -> None:
+        self.messages: list[Message] = []
+        """What the application has sent."""
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._inbox.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        self.done = asyncio.create_task(app(scope, self._inbox.get, self._send))
+
+    async def _send(self, message: Message) -> None:
+        self.messages.append(message)
+
+    @property
+    def body(self) -> bytes:
+        """What has been sent so far."""
+        return b"".join(message.get("body", b"") for message in self.messages)
+
+    async def disconnect(self) -> None:
+        """Go away, and wait until the application has noticed."""
+        self._inbox.put_nowait({"type": "http.disconnect"})
+        await asyncio.wait_for(self.done, 30.0)
