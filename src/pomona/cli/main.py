@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the thing asked for failed (one line says why and what to 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,7 @@ ApiKey = Annotated[str | None, typer.Option("--api-key", help="Bearer token, if 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
+Spawn = Annotated[bool, typer.Option("--spawn", help="Start a server on the bundled model, and stop it afterwards.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the effective settings as TOML and stop.")]
 
 
@@ -159,6 +161,65 @@ def adapters_inspect(
     from pomona.cli.adapters import inspect_adapter
 
     inspect_adapter(folder, model)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    url: Url = DEFAULT_URL,
+    spawn: Spawn = False,  # noqa: FBT002
+    api_key: ApiKey = None,
+    model: Annotated[str | None, typer.Option(help="Base model; default: the server's.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="Adapter to use, repeatable; default: all.")] = None,
+    popularity: Annotated[
+        str, typer.Option(help="base, identical, distinct, uniform, zipf-1.5; several by commas, or all.")
+    ] = "all",
+    num_requests: Annotated[int, typer.Option(help="Requests per popularity.")] = 64,
+    rate: Annotated[float, typer.Option(help="Mean arrivals per second; inf sends all at once.")] = float("inf"),
+    arrival_cv: Annotated[float, typer.Option(help="Burstiness of arrivals; 1 is Poisson.")] = 1.0,
+    max_concurrency: Annotated[int | None, typer.Option(help="Most requests in flight; default: no limit.")] = None,
+    prompt_tokens: Annotated[str, typer.Option(help="Prompt length, such as 128 or 64-256.")] = "128",
+    output_tokens: Annotated[str, typer.Option(help="Output length, such as 64 or 16-128.")] = "64",
+    seed: Annotated[int, typer.Option(help="Same seed, same workload.")] = 0,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Objective: time to first token.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(help="Objective: time per output token.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Append the JSON lines to this file.")] = None,
+) -> None:
+    """Offer load to a server: open-loop arrivals, adapters of chosen popularity; print TTFT, ITL and throughput.
+
+    The table goes to stderr, one JSON line per popularity to stdout.
+
+    Examples:
+
+        pomona bench serve --spawn
+
+        pomona bench serve --url http://127.0.0.1:9000 --rate 5 --num-requests 200 --popularity base,zipf-1.5
+    """
+    from pomona.bench.config import ServeBenchConfig, expand_popularities
+    from pomona.cli.bench import read_lengths, run_bench, spawned_server
+    from pomona.metrics.slo import Slo
+
+    slo = Slo(*(None if ms is None else ms / 1000 for ms in (slo_ttft_ms, slo_tpot_ms)))
+    config = ServeBenchConfig(
+        base_url=url,
+        api_key=api_key,
+        model=model,
+        adapters=tuple(adapter or ()),
+        popularities=expand_popularities(popularity),
+        num_requests=num_requests,
+        request_rate_per_s=rate,
+        arrival_cv=arrival_cv,
+        max_concurrency=max_concurrency,
+        prompt_lengths=read_lengths("--prompt-tokens", prompt_tokens),
+        output_lengths=read_lengths("--output-tokens", output_tokens),
+        seed=seed,
+        slo=None if slo == Slo() else slo,
+        output_file=output,
+    )
+    if not spawn:
+        run_bench(config)
+        return
+    with spawned_server([]) as spawned_url:
+        run_bench(replace(config, base_url=spawned_url))
 
 
 @app.command()

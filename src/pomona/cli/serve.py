@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
         async with _build_app(config, console) as (app, running_adapters, base_name):
             host = f"[{config.host}]" if ":" in config.host else config.host
             running = Running(f"http://{host}:{listener.getsockname()[1]}", base_name, running_adapters)
-            server = uvicorn.Server(
+            server = _Server(
                 uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_DRAIN_S, server_header=False)
             )
             serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -88,6 +89,20 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
             if beside is not None:
                 beside.cancel()
                 await asyncio.gather(beside, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling, which ends by raising the signal again, before the engine is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on Ctrl-C and on SIGTERM: streams under way get some seconds to end; a second signal cuts them."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
 
 async def _run_beside(when_ready: WhenReady, running: Running) -> None:
@@ -135,17 +150,24 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
     )
     with Progress(*columns, console=console, transient=True) as progress:
         start = progress.add_task(f"{base_name}: starting", total=None)
+
+        def show_state(state: str) -> None:
+            if not progress.live.is_started:
+                _LOGGER.info("Engine %s", state)
+            else:
+                progress.update(start, description=f"{base_name}: {state}")
+
         client = ProcessClient(
             build,
             DriverConfig(hang_limit_s=config.step_timeout_s),
-            on_state=lambda state: progress.update(start, description=f"{base_name}: {state}"),
+            on_state=show_state,
             on_adapter_lost=forget_lost,
         )
         try:
             info = await client.start()
             service = AdapterService(client, _api_sources(config), Catalogue(base_name))
             services.append(service)
-            progress.remove_task(start)
+            progress.update(start, visible=False)
             await _load_adapters(service, at_start, progress)
         except BaseException:
             await client.close()

@@ -1,0 +1,81 @@
+"""``pomona bench serve``: the load generator of ``pomona.bench`` with a progress bar, on a server that runs or on one
+started for the purpose.
+"""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import httpx
+from rich.console import Console
+
+from pomona.bench.config import ServeBenchConfig
+from pomona.bench.report import to_json_lines
+from pomona.bench.serve import serve_bench
+from pomona.bench.table import ProgressBar, render_table
+from pomona.core.errors import ConfigError
+from pomona.workload.lengths import FixedLength, Lengths, UniformLength
+
+_START_LIMIT_S = 600.0
+
+
+def run_bench(config: ServeBenchConfig) -> None:
+    """Load the server, print the table to stderr and one JSON line per popularity to stdout."""
+    with ProgressBar() as bar:
+        report = serve_bench(config, bar)
+    Console(stderr=True).print(render_table(report))
+    for line in to_json_lines(report):
+        sys.stdout.write(line + "\n")
+
+
+def read_lengths(flag: str, text: str) -> Lengths:
+    """``128`` is a fixed length, ``64-256`` a uniform one.
+
+    Raises:
+        ConfigError: neither.
+    """
+    low, separator, high = text.partition("-")
+    if not low.isdigit() or (separator and not high.isdigit()):
+        raise ConfigError(f"{flag} {text!r}: must be a number of tokens such as 128, or a range such as 64-256")
+    return UniformLength(int(low), int(high)) if separator else FixedLength(int(low))
+
+
+@contextlib.contextmanager
+def spawned_server(arguments: Sequence[str]) -> Iterator[str]:
+    """Run ``pomona serve`` with these arguments in a process of its own; yield its address once it is ready.
+
+    Raises:
+        ConfigError: it ended, or was not ready in time.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "pomona.cli.main", "serve", *arguments, "--port", str(port)]
+    process = subprocess.Popen(command)
+    try:
+        _wait_until_ready(url, process)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
+    give_up_s = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < give_up_s:
+        if process.poll() is not None:
+            raise ConfigError(f"the server that --spawn started ended with exit code {process.returncode}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise ConfigError(f"the server that --spawn started was not ready within {_START_LIMIT_S:g} s")
