@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pomona.adapters.peft_config import MAX_CONFIG_BYTES
 from pomona.core.adapter import AdapterFiles
 from pomona.core.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError
 
@@ -32,7 +33,6 @@ WEIGHTS_FILES: tuple[tuple[str, Literal["safetensors", "bin"]], ...] = (
     ("adapter_model.bin", "bin"),
 )
 """In PEFT's order of preference."""
-MAX_CONFIG_BYTES = 2**20
 MAX_WEIGHTS_BYTES = 16 * 2**30
 MAX_SOURCE_CHARS = 4096
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?", re.ASCII)

@@ -20,7 +20,7 @@ from pomona.core.adapter import AdapterFiles
 from pomona.core.errors import AdapterError
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PREFIXES = ("base_model.model.", "base_model.")
+_PREFIX = "base_model.model."
 _LORA_KEY = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_embedding_A|lora_embedding_B|lora_A|lora_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?P<leaf>\.weight|\.bias)?"
@@ -58,13 +58,14 @@ def parse_tensors(files: AdapterFiles) -> dict[str, Tensor]:
 
 def _parse_bin(weights_bytes: bytes) -> dict[str, Tensor]:
     name = "adapter_model.bin"
+    if not zipfile.is_zipfile(io.BytesIO(weights_bytes)):
+        raise AdapterError(f"{name} is truncated, corrupt, or not written by torch.save since version 1.6")
     try:
-        if zipfile.is_zipfile(io.BytesIO(weights_bytes)):
-            with zipfile.ZipFile(io.BytesIO(weights_bytes)) as archive:
-                num_bytes = sum(member.file_size for member in archive.infolist())
-            # torch.save stores without compression: anything larger than the file would be unpacked from a bomb
-            if num_bytes > len(weights_bytes):
-                raise AdapterError(f"{name} is compressed: save it again with torch.save, or as safetensors")
+        with zipfile.ZipFile(io.BytesIO(weights_bytes)) as archive:
+            num_bytes = sum(member.file_size for member in archive.infolist())
+        # torch.save stores without compression: anything larger than the file would be unpacked from a bomb
+        if num_bytes > len(weights_bytes):
+            raise AdapterError(f"{name} is compressed: save it again with torch.save, or as safetensors")
         loaded = torch.load(io.BytesIO(weights_bytes), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise AdapterError(
@@ -142,35 +143,41 @@ class AdapterState:
         rank_dim = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}.get(part)
         if rank_dim is not None and len(found) == 2 and found[1 - rank_dim] == expected[1 - rank_dim]:
             return f"the weights have rank {found[rank_dim]}, the config says {expected[rank_dim]}"
+        if part in ("weight", "base.weight") and len(found) == len(expected) == 2 and found[1] == expected[1]:
+            return f"its vocabulary has {found[0]} tokens, the base model's {expected[0]}"
         return f"the adapter was made for another base model{self._made_for}"
 
     def ignore(self, module: str, part: str) -> None:
         """Drop a tensor that cannot change the output, if it is there."""
         self._left.pop((module, part), None)
 
-    def check_all_taken(self, known_modules: Sequence[str]) -> None:
+    def check_modules(self, known_modules: Sequence[str]) -> None:
+        """Refuse tensors of modules that the base model does not have.
+
+        Raises:
+            AdapterError: naming the first of them.
+        """
+        known = frozenset(known_modules)
+        for (module, _), (key, _) in self._left.items():
+            if module not in known:
+                raise AdapterError(
+                    f"tensor {key} adapts {module!r}, which this base model does not have: "
+                    f"the adapter was made for another base model{self._made_for}"
+                )
+
+    def check_all_taken(self) -> None:
         """Refuse tensors that nothing asked for.
 
         Raises:
             AdapterError: naming the first of them.
         """
-        for (module, _), (key, _) in self._left.items():
-            if module not in known_modules:
-                raise AdapterError(
-                    f"tensor {key} adapts {module!r}, which this base model does not have: "
-                    f"the adapter was made for another base model{self._made_for}"
-                )
         for key, _ in self._left.values():
             raise AdapterError(f"tensor {key} is not used by anything in adapter_config.json")
 
 
 def _place(key: str) -> tuple[str, str]:
     """(module, part) of a key."""
-    name = key.replace("_orig_mod.", "")  # left by torch.compile
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            name = name.removeprefix(prefix)
-            break
+    name = key.replace("_orig_mod.", "").removeprefix(_PREFIX)  # the former is left by torch.compile
     if match := _LORA_KEY.fullmatch(name):
         is_bias = match["leaf"] == ".bias"
         return match["module"], match["part"] + (".bias" if is_bias else "")

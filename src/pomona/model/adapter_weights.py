@@ -2,6 +2,7 @@
 parts laid out in pages, the rest computed once into AdapterExtras. On the host; the runner copies the result.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from pomona.core.errors import AdapterError
 from pomona.model.adapter_modules import ModuleMap, map_modules, norm_size
 from pomona.model.adapter_state import AdapterState, parse_tensors
 from pomona.model.lora import AdapterExtras, PageLayout
-from pomona.model.spec import Target
+from pomona.model.spec import Site, Target
 from pomona.model.weights import DecoderWeights
 
 
@@ -83,6 +84,7 @@ class AdapterLoader:
             AdapterError: naming the tensor that is missing, unexpected, of the wrong shape or type, or not finite.
         """
         state = AdapterState(parse_tensors(files), adapter.spec.base_model_name)
+        state.check_modules(self._map.base.names)
         parts = _Parts(adapter, state, self._base, self._map)
         with torch.no_grad():
             rows = parts.low_rank_rows()
@@ -90,7 +92,7 @@ class AdapterLoader:
             parts.add_biases()
             parts.add_embedding()
             parts.add_head()
-            state.check_all_taken(self._map.base.names)
+            state.check_all_taken()
             pages = self._fill_pages(rows)
         ranks = np.zeros((self._base.spec.num_layers, len(Target)), dtype=np.int32)
         scalings = np.zeros(ranks.shape, dtype=np.float32)
@@ -108,21 +110,31 @@ class AdapterLoader:
         )
 
     def _fill_pages(self, rows: "dict[tuple[int, Target], _LowRank]") -> Tensor:
-        rows_per_page = self._layout.rows_per_page
         max_rank = max((lora.lora_rank for lora, _, _ in rows.values()), default=0)
-        num_pages = math.ceil(max_rank / rows_per_page)
+        num_pages = math.ceil(max_rank / self._layout.rows_per_page)
         if self._max_pages is not None and num_pages > self._max_pages:
             raise AdapterError(
                 f"rank {max_rank} needs {num_pages} adapter pages; there are {self._max_pages}: raise adapter_bytes"
             )
         pages = torch.zeros((num_pages, self._layout.page_elems), dtype=self._base.dtype)
-        for (layer, target), (lora, a, b) in rows.items():
-            for weight, offset in zip((a, b), self._layout.offsets(layer, target), strict=True):
-                features = weight.shape[1]
-                for page in range(math.ceil(lora.lora_rank / rows_per_page)):
-                    chunk = weight[page * rows_per_page : (page + 1) * rows_per_page]
-                    pages[page, offset : offset + chunk.shape[0] * features] = chunk.reshape(-1)
+        for layer, site in itertools.product(range(self._base.spec.num_layers), Site):
+            slices = self._layout.slices(pages, layer, site)
+            for target, a_pages, b_pages in zip(site.value, slices.a, slices.b, strict=True):
+                if (layer, target) in rows:
+                    _, a, b = rows[layer, target]
+                    _copy_rows(a, a_pages)
+                    _copy_rows(b, b_pages)
         return pages
+
+
+def _copy_rows(rows: Tensor, pages: Tensor) -> None:
+    """Rank rows [r, features] into the first pages of [num_pages, rows_per_page, features]."""
+    rows_per_page = pages.shape[1]
+    num_full_pages = rows.shape[0] // rows_per_page
+    num_full_rows = num_full_pages * rows_per_page
+    pages[:num_full_pages] = rows[:num_full_rows].unflatten(0, (num_full_pages, rows_per_page))
+    if num_full_rows < rows.shape[0]:
+        pages[num_full_pages, : rows.shape[0] - num_full_rows] = rows[num_full_rows:]
 
 
 _LowRank = tuple[ModuleLora, Tensor, Tensor]
