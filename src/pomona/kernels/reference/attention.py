@@ -48,11 +48,23 @@ class _Layout:
 
     block_size: int
     rows_per_block: int
+    width: int
+    """num_kv_heads * head_dim."""
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The calls of one layer, and where they gather keys and values: memory that is touched once per step, not once
+    per layer."""
+
+    calls: list[_Decodes | _Chunk]
+    key_scratch: Tensor
+    value_scratch: Tensor
 
 
 # A batch's plan is the same for all layers of equal window; it lives as long as the batch does.
-_plans: "WeakKeyDictionary[AttentionBatch, dict[tuple[_Layout, int | None], list[_Decodes | _Chunk]]]"
-_plans = WeakKeyDictionary()
+_plans: "WeakKeyDictionary[AttentionBatch, dict[tuple[_Layout, int | None], _Plan]]" = WeakKeyDictionary()
 
 
 def _layout_of(cache: Tensor) -> _Layout:
@@ -60,15 +72,13 @@ def _layout_of(cache: Tensor) -> _Layout:
     width = num_kv_heads * head_dim
     assert cache.stride()[1:] == (width, head_dim, 1), "a block must be dense"
     assert cache.stride(0) % width == 0, "the block stride must be a multiple of a token's keys"
-    return _Layout(block_size, cache.stride(0) // width)
+    return _Layout(block_size, cache.stride(0) // width, width, cache.dtype)
 
 
 def _as_rows(cache: Tensor, layout: _Layout) -> Tensor:
     """The cache as a matrix [rows, num_kv_heads * head_dim] without copying."""
-    num_blocks, block_size, num_kv_heads, head_dim = cache.shape
-    width = num_kv_heads * head_dim
-    num_rows = (num_blocks - 1) * layout.rows_per_block + block_size
-    return cache.as_strided((num_rows, width), (width, 1), cache.storage_offset())
+    num_rows = (cache.shape[0] - 1) * layout.rows_per_block + layout.block_size
+    return cache.as_strided((num_rows, layout.width), (layout.width, 1), cache.storage_offset())
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -123,7 +133,7 @@ def _plan_chunk(batch: AttentionBatch, seq: int, start: int, layout: _Layout, wi
     return _Chunk(start, start + num_rows, kv_rows, mask)
 
 
-def _plan(batch: AttentionBatch, layout: _Layout, window: int | None) -> list[_Decodes | _Chunk]:
+def _plan(batch: AttentionBatch, layout: _Layout, window: int | None) -> _Plan:
     plans = _plans.setdefault(batch, {})
     if (layout, window) not in plans:
         calls: list[_Decodes | _Chunk] = []
@@ -140,7 +150,10 @@ def _plan(batch: AttentionBatch, layout: _Layout, window: int | None) -> list[_D
                 calls.append(_plan_chunk(batch, seq, row, layout, window))
             row += num_rows
         calls += [_plan_decodes(batch, seqs, first_rows, layout, window) for seqs in buckets.values()]
-        plans[layout, window] = calls
+        shape = (max(call.kv_rows.numel() for call in calls), layout.width)
+        device = batch.block_tables.device
+        scratch = [torch.empty(shape, dtype=layout.dtype, device=device) for _ in range(2)]
+        plans[layout, window] = _Plan(calls, *scratch)
     return plans[layout, window]
 
 
@@ -164,9 +177,11 @@ def paged_attention(
     group = num_heads // num_kv_heads
     out = query.new_empty((num_tokens, num_kv_heads, group, head_dim))
     query = query.view(num_tokens, num_kv_heads, group, head_dim)
-    for call in _plan(batch, layout, sliding_window):
-        key = keys.index_select(0, call.kv_rows)
-        value = values.index_select(0, call.kv_rows)
+    plan = _plan(batch, layout, sliding_window)
+    for call in plan.calls:
+        num_kv_rows = call.kv_rows.numel()
+        key = torch.index_select(keys, 0, call.kv_rows, out=plan.key_scratch[:num_kv_rows])
+        value = torch.index_select(values, 0, call.kv_rows, out=plan.value_scratch[:num_kv_rows])
         if isinstance(call, _Decodes):
             # The heads of a group take the place of query rows: each key is read once and never repeated.
             shape = (-1, call.span, num_kv_heads, head_dim)
