@@ -132,7 +132,7 @@ def _copy_rows(rows: Tensor, pages: Tensor) -> None:
     rows_per_page = pages.shape[1]
     num_full_pages = rows.shape[0] // rows_per_page
     num_full_rows = num_full_pages * rows_per_page
-    pages[:num_full_pages] = rows[:num_full_rows].unflatten(0, (num_full_pages, rows_per_page))
+    pages[:num_full_pages] = rows[:num_full_rows].reshape(num_full_pages, rows_per_page, rows.shape[1])
     if num_full_rows < rows.shape[0]:
         pages[num_full_pages, : rows.shape[0] - num_full_rows] = rows[num_full_rows:]
 
