@@ -45,12 +45,15 @@ class Raised(Exception):
     """What the executor raises."""
 
 
+OWNERS = st.tuples(st.sampled_from((None, *ADAPTERS)), st.sampled_from([b"", b"s"]))
+"""Adapter and tenant salt."""
+
+
 @st.composite
-def requests(draw: st.DrawFn) -> Callable[[str], Request]:
+def requests(draw: st.DrawFn) -> Callable[..., Request]:
     """A request that only lacks its name; its stop token, if any, is one that it will produce."""
     prompt = draw(PROMPTS)
-    adapter = draw(st.none() | st.sampled_from(ADAPTERS))
-    salt = draw(st.sampled_from([b"", b"s"]))
+    adapter, salt = draw(OWNERS)
     max_tokens = draw(st.integers(1, 12))
     plain = make_request("r", prompt, max_tokens, adapter=adapter, salt=salt)
     stop = draw(st.none() | st.sampled_from(expected_output(plain, MAX_MODEL_LEN))) if draw(st.booleans()) else None
@@ -62,21 +65,26 @@ def requests(draw: st.DrawFn) -> Callable[[str], Request]:
         logprobs=draw(st.none() | st.just(0)),
         prompt_logprobs=draw(st.none() | st.just(0)),
     )
-    return lambda name: make_request(name, prompt, adapter=adapter, salt=salt, sampling=sampling)
+
+    def build(name: str, owner: tuple[str | None, bytes] = (adapter, salt)) -> Request:
+        return make_request(name, prompt, adapter=owner[0], salt=owner[1], sampling=sampling)
+
+    return build
 
 
 class EngineMachine(RuleBasedStateMachine):
     """Every rule goes through ``do``, so that the same events can be played again."""
 
-    @initialize(config=CONFIGS)
-    def build(self, config: dict[str, object]):
+    @initialize(config=CONFIGS, registered=st.sets(st.sampled_from(ADAPTERS)))
+    def build(self, config: dict[str, object], registered: set[str]):
         self.config = config
         self.harness = EngineHarness(**config)
         self.events: list[Callable[[EngineHarness], None]] = []
         self.num_requests = 0
         self.usable: set[str] = set()
         self.retired: list[str] = []
-        self.reported: list[str] = []
+        for name in sorted(registered):
+            self.register(name)
 
     def do(self, event: Callable[[EngineHarness], None]):
         self.events.append(event)
@@ -113,13 +121,15 @@ class EngineMachine(RuleBasedStateMachine):
                 self.harness.engine.add(request)
 
     @rule(request=requests())
-    def add(self, request: Callable[[str], Request]):
+    def add(self, request: Callable[..., Request]):
         self.try_to_add(request(self.new_name()))
 
-    @rule(request=requests(), count=st.integers(2, 3))
-    def add_alike(self, request: Callable[[str], Request], count: int):
-        for _ in range(count):
-            self.try_to_add(request(self.new_name()))
+    @rule(request=requests(), owners=st.lists(OWNERS, min_size=2, max_size=3))
+    def add_alike(self, request: Callable[..., Request], owners: list[tuple[str | None, bytes]]):
+        """The same prompt for several adapters and tenants, together or one after the other."""
+        for owner in owners:
+            self.try_to_add(request(self.new_name(), owner))
+            self.do(lambda harness: [harness.step()])
 
     @rule(seconds=st.sampled_from([0.0, 1.0]), count=st.integers(1, 4))
     def step(self, seconds: float, count: int):

@@ -1,5 +1,6 @@
 """Block keys cannot collide by construction, and blocks are shared exactly when their KV is equal and computed."""
 
+import gc
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from pomona.core.request import SamplingParams
 from pomona.sched.prefix_cache import KEY_BYTES, ROOT_KEY, block_key, key_namespace
+from pomona.sched.sequence import Sequence
 from support.engine import EngineHarness, make_request
 
 TOKENS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=4)
@@ -20,6 +22,11 @@ def with_prompt_logprobs(max_tokens: int = 4) -> SamplingParams:
 
 def cached_tokens(harness: EngineHarness, name: str) -> int:
     return harness.endings[name].outputs[-1].num_cached_tokens
+
+
+def num_alive_sequences() -> int:
+    gc.collect()
+    return sum(type(alive) is Sequence for alive in gc.get_objects())
 
 
 @given(NAMESPACES, NAMESPACES)
@@ -222,6 +229,19 @@ def test_one_waits_for_one_leader_only():
     harness.abort("r0")
     harness.step()
     assert harness.scheduled() == {"r1": 8}, "r1 starts from scratch: what r0 had not published is gone"
+    harness.run()
+
+
+def test_a_chain_of_sequences_that_waited_for_each_other_is_not_kept_alive():
+    num_before = num_alive_sequences()
+    harness = EngineHarness(min_prefix_wait_tokens=4, max_model_len=256, num_kv_blocks=200)
+    harness.add(make_request("r0", prompt=5, max_tokens=1))
+    for index in range(1, 20):
+        # Each begins with all of the one before, which starts in this step: so it waits for it.
+        harness.add(make_request(f"r{index}", prompt=4 * index + 5, max_tokens=1))
+        harness.step()
+        assert list(harness.scheduled()) == [f"r{index - 1}"]
+    assert num_alive_sequences() <= num_before + 2
     harness.run()
 
 

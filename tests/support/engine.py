@@ -357,8 +357,14 @@ class EngineHarness:
         ending = self.endings[request_id]
         expected = expected_output(request, self.config.max_model_len)
         assert ending.finish_reason is not None
+        sampling = request.sampling
         if ending.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             assert ending.token_ids == expected
+            if sampling.prompt_logprobs is not None:
+                told = [entry.token_id for output in ending.outputs for entry in output.prompt_logprobs]
+                assert told == list(request.prompt_token_ids[1:])
+            if sampling.logprobs is not None:
+                assert [entry.token_id for output in ending.outputs for entry in output.logprobs] == expected
         else:
             assert ending.token_ids == expected[: len(ending.token_ids)]
 

@@ -102,6 +102,8 @@ class PrefixCache:
     def admit(self, seq: Sequence, num_found: int) -> None:
         """Note that the sequence starts to run with ``num_found`` shared blocks and computes the others."""
         seq.num_published_blocks = num_found
+        # Leaders once waited for others: kept, each would keep all before it alive.
+        seq.prefix_leader = None
         if not self._is_enabled:
             return
         seq.next_publish_tokens = (num_found + 1) * self._block_size

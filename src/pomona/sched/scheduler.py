@@ -371,7 +371,9 @@ def _logprobs_of(
     new = result.logprobs.get(seq.request_id)
     prompt = result.prompt_logprobs.get(seq.request_id, ())
     if prompt:
-        prompt = prompt[seq.num_prompt_logprobs_sent - entry.num_computed_tokens :]
+        num_sent_before = seq.num_prompt_logprobs_sent - entry.num_computed_tokens
+        assert num_sent_before >= 0, "a prompt token was skipped"
+        prompt = prompt[num_sent_before:]
         seq.num_prompt_logprobs_sent += len(prompt)
     return (new,) if new is not None else (), prompt
 

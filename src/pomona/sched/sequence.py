@@ -79,7 +79,7 @@ class Sequence:
         self.next_publish_tokens = 0
         """Computed tokens at which the next block is full."""
         self.prefix_leader: Sequence | None = None
-        """The running sequence whose prefix this one waits, or once waited, to share."""
+        """The sequence whose prefix this one waits, or has waited, to share; None once it runs."""
         self.adapter_order = 0
         """Place of its adapter's rows among the adapters of a batch; 0 for the base model."""
         self.first_scheduled_s: float | None = None
