@@ -253,6 +253,7 @@ class ScriptedClient:
         script = self.scripts[len(self.submitted)]
         self.submitted.append(request)
         self.num_open += 1
+        is_open = True
         try:
             for item in script:
                 await asyncio.sleep(0)
@@ -261,9 +262,11 @@ class ScriptedClient:
                 elif isinstance(item, PomonaError):
                     raise item
                 else:
+                    is_open = item.finish_reason is None
+                    self.num_open -= not is_open
                     yield replace(item, request_id=request.request_id)
         finally:
-            self.num_open -= 1
+            self.num_open -= is_open
 
     async def abort(self, request_id: RequestId) -> None:
         self.aborted.append(request_id)

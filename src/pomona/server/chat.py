@@ -42,7 +42,9 @@ async def _job_of(context: ServerContext, body: ChatCompletionRequest, response_
     is_new_name = body.max_completion_tokens is not None
     asked = body.max_completion_tokens if is_new_name else body.max_tokens
     field = "max_completion_tokens" if is_new_name else "max_tokens"
-    max_tokens = sampling.output_budget(asked, field, len(token_ids), context.model.max_model_len, None)
+    max_tokens = sampling.output_budget(
+        (field, asked), ("messages", len(token_ids)), context.model.max_model_len, default=None
+    )
     base = replace(sampling.for_prompt(shared, max_tokens, field), logprobs=num_logprobs)
     return Job(
         response_id=response_id,

@@ -64,9 +64,8 @@ def _of_prompt(
         if body.min_tokens:
             raise InvalidRequestError.out_of_range("min_tokens", body.min_tokens, "0, as max_tokens is 0")
     max_tokens = sampling.output_budget(
-        asked,
-        "max_tokens",
-        len(prompt.token_ids),
+        ("max_tokens", asked),
+        ("prompt", len(prompt.token_ids)),
         context.model.max_model_len,
         default=max(sampling.DEFAULT_COMPLETION_TOKENS, body.min_tokens or 0),
     )

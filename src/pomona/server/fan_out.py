@@ -52,8 +52,10 @@ class FanOut:
         await self._outputs.aclose()
         reason = FinishReason.FAIL if isinstance(error, EngineUnavailableError) else FinishReason.ABORT
         for index, meter in enumerate(self._meters):
-            if not meter.timeline.is_ended:
-                await self._close(index, None if isinstance(error, QueueFullError) else reason)
+            if meter.timeline.is_ended:
+                await self._close(index)
+            else:
+                await self._abort(index, None if isinstance(error, QueueFullError) else reason)
 
     def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Outputs of all requests as they come, each with its request's index.
@@ -70,15 +72,18 @@ class FanOut:
             if self._pumps:
                 self._pumps[index].cancel()
                 await asyncio.wait([self._pumps[index]])
-            await self._close(index, FinishReason.STOP)
+            await self._abort(index, FinishReason.STOP)
 
-    async def _close(self, index: int, reason: FinishReason | None) -> None:
+    async def _abort(self, index: int, reason: FinishReason | None) -> None:
         self._meters[index].end(reason, time.monotonic())
         if index < len(self._streams):
             await self._client.abort(self._requests[index].request_id)
-            aclose = getattr(self._streams[index], "aclose", None)
-            if aclose is not None:
-                await aclose()
+            await self._close(index)
+
+    async def _close(self, index: int) -> None:
+        aclose = getattr(self._streams[index], "aclose", None)  # iterators need not have one
+        if aclose is not None:
+            await aclose()
 
     async def _run(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         for request in self._requests:

@@ -34,36 +34,36 @@ def num_choices(body: GenerationRequest, num_prompts: int, max_choices: int) -> 
 
 
 def output_budget(
-    asked: int | None, field: str, num_prompt_tokens: int, max_model_len: int, default: int | None
+    asked: tuple[str, int | None], prompt: tuple[str, int], max_model_len: int, default: int | None
 ) -> int:
     """Return ``max_tokens`` for one prompt.
 
     Args:
-        asked: what the client wrote; None for nothing.
-        field: its name there.
-        num_prompt_tokens: length of the prompt.
+        asked: the parameter's name and what the client wrote; None for nothing.
+        prompt: the parameter's name and the prompt's length in tokens.
         max_model_len: most tokens of prompt and output together.
         default: used if nothing was asked, as far as there is room; None takes all the room.
 
     Raises:
         PromptTooLongError: there is no room for the prompt and one token, or for as many as asked.
     """
+    (field, num_asked), (prompt_field, num_prompt_tokens) = asked, prompt
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise PromptTooLongError(
-            "prompt",
+            prompt_field,
             f"The prompt has {num_prompt_tokens} tokens: at most {max_model_len - 1} fit the model's context of "
             f"{max_model_len} tokens, which must hold at least one output token too.",
         )
-    if asked is None:
+    if num_asked is None:
         return room if default is None else min(room, default)
-    if asked > room:
+    if num_asked > room:
         raise PromptTooLongError(
             field,
-            f"{field} is {asked} and the prompt has {num_prompt_tokens} tokens: together {asked + num_prompt_tokens}, "
-            f"but the model's context is {max_model_len} tokens.",
+            f"{field} is {num_asked} and the prompt has {num_prompt_tokens} tokens: together "
+            f"{num_asked + num_prompt_tokens}, but the model's context is {max_model_len} tokens.",
         )
-    return asked
+    return num_asked
 
 
 def sampling_of(body: GenerationRequest, model: ServedModel) -> SamplingParams:
