@@ -1,0 +1,129 @@
+"""A live server over time: adapters replaced and unloaded under load, the engine killed, wrong starts."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+
+from support.adapters import make_adapter
+from support.live import live_server
+
+PROMPT = {"prompt": "The quick brown fox", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+
+
+def complete(server, model, **options):
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": model, **PROMPT, **options}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def load(server, name, source):
+    answer = httpx.post(f"{server.url}/v1/adapters", json={"name": name, "source": str(source)}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@pytest.fixture
+def versions(adapters_dir, base_path):
+    paths = [make_adapter(adapters_dir / f"version-{seed}", base_path, seed=900 + seed) for seed in range(2)]
+    yield paths
+    for path in paths:
+        shutil.rmtree(path)
+
+
+def test_weights_replaced_under_a_name_answer_at_once_and_in_flight_requests_finish_on_the_old(server, versions):
+    load(server, "nightly", versions[0])
+    old = complete(server, "nightly")
+    long_answers = []
+    threads = [
+        threading.Thread(target=lambda: long_answers.append(complete(server, "nightly", max_tokens=200)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    while server.metric("pomona_running_requests") == 0:
+        time.sleep(0.01)
+    second = load(server, "nightly", versions[1])
+    new = complete(server, "nightly")
+    for thread in threads:
+        thread.join()
+    assert second["version"] == 2
+    assert new != old
+    assert complete(server, "nightly") == new
+    assert all(text.startswith(old) for text in long_answers)
+    assert len(set(long_answers)) == 1
+    httpx.delete(f"{server.url}/v1/adapters/nightly", timeout=60).raise_for_status()
+
+
+def test_an_unloaded_adapter_is_gone_and_its_pages_are_free(server, versions):
+    complete(server, "adapter-0")
+    pages = server.metric("pomona_adapter_pages_used")
+    load(server, "short-lived", versions[0])
+    complete(server, "short-lived")
+    assert server.metric("pomona_adapter_pages_used") > pages
+    httpx.delete(f"{server.url}/v1/adapters/short-lived", timeout=60).raise_for_status()
+    server.wait_until("pomona_adapter_pages_used", pages)
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "short-lived", **PROMPT})
+    assert answer.status_code == 404
+    assert httpx.delete(f"{server.url}/v1/adapters/short-lived").status_code == 404
+
+
+def test_a_killed_engine_fails_its_requests_and_comes_back_with_its_adapters(base_path, adapters_dir, tmp_path):
+    arguments = [str(base_path), "--adapters-dir", str(adapters_dir), "--dtype", "float32"]
+    with live_server(arguments, tmp_path / "log") as server:
+        expected = complete(server, "adapter-3")
+        ends = []
+
+        def ask():
+            body = {"model": "adapter-3", **PROMPT, "max_tokens": 400}
+            ends.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=120))
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        while server.metric("pomona_running_requests") < 4:
+            time.sleep(0.01)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        assert {answer.status_code for answer in ends} <= {500, 503}
+        assert all(answer.json()["error"]["message"] for answer in ends)
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert "restart" in health.json()["engine"]
+        give_up_s = time.monotonic() + 60
+        while httpx.get(f"{server.url}/ready").status_code != 200:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.1)
+        assert complete(server, "adapter-3") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/no/such/model"], "/no/such/model"),
+        (["org/model-that-is-not-cached"], "hub"),
+        (["{base}", "--adapter", "x=/no/such/adapter"], "x"),
+        (["{base}", "--adapter", "no-equals-sign"], "NAME=PATH"),
+        (["{base}", "--max-model-len", "100000"], "max_model_len"),
+        (["{base}", "--device", "abacus"], "device"),
+        (["{base}", "--kv-cache-bytes", "1KiB"], "kv_cache_bytes"),
+        (["{base}", "--config", "/no/such/file.toml"], "/no/such/file.toml"),
+    ],
+)
+def test_a_server_started_wrongly_says_why_in_one_line_and_exits_1(base_path, arguments, message):
+    filled = [argument.replace("{base}", str(base_path)) for argument in arguments]
+    command = [sys.executable, "-m", "pomona.cli.main", "serve", *filled, "--port", "0"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error:")
+    assert message in last
