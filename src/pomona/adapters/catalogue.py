@@ -63,6 +63,9 @@ class Catalogue:
             raise InvalidRequestError.out_of_range(
                 "name", shown, f"1 to {MAX_NAME_CHARS} letters, digits, '.', '_', '-' or '/'"
             )
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            # Clients rewrite such parts of an address, so the name could never be asked for.
+            raise InvalidRequestError.out_of_range("name", name, "without empty, '.' or '..' parts between slashes")
         if name == self.base_name:
             raise InvalidRequestError.out_of_range("name", name, "another name than the base model's")
 
