@@ -1,0 +1,118 @@
+"""Settings: one precedence, unknown keys refused, secrets never shown, flags derived from the fields."""
+
+import pytest
+from typer.testing import CliRunner
+
+from pomona.cli.build import startup_adapters
+from pomona.cli.config import AppConfig, format_config, load_config
+from pomona.cli.main import app
+from pomona.core.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    monkeypatch.delenv("POMONA_PORT", raising=False)
+
+
+def print_config(*arguments):
+    result = CliRunner().invoke(app, ["serve", *arguments, "--print-config"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_flags_beat_environment_beats_file_beats_defaults(monkeypatch, tmp_path):
+    file = tmp_path / "pomona.toml"
+    file.write_text("port = 1\nmax_num_seqs = 11\nblock_size = 8\n")
+    monkeypatch.setenv("POMONA_PORT", "2")
+    monkeypatch.setenv("POMONA_MAX_NUM_SEQS", "22")
+    config = load_config({"port": 3}, file)
+    assert (config.port, config.max_num_seqs, config.block_size, config.max_waiting) == (3, 22, 8, 1024)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"port": 70000}, "port"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"gpu_memory_fraction": 1.5}, "gpu_memory_fraction"),
+        ({"kv_cache_bytes": "lots"}, "kv_cache_bytes"),
+        ({"no_such_setting": 1}, "no_such_setting"),
+    ],
+)
+def test_a_wrong_setting_is_named(flags, named):
+    with pytest.raises(ConfigError, match=named):
+        load_config(flags)
+
+
+def test_unknown_keys_in_file_and_environment_are_refused(monkeypatch, tmp_path):
+    file = tmp_path / "pomona.toml"
+    file.write_text("portt = 1\n")
+    with pytest.raises(ConfigError, match="portt"):
+        load_config({}, file)
+    file.write_text("port = = 1\n")
+    with pytest.raises(ConfigError, match=r"pomona\.toml"):
+        load_config({}, file)
+    monkeypatch.setenv("POMONA_PORTT", "1")
+    with pytest.raises(ConfigError, match="POMONA_PORTT"):
+        load_config({})
+
+
+def test_print_config_prints_a_file_that_gives_the_same_settings(tmp_path):
+    arguments = ["some/model", "--port", "9", "--adapter", "a=/b", "--adapter", "c=/d", "--kv-cache-bytes", "2GiB"]
+    printed = print_config(*arguments, "--no-prefix-cache")
+    file = tmp_path / "pomona.toml"
+    file.write_text(printed)
+    config = load_config({}, file)
+    assert config == AppConfig(
+        model="some/model", port=9, adapter=("a=/b", "c=/d"), kv_cache_bytes=2 * 2**30, prefix_cache=False
+    )
+    assert format_config(config) == printed
+
+
+def test_the_api_key_is_never_shown(monkeypatch):
+    monkeypatch.setenv("POMONA_API_KEY", "very-secret")
+    assert "very-secret" not in print_config()
+    assert "very-secret" not in repr(load_config({}))
+    monkeypatch.setenv("POMONA_API_KEY", "")
+    assert "api_key" in print_config()
+
+
+def test_every_setting_has_a_flag_and_a_description():
+    output = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
+    for name, field in AppConfig.model_fields.items():
+        assert field.description
+        if name != "model":
+            assert f"--{name.replace('_', '-')}" in output
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["chat"], ["adapters", "add"], ["bench", "serve"]])
+def test_help_shows_an_example(command):
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert not command or f"pomona {' '.join(command)}" in result.output.split("Usage:")[1].split("\n", 1)[1]
+
+
+def test_adapters_named_and_found_in_folders_load_at_start_in_order(tmp_path):
+    for name in ("b", "a", "not-an-adapter"):
+        (tmp_path / name).mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    config = load_config({"model": "m", "adapter": ["x=/path=with=equals"], "adapters_dir": [str(tmp_path)]})
+    found = startup_adapters(config)
+    assert [(adapter.name, adapter.is_required) for adapter in found] == [("x", True), ("a", False), ("b", False)]
+    assert found[0].source == "/path=with=equals"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"adapter": ["nameless"]}, "nameless"),
+        ({"adapter": ["=path"]}, "=path"),
+        ({"adapter": ["a=x", "a=y"]}, "'a'"),
+        ({"adapters_dir": ["/no/such/folder"]}, "/no/such/folder"),
+    ],
+)
+def test_adapters_given_wrongly_are_named(flags, named):
+    with pytest.raises(ConfigError, match=named):
+        startup_adapters(load_config({"model": "m", **flags}))
