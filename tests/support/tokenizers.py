@@ -1,5 +1,6 @@
 """Small real tokenizers, trained on a few lines, as checkpoints have them: a folder of JSON files."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +35,7 @@ def make_tokenizer_files(
         chat_template: ChatML by default; None for none.
     """
     path.mkdir(parents=True, exist_ok=True)
-    backend = _byte_level(vocab_size) if kind == "byte_level" else _sentencepiece(vocab_size)
-    backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer.json").write_text(_trained(kind, vocab_size))
     config: dict[str, Any] = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}}
     if kind == "sentencepiece":
         config["bos_token"] = "<s>"
@@ -43,6 +43,12 @@ def make_tokenizer_files(
         config["chat_template"] = chat_template
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
+
+
+@functools.lru_cache
+def _trained(kind: Kind, vocab_size: int) -> str:
+    backend = _byte_level(vocab_size) if kind == "byte_level" else _sentencepiece(vocab_size)
+    return str(backend.to_str())
 
 
 def _byte_level(vocab_size: int) -> tokenizers.Tokenizer:

@@ -15,6 +15,7 @@ from pomona.server.metrics import ServerMetrics
 _LOGGER = logging.getLogger(__name__)
 OPEN_PATHS: Final = frozenset({"/health", "/ready"})
 """Answered without a key: load balancers ask them, and they tell nothing of what is served."""
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _CLIENT_GONE: Final = 499
 
 
@@ -49,10 +50,10 @@ class Boundary:
             if status == _CLIENT_GONE:
                 await internal_error_response()(scope, receive, send_on)
         finally:
-            # Route templates, methods and statuses are few; paths and methods that nobody serves are not.
-            route = getattr(scope.get("route"), "path", None)
-            method = scope["method"] if route is not None else "other"
-            self._metrics.http_requests.labels(route or "unmatched", method, str(status)).inc()
+            # Paths and methods are the client's words; labels must be few, so only known ones become labels.
+            route = getattr(scope.get("route"), "path", "unmatched")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._metrics.http_requests.labels(route, method, str(status)).inc()
 
 
 class KeyCheck:

@@ -1,0 +1,211 @@
+"""What goes wrong around a request, over a real socket where the socket matters."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+
+from pomona.core.errors import EngineUnavailableError, QueueFullError
+from pomona.core.request import FinishReason
+from pomona.server.config import ServerConfig
+from support.server import BASE, Connection, ScriptedClient, Served, listen, output, scripted_app, serve
+
+COMPLETIONS = "/v1/completions"
+GOOD = {"model": BASE, "prompt": "still there", "max_tokens": 64, "temperature": 0}
+
+
+async def _is_well(http: httpx.AsyncClient) -> None:
+    response = await http.post(COMPLETIONS, json=GOOD)
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["text"] == "still there"
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code", "message"),
+    [
+        (b"", 400, "invalid_json", "not valid JSON"),
+        (b"{", 400, "invalid_json", "not valid JSON"),
+        (b"\xff\xfe", 400, "invalid_json", "not valid UTF-8"),
+        (b'{"model": "base", "prompt": "\xe4\xbd"}', 400, "invalid_json", "not valid UTF-8"),
+        (b'{"model": "base", "prompt": "\\ud800"}', 400, "invalid_json", "not valid JSON"),
+        (b"[" * 200_000, 400, "invalid_json", "recursion limit"),
+        (b"[1]", 400, "invalid_json", "must be a JSON object"),
+        (b'{"model": "base", "prompt": "x", "temperature": NaN}', 400, "invalid_value", "temperature is nan"),
+        (b'{"model": "base", "prompt": "x", "temperature": 1e999}', 400, "invalid_value", "temperature is inf"),
+        (b'{"model": "base", "prompt": "x", "top_p": -Infinity}', 400, "invalid_value", "top_p is -inf"),
+        (b'{"model": "base", "prompt": "' + b"x" * 10 * 2**20 + b'"}', 413, "body_too_large", "4194304 bytes"),
+    ],
+)
+async def test_a_bad_body_is_refused_and_the_server_goes_on(served: Served, content, status, code, message):
+    paths = [COMPLETIONS]
+    if code != "invalid_value":
+        paths += ["/v1/chat/completions", "/v1/adapters", "/tokenize", "/detokenize"]
+    for path in paths:
+        response = await served.http.post(path, content=content)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (status, code)
+        assert message in error["message"]
+    await _is_well(served.http)
+
+
+async def test_whoever_sends_too_much_gets_to_see_the_answer(tmp_path):
+    async with serve(tmp_path) as served, listen(served.app) as url, httpx.AsyncClient(base_url=url) as http:
+        for _ in range(3):
+            response = await http.post(COMPLETIONS, content=b"x" * 10 * 2**20)
+            assert response.status_code == 413
+        await _is_well(http)
+
+
+async def test_the_limit_counts_bytes_as_they_come_also_without_a_length(tmp_path):
+    async def chunks():
+        for _ in range(40):
+            yield b" " * 1000
+
+    config = ServerConfig(max_body_bytes=20_000)
+    async with serve(tmp_path, config) as served, listen(served.app) as url, httpx.AsyncClient(base_url=url) as http:
+        response = await http.post(COMPLETIONS, content=chunks())
+        assert response.status_code == 413
+        assert response.json()["error"]["message"] == "The request body is larger than the limit of 20000 bytes."
+        await _is_well(http)
+
+
+async def test_a_body_just_at_the_limit_is_taken(tmp_path):
+    body = json.dumps(GOOD).encode()
+    async with serve(tmp_path, ServerConfig(max_body_bytes=len(body))) as served:
+        assert (await served.http.post(COMPLETIONS, content=body)).status_code == 200
+        assert (await served.http.post(COMPLETIONS, content=body + b" ")).status_code == 413
+
+
+async def test_a_client_that_goes_away_while_it_sends_is_no_error(served: Served):
+    connection = Connection(served.app, COMPLETIONS, {})
+    connection._inbox.get_nowait()
+    connection._inbox.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+    await connection.disconnect()
+    assert "pomona_internal_errors_total 0.0" in (await served.http.get("/metrics")).text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nope", 404, "not_found"),
+        ("GET", "/v1", 404, "not_found"),
+        ("GET", COMPLETIONS, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("POST", "/v1/completions/", 404, "not_found"),
+    ],
+)
+async def test_unknown_paths_and_methods_have_openais_shape(served: Served, method, path, status, code):
+    response = await served.http.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    if status == 405:
+        assert response.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "code"),
+    [
+        ([QueueFullError("1024 requests wait, the limit is 1024")], 429, "queue_full"),
+        ([EngineUnavailableError("it is restarting")], 503, "engine_unavailable"),
+        ([output(finish_reason=FinishReason.FAIL, error="logits are not finite")], 500, "request_failed"),
+        ([output(40), output(finish_reason=FinishReason.ABORT)], 503, "request_aborted"),
+        ([output(40)], 200, None),
+    ],
+)
+async def test_an_end_without_an_answer_has_its_status(tmp_path, script, status, code):
+    if code is None:
+        script = [*script, output(finish_reason=FinishReason.LENGTH)]
+    connection = Connection(scripted_app(ScriptedClient([script]), tmp_path), COMPLETIONS, GOOD)
+    await connection.done
+    assert connection.messages[0]["status"] == status
+    if code is not None:
+        error = json.loads(connection.body)["error"]
+        assert error["code"] == code
+        assert "retry-after" in {name.decode() for name, _ in connection.messages[0]["headers"]} or status == 500
+
+
+async def test_a_failure_while_the_engine_restarts_is_unavailability(tmp_path):
+    client = ScriptedClient([[output(finish_reason=FinishReason.FAIL, error="the process died")]])
+    client.is_ready = False
+    connection = Connection(scripted_app(client, tmp_path), COMPLETIONS, GOOD)
+    await connection.done
+    assert connection.messages[0]["status"] == 503
+
+
+async def test_a_stream_of_outputs_that_just_stops_is_not_taken_for_an_answer(tmp_path):
+    for n, scripts in ((1, [[output(40)]]), (2, [[output(40)], [None]])):
+        connection = Connection(scripted_app(ScriptedClient(scripts), tmp_path), COMPLETIONS, {**GOOD, "n": n})
+        await connection.done
+        assert connection.messages[0]["status"] == 503
+
+
+async def test_a_full_queue_is_a_429_and_passes(tmp_path):
+    async with serve(tmp_path, max_waiting=1, max_num_seqs=1) as served:
+        served.executor.gate.clear()
+        first = [asyncio.create_task(served.http.post(COMPLETIONS, json=GOOD)) for _ in range(6)]
+        await asyncio.sleep(0.05)
+        served.executor.gate.set()
+        responses = await asyncio.gather(*first)
+        statuses = sorted(response.status_code for response in responses)
+        assert set(statuses) == {200, 429}
+        refused = next(response for response in responses if response.status_code == 429)
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        await _is_well(served.http)
+        await served.until_idle()
+
+
+async def test_a_bug_of_ours_is_a_500_that_tells_nothing_and_counts(tmp_path, caplog):
+    class Broken(ScriptedClient):
+        async def submit(self, request):
+            raise ZeroDivisionError("the secret inside")
+            yield
+
+    app = scripted_app(Broken([]), tmp_path)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+        response = await http.post(COMPLETIONS, json=GOOD)
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "internal_error"
+        assert "secret" not in response.text
+        assert response.headers["x-request-id"] in caplog.text
+        assert "the secret inside" in caplog.text
+        metrics = (await http.get("/metrics")).text
+        assert "pomona_internal_errors_total 1.0" in metrics
+        assert 'pomona_http_requests_total{method="POST",route="/v1/completions",status="500"} 1.0' in metrics
+
+
+class TestKey:
+    @pytest.fixture
+    async def http(self, tmp_path):
+        async with serve(tmp_path, ServerConfig(api_key="sk-right")) as served:
+            yield served.http
+
+    @pytest.mark.parametrize(
+        "header", [None, "", "sk-right", "Bearer", "Bearer sk-wrong", "Basic sk-right", "bearer é"]
+    )
+    async def test_without_the_key_there_is_nothing_but_health(self, http, header):
+        headers = {} if header is None else {"authorization": header.encode("utf-8")}
+        for method, path in (
+            ("GET", "/v1/models"),
+            ("POST", COMPLETIONS),
+            ("POST", "/v1/adapters"),
+            ("DELETE", "/v1/adapters/a"),
+            ("POST", "/tokenize"),
+            ("GET", "/metrics"),
+            ("GET", "/openapi.json"),
+            ("GET", "/docs"),
+            ("GET", "/nope"),
+        ):
+            response = await http.request(method, path, headers=headers)
+            assert response.status_code == 401, path
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert (await http.get("/health", headers=headers)).status_code == 200
+        assert (await http.get("/ready", headers=headers)).status_code == 200
+
+    async def test_with_the_key_everything_works(self, http):
+        headers = {"authorization": "Bearer sk-right"}
+        assert (await http.get("/v1/models", headers=headers)).status_code == 200
+        assert (await http.post(COMPLETIONS, json=GOOD, headers=headers)).status_code == 200
