@@ -12,14 +12,17 @@ from types import ModuleType
 
 import torch
 
-OPS = ("activation", "attention", "lora", "norm", "rope")
+from pomona.kernels.cpu import binding
+
+OPS = ("activation", "attention", "linear", "lora", "norm", "rope")
 
 _MODULES: dict[str, dict[str, str]] = {
     "reference": {op: f"pomona.kernels.reference.{op}" for op in OPS},
+    "cpu": {op: f"pomona.kernels.cpu.{op}" for op in OPS if binding.is_available()},
 }
 
 _PREFERENCES: dict[str, tuple[str, ...]] = {
-    "cpu": ("reference",),
+    "cpu": ("cpu", "reference"),
     "cuda": ("reference",),
 }
 
@@ -55,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Prefer one backend on every device while the context lasts. For tests and measurements, in one thread.
 
     Args:
-        name: "reference". Ops that the backend lacks keep their usual one.
+        name: "reference" or "cpu". Ops that the backend lacks keep their usual one.
     """
     assert name in _MODULES, f"no backend named {name}: there are {', '.join(_MODULES)}"
     global _override

@@ -96,7 +96,5 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
     """Shrink then expand: ``out += lora(x)`` in place. Does nothing for a site that no segment adapts."""
     assert out.shape[1:] == (sum(b.shape[2] for b in slices.b),), "out must hold all slices"
     assert out.shape[0] == x.shape[0]
-    if not any(any(row) for row in ranks.host_ranks):
-        return
     with torch.no_grad():
-        lora_expand(lora_shrink(x, slices, ranks, batch), slices, ranks, batch, out)
+        backend_for("lora", out.device).lora(out, x, slices, ranks, batch)

@@ -54,3 +54,9 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
             else:
                 target.copy_(torch.addmm(target.float(), shrunk, expanded, alpha=scaling))
         column += width
+
+
+def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> None:
+    """See ``kernels.lora.lora``."""
+    if any(any(of_slice) for of_slice in ranks.host_ranks):
+        lora_expand(lora_shrink(x, slices, ranks, batch), slices, ranks, batch, out)

@@ -49,10 +49,14 @@ struct QueryBlock {
   int32_t sequence, row, num_rows, first_position;
 };
 
-struct AttentionCall {
+// Sequences of one step: the same for every layer of equal window.
+struct AttentionStep {
   const QueryBlock* blocks;
   const int32_t* block_tables;  // [num_seqs, max_blocks]
   int64_t num_blocks, max_blocks, max_context;
+};
+
+struct AttentionCall : AttentionStep {
   const void *query, *key_cache, *value_cache;
   void* out;                    // [num_tokens, num_heads, head_dim], dense
   int64_t query_row_stride, query_head_stride;

@@ -1,0 +1,78 @@
+"""Builds the CPU kernels when a C++ compiler is there; everything else about the package is in pyproject.toml.
+
+The library is loaded through ctypes, so it needs neither Python's nor torch's headers. Its kernels are compiled once
+per instruction set and chosen at run time: the result runs on any machine of its architecture. Without a compiler, or
+if it fails, installation goes on and torch does the work (``python -m pomona.kernels.cpu.binding`` says which it is).
+"""
+
+import os
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = "src/pomona/kernels/cpu/native"
+HEADERS = ("api", "attention", "gemm", "lora", "rows", "tile", "vec", "work")
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+# gcc 12 takes its own intrinsics' undefined lanes for mistakes of ours.
+FLAGS += ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+ISAS = {"plain": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+class BuildKernels(build_ext):
+    """Compile isa.cpp once per instruction set, the rest once, and link them into one library."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build, or say in one line why not."""
+        if sys.platform == "win32":
+            return self._give_up("not supported on Windows")
+        try:
+            self._build(ext)
+        except Exception as error:  # noqa: BLE001 (a compiler can fail in any way; none of them may fail the installation)
+            return self._give_up(f"{type(error).__name__}: {error}")
+        return None
+
+    def _give_up(self, reason: str) -> None:
+        sys.stderr.write(f"pomona: CPU kernels not built, torch will do their work ({reason})\n")
+
+    def _build(self, ext: Extension) -> None:
+        common = {"output_dir": self.build_temp, "extra_postargs": FLAGS, "depends": ext.depends}
+        objects = self.compiler.compile([f"{NATIVE}/api.cpp", f"{NATIVE}/threads.cpp"], **common)
+        for name, flags in ISAS.items():
+            objects += self.compiler.compile(
+                [f"{NATIVE}/isa.cpp"],
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[("POMONA_KERNELS", f"kernels_{name}")],
+                extra_postargs=[*FLAGS, *flags],
+                depends=ext.depends,
+            )
+        path = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(path))
+        self.compiler.link_shared_object(objects, path, target_lang="c++")
+
+    def get_outputs(self) -> list[str]:
+        """Only what was really built."""
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+    def copy_extensions_to_source(self) -> None:
+        """For editable installs; nothing to copy if nothing was built."""
+        if os.path.exists(os.path.join(self.build_lib, self.get_ext_filename("pomona.kernels.cpu._native"))):
+            super().copy_extensions_to_source()
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "pomona.kernels.cpu._native",
+            sources=[f"{NATIVE}/api.cpp", f"{NATIVE}/threads.cpp", f"{NATIVE}/isa.cpp"],
+            depends=[f"{NATIVE}/{name}.h" for name in HEADERS],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

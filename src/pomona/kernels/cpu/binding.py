@@ -1,0 +1,191 @@
+"""Loads the compiled kernels (native/, built by setup.py) and declares their C signatures. Nothing here computes.
+
+``python -m pomona.kernels.cpu.binding`` prints whether they are available, for which instruction sets, or why not.
+"""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import CDLL, Structure, c_float, c_int, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+ISAS = ("plain", "avx2", "avx512", "avx512bf16")
+"""Instruction sets, worst first; the index is the number the library uses."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What the kernels compute in; tensors of other dtypes go to the reference."""
+
+MAX_SLICES = 4
+MAX_HEAD_DIM = 256
+MAX_RANK = 1024
+
+_ABI = 1
+_HUGE_PAGE_BYTES = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+class LoraSite(Structure):
+    """Adapter pages of one site (struct LoraSite in native/api.h)."""
+
+    _fields_ = [
+        ("num_slices", c_int64),
+        ("in_features", c_int64),
+        ("rows_per_page", c_int64),
+        ("out_features", c_int64 * MAX_SLICES),
+        ("a", c_void_p * MAX_SLICES),
+        ("b", c_void_p * MAX_SLICES),
+        ("a_page_stride", c_int64 * MAX_SLICES),
+        ("b_page_stride", c_int64 * MAX_SLICES),
+    ]
+
+
+class LoraStep(Structure):
+    """Segments of one step (struct LoraStep)."""
+
+    _fields_ = [
+        ("num_segments", c_int64),
+        ("num_blocks", c_int64),
+        ("max_pages", c_int64),
+        ("max_rank", c_int64),
+        ("num_tokens", c_int64),
+        ("blocks", c_void_p),
+        ("page_tables", c_void_p),
+    ]
+
+
+class AttentionStep(Structure):
+    """Sequences of one step (struct AttentionStep)."""
+
+    _fields_ = [
+        ("blocks", c_void_p),
+        ("block_tables", c_void_p),
+        ("num_blocks", c_int64),
+        ("max_blocks", c_int64),
+        ("max_context", c_int64),
+    ]
+
+
+_SIGNATURES: dict[str, list[type]] = {
+    # dtype, num_threads, phases, site, step, ranks, scalings, x, x_stride, out, out_stride, v
+    "pomona_lora": [c_int, c_int, c_int, *[c_void_p] * 5, c_int64, c_void_p, c_int64, c_void_p],
+    # dtype, num_threads, step, query, strides of row and head, num_heads, caches, block strides, block_size,
+    # num_kv_heads, head_dim, window, scale, out
+    "pomona_attention": [
+        *[c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p],
+        *[c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float, c_void_p],
+    ],
+    # dtype, num_threads, x, num_rows, x_stride, packed, bias, out, out_stride, in_features, out_features
+    "pomona_gemm": [c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64],
+    # dtype, num_threads, x, residual, weight, out, num_outer, num_inner, outer_stride, inner_stride, features, eps
+    "pomona_norm": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 5, c_float],
+    # dtype, num_threads, query, key, value, key_cache, value_cache, positions, slots, cos_sin, num_tokens, num_heads,
+    # num_kv_heads, head_dim, strides of query, key and value, block strides of the caches, block_size
+    "pomona_rope": [c_int, c_int, *[c_void_p] * 8, *[c_int64] * 10],
+    # dtype, num_threads, gate_up, out, num_rows, features, row_stride
+    "pomona_silu_mul": [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64],
+    "pomona_set_isa": [c_int],
+    "pomona_use_gomp": [c_void_p],
+}
+
+
+def _find_library() -> Path | None:
+    folder = Path(__file__).parent
+    candidates = (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _load() -> tuple[CDLL | None, str]:
+    """The library, or None and the reason."""
+    path = _find_library()
+    if path is None:
+        return None, "not built: no C++ compiler when pomona was installed, or an install that skipped setup.py"
+    try:
+        library = CDLL(str(path))
+        if library.pomona_abi() != _ABI:
+            return None, f"{path.name} is from another version: install pomona again"
+    except (OSError, AttributeError) as error:
+        return None, f"{path.name} does not load: {error}"
+    for name, argument_types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = argument_types
+        function.restype = None
+    return library, ""
+
+
+def _share_torch_threads(library: CDLL) -> bool:
+    """Hand over the OpenMP runtime that torch uses. True if there is one: without it kernels run on one thread."""
+    try:
+        parallel = ctypes.cast(CDLL(None).GOMP_parallel, c_void_p)
+    except (OSError, AttributeError):
+        return False
+    library.pomona_use_gomp(parallel)
+    return True
+
+
+_library, REASON = _load()
+"""REASON: why the kernels are not available; empty if they are."""
+HAS_THREADS = _library is not None and _share_torch_threads(_library)
+
+
+def is_available() -> bool:
+    """True if the compiled kernels can be used in this process."""
+    return _library is not None
+
+
+def library() -> CDLL:
+    """The loaded library; only to be called where ``is_available()``."""
+    assert _library is not None, f"CPU kernels are not available: {REASON}"
+    return _library
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that this processor can run, worst first; empty if the kernels are not available."""
+    return ISAS[: library().pomona_best_isa() + 1] if is_available() else ()
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run every kernel of the process with another instruction set while the context lasts. For tests and benchmarks.
+
+    Args:
+        name: one of ``available_isas()``.
+    """
+    assert name in available_isas(), f"instruction set {name} is not available here"
+    before = library().pomona_isa()
+    library().pomona_set_isa(ISAS.index(name))
+    try:
+        yield
+    finally:
+        library().pomona_set_isa(before)
+
+
+def address_of(struct: Structure) -> int:
+    """Where a structure is, for a library call; the caller keeps the structure alive."""
+    return ctypes.addressof(struct)
+
+
+def new_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialized CPU memory that the kernel is asked to back with huge pages: weights are read from end to end."""
+    tensor = torch.empty(shape, dtype=dtype)
+    start = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    num_bytes = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+    if num_bytes >= _HUGE_PAGE_BYTES and sys.platform == "linux":
+        # Advice only: where the kernel refuses it, ordinary pages work as well and a little slower.
+        CDLL(None).madvise(c_void_p(start), ctypes.c_size_t(num_bytes), _MADV_HUGEPAGE)
+    return tensor
+
+
+def describe() -> str:
+    """One line for people: what will run, or why nothing will."""
+    if not is_available():
+        return f"CPU kernels: not available ({REASON}); torch does their work"
+    threads = "torch's threads" if HAS_THREADS else "one thread: torch's OpenMP runtime was not found"
+    return f"CPU kernels: {ISAS[library().pomona_isa()]}, of {', '.join(available_isas())}; {threads}"
+
+
+if __name__ == "__main__":
+    print(describe())  # noqa: T201

@@ -1,0 +1,58 @@
+"""Dense layers by the compiled kernels, over weights in the grouped layout.
+
+Each output is summed over the inputs in order, whatever the number of rows: a row's result is the same, bit for bit,
+in any batch and on any number of threads.
+"""
+
+import torch
+from torch import Tensor
+
+from pomona.kernels.cpu import binding
+from pomona.kernels.linear import GROUP, Layout, PackedWeight
+from pomona.kernels.reference import linear as reference
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """See ``kernels.linear.pack``."""
+    if weight.dtype not in binding.DTYPES:
+        return reference.pack(weight)
+    out_features, in_features = weight.shape
+    per_unit = 4 // weight.element_size()
+    groups, units = -(-out_features // GROUP), -(-in_features // per_unit)
+    padded = weight
+    if (out_features, in_features) != (groups * GROUP, units * per_unit):
+        padded = weight.new_zeros((groups * GROUP, units * per_unit))
+        padded[:out_features, :in_features] = weight
+    data = binding.new_on_huge_pages((groups, units, GROUP, per_unit), weight.dtype)
+    data.copy_(padded.view(groups, GROUP, units, per_unit).permute(0, 2, 1, 3))
+    return PackedWeight(data, Layout.GROUPED, in_features=in_features, out_features=out_features)
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """See ``kernels.linear.packed_linear``."""
+    if packed.layout is not Layout.GROUPED:
+        return reference.packed_linear(x, packed, bias)
+    assert x.dtype is packed.data.dtype
+    assert bias is None or (bias.dtype is x.dtype and bias.is_contiguous())
+    num_rows, in_features = x.shape
+    row_stride, column_stride = x.stride()
+    if column_stride != 1:
+        x = x.contiguous()
+        row_stride = in_features
+    out_features = packed.out_features
+    out = torch.empty((num_rows, out_features), dtype=x.dtype)
+    if num_rows:
+        binding.library().pomona_gemm(
+            binding.DTYPES[x.dtype],
+            torch.get_num_threads(),
+            x.data_ptr(),
+            num_rows,
+            row_stride,
+            packed.data.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out_features,
+            in_features,
+            out_features,
+        )
+    return out

@@ -1,0 +1,107 @@
+// The C ABI that binding.py loads: picks the instruction set, copies arguments into call structures, checks nothing.
+#include "api.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace pomona;
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+    return kAvx2;
+  }
+#endif
+  return kPlain;
+}
+
+const Kernels* kernels_of(int isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case kAvx2: return kernels_avx2();
+    case kAvx512: return kernels_avx512();
+    case kAvx512Bf16: return kernels_avx512bf16();
+  }
+#endif
+  return kernels_plain();
+}
+
+const Kernels* kernels = kernels_of(best_isa());
+int current_isa = best_isa();
+
+}  // namespace
+
+// Changes whenever a signature or structure does: binding.py refuses a library of another number.
+EXPORT int pomona_abi() { return 1; }
+
+EXPORT int pomona_best_isa() { return best_isa(); }
+
+EXPORT int pomona_isa() { return current_isa; }
+
+EXPORT void pomona_set_isa(int isa) {
+  current_isa = isa;
+  kernels = kernels_of(isa);
+}
+
+EXPORT void pomona_lora(int dtype, int num_threads, int phases, const LoraSite* site, const LoraStep* step, const int32_t* ranks,
+                        const float* scalings, const void* x, int64_t x_stride, void* out, int64_t out_stride,
+                        float* v) {
+  if (v == nullptr) v = static_cast<float*>(scratch(0, site->num_slices * step->num_tokens * step->max_rank * 4));
+  const LoraCall call{site, step, ranks, scalings, x, x_stride, out, out_stride, v};
+  kernels->lora[dtype](call, num_threads, phases);
+}
+
+EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* step, const void* query, int64_t query_row_stride,
+                             int64_t query_head_stride, int64_t num_heads, const void* key_cache,
+                             const void* value_cache, int64_t key_block_stride, int64_t value_block_stride,
+                             int64_t block_size, int64_t num_kv_heads, int64_t head_dim, int64_t window, float scale,
+                             void* out) {
+  AttentionCall call{*step};
+  call.query = query;
+  call.query_row_stride = query_row_stride;
+  call.query_head_stride = query_head_stride;
+  call.num_heads = num_heads;
+  call.key_cache = key_cache;
+  call.value_cache = value_cache;
+  call.key_block_stride = key_block_stride;
+  call.value_block_stride = value_block_stride;
+  call.block_size = block_size;
+  call.num_kv_heads = num_kv_heads;
+  call.head_dim = head_dim;
+  call.window = window;
+  call.scale = scale;
+  call.out = out;
+  kernels->attention[dtype](call, num_threads);
+}
+
+EXPORT void pomona_gemm(int dtype, int num_threads, const void* x, int64_t num_rows, int64_t x_stride, const uint32_t* packed,
+                        const void* bias, void* out, int64_t out_stride, int64_t in_features, int64_t out_features) {
+  kernels->gemm[dtype]({x, num_rows, x_stride, packed, bias, out, out_stride, in_features, out_features}, num_threads);
+}
+
+EXPORT void pomona_norm(int dtype, int num_threads, const void* x, void* residual, const void* weight, void* out, int64_t num_outer,
+                        int64_t num_inner, int64_t outer_stride, int64_t inner_stride, int64_t features, float eps) {
+  kernels->norm[dtype](
+      {x, residual, weight, out, num_outer, num_inner, outer_stride, inner_stride, features, eps}, num_threads);
+}
+
+EXPORT void pomona_rope(int dtype, int num_threads, void* query, void* key, const void* value, void* key_cache,
+                        void* value_cache, const int64_t* positions, const int64_t* slots, const float* cos_sin,
+                        int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                        int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t key_block_stride,
+                        int64_t value_block_stride, int64_t block_size) {
+  kernels->rope[dtype]({query, key, value, key_cache, value_cache, positions, slots, cos_sin, num_tokens, num_heads,
+                        num_kv_heads, head_dim, query_stride, key_stride, value_stride, key_block_stride,
+                        value_block_stride, block_size},
+                       num_threads);
+}
+
+EXPORT void pomona_silu_mul(int dtype, int num_threads, const void* gate_up, void* out, int64_t num_rows, int64_t features,
+                            int64_t row_stride) {
+  kernels->silu_mul[dtype]({gate_up, out, num_rows, features, row_stride}, num_threads);
+}

@@ -1,0 +1,100 @@
+// Dense layers over packed weights: out = x * W^T + bias. Included by isa.cpp.
+//
+// Packed weights stand in groups of 16 outputs: [groups][units][16 outputs], zero-filled past the last output and the
+// last input. A thread takes a few groups for a run of rows, so weights are read from memory once per run of rows, and
+// while the sums of one item run the next item's weights are fetched.
+#pragma once
+#include "tile.h"
+#include "work.h"
+
+namespace {
+
+constexpr int64_t kRowsPerItem = 256;
+constexpr int64_t kUnitsPerPass = 2048;  // 3 groups of that many units are 384 KiB: they stay in a core's L2 cache
+
+template <class T>
+struct Gemm {
+  using Elem = typename T::Elem;
+  const pomona::GemmCall& call;
+  const char* x;            // rows of whole units
+  int64_t x_stride_bytes, num_units, num_groups;
+
+  void store(const float* sums, int64_t row, int64_t group, int groups) const {
+    const int64_t first = group * kGroup;
+    const int64_t width = min64(groups * kGroup, call.out_features - first);
+    Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + first;
+    const Elem* bias = static_cast<const Elem*>(call.bias);
+    for_lanes(width, [&](int64_t i, int n) {
+      vf value = load_floats(sums + i);
+      if (bias) value += load_some<T>(bias + first + i, n);
+      store_some<T>(out + i, value, n);
+    });
+  }
+
+  // Rows [row, row + num_rows) by NG groups. `next` is what the following item will read.
+  template <int NG>
+  void run(int64_t row, int64_t num_rows, int64_t group, const char* next) const {
+    const uint32_t* weights = call.packed + group * num_units * kGroup;
+    const bool is_one_pass = num_units <= kUnitsPerPass;
+    const int64_t stride = NG * kGroup;
+    float one_tile[kTileRows * NG * kGroup];
+    float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(0, num_rows * stride * 4));
+    const int64_t next_bytes = NG * num_units * 64;
+    for (int64_t unit = 0; unit < num_units; unit += kUnitsPerPass) {
+      const int64_t units = min64(kUnitsPerPass, num_units - unit);
+      for (int64_t r = 0; r < num_rows; r += kTileRows) {
+        const int rows = static_cast<int>(min64(kTileRows, num_rows - r));
+        float* some_sums = is_one_pass ? sums : sums + r * stride;
+        const int64_t fetched = r / kTileRows * units * 64;
+        const bool is_fetching = next && is_one_pass && fetched + units * 64 <= next_bytes;
+        tile_rows<T, NG>(rows, units, TileA{x + (row + r) * x_stride_bytes + unit * 4, x_stride_bytes},
+                         TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
+                         TileC{some_sums, stride, unit > 0}, is_fetching ? next + fetched : nullptr);
+        if (unit + units == num_units)
+          for (int m = 0; m < rows; m++) store(some_sums + m * stride, row + r + m, group, NG);
+      }
+    }
+  }
+
+  template <int NG>
+  void share(int num_threads) const {
+    const int64_t num_columns = ceil_div(num_groups, NG);
+    const int64_t num_runs = ceil_div(call.num_rows, kRowsPerItem);
+    for_items(num_columns * num_runs, num_threads, [&](int64_t item) {
+      const int64_t row = item / num_columns * kRowsPerItem, group = item % num_columns * NG;
+      const int64_t num_rows = min64(kRowsPerItem, call.num_rows - row);
+      const int64_t ahead = group + NG * num_threads;
+      const char* next = ahead + NG <= num_groups && row == 0
+                             ? reinterpret_cast<const char*>(call.packed + ahead * num_units * kGroup)
+                             : nullptr;
+      if (group + NG <= num_groups) return run<NG>(row, num_rows, group, next);
+      for (int64_t last = group; last < num_groups; last++) run<1>(row, num_rows, last, nullptr);
+    });
+  }
+};
+
+template <class T>
+void gemm(const pomona::GemmCall& call, int num_threads) {
+  using Elem = typename T::Elem;
+  const int64_t num_units = ceil_div(call.in_features, T::kPerUnit);
+  Gemm<T> work{call, static_cast<const char*>(call.x), call.x_stride * static_cast<int64_t>(sizeof(Elem)), num_units,
+               ceil_div(call.out_features, kGroup)};
+  if (call.in_features % T::kPerUnit) {  // half a unit at each row's end: copy, so that it is a zero
+    work.x_stride_bytes = num_units * 4;
+    char* rows = static_cast<char*>(pomona::scratch(1, call.num_rows * work.x_stride_bytes));
+    for (int64_t row = 0; row < call.num_rows; row++) {
+      char* copy = rows + row * work.x_stride_bytes;
+      memset(copy + work.x_stride_bytes - 4, 0, 4);
+      memcpy(copy, static_cast<const Elem*>(call.x) + row * call.x_stride, call.in_features * sizeof(Elem));
+    }
+    work.x = rows;
+  }
+  const int64_t cycles = call.num_rows * num_units * work.num_groups * kGroupVectors / 2 + num_units * work.num_groups;
+  const int threads = threads_for(num_threads, cycles);
+  if (call.num_rows == 1)
+    work.template share<2 * kTileGroups>(threads);
+  else
+    work.template share<kTileGroups>(threads);
+}
+
+}  // namespace

@@ -1,0 +1,19 @@
+// All kernels for one instruction set. Compiled once per set, with that set's flags and POMONA_KERNELS naming the table.
+#include "api.h"
+#include "attention.h"
+#include "gemm.h"
+#include "lora.h"
+#include "rows.h"
+
+namespace pomona {
+
+const Kernels* POMONA_KERNELS() {
+  static constexpr Kernels table = {
+      {lora<Float32>, lora<BFloat16>},           {attention<Float32>, attention<BFloat16>},
+      {gemm<Float32>, gemm<BFloat16>},           {norm<Float32>, norm<BFloat16>},
+      {rope<Float32>, rope<BFloat16>},           {silu_mul<Float32>, silu_mul<BFloat16>},
+  };
+  return &table;
+}
+
+}  // namespace pomona

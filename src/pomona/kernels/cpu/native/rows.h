@@ -1,0 +1,97 @@
+// Row-wise kernels: RMS norm, rotary embedding with the KV write, gated activation. Included by isa.cpp.
+// Intermediate results are rounded where the torch reference rounds them.
+#pragma once
+#include "vec.h"
+#include "work.h"
+
+namespace {
+
+// f(row) for every row, several rows at a time.
+template <class F>
+void for_rows(int64_t num_rows, int64_t cycles_per_row, int num_threads, const F& f) {
+  const int64_t at_once = max64(1, kThreadCycles / 4 / max64(1, cycles_per_row));
+  for_items(ceil_div(num_rows, at_once), threads_for(num_threads, num_rows * cycles_per_row), [&](int64_t item) {
+    const int64_t end = min64(num_rows, (item + 1) * at_once);
+    for (int64_t row = item * at_once; row < end; row++) f(row);
+  });
+}
+
+template <class T>
+void norm(const pomona::NormCall& call, int num_threads) {
+  using Elem = typename T::Elem;
+  const int64_t features = call.features;
+  const Elem* weight = static_cast<const Elem*>(call.weight);
+  for_rows(call.num_outer * call.num_inner, features * 8 / W + 60, num_threads, [&](int64_t row) {
+    const Elem* x = static_cast<const Elem*>(call.x) + row / call.num_inner * call.outer_stride +
+                    row % call.num_inner * call.inner_stride;
+    Elem* residual = call.residual ? static_cast<Elem*>(call.residual) + row * features : nullptr;
+    Elem* out = static_cast<Elem*>(call.out) + row * features;
+    vf squares[2] = {};
+    for_lanes(features, [&](int64_t i, int n) {
+      vf value = load_some<T>(x + i, n);
+      if (residual) {
+        value = T::round(value + load_some<T>(residual + i, n));
+        store_some<T>(residual + i, value, n);
+      }
+      squares[i / W % 2] = fma(value, value, squares[i / W % 2]);
+    });
+    const float mean = fold_sum(squares[0] + squares[1]) / static_cast<float>(features);
+    const vf inverse = splat(1.0f / sqrtf(mean + call.eps));
+    const Elem* from = residual ? residual : x;
+    for_lanes(features, [&](int64_t i, int n) {
+      const vf normed = T::round(load_some<T>(from + i, n) * inverse);
+      store_some<T>(out + i, normed * load_some<T>(weight + i, n), n);
+    });
+  });
+}
+
+template <class T>
+INLINE void rotate(typename T::Elem* head, const float* cos, const float* sin, int64_t half) {
+  for_lanes(half, [&](int64_t i, int n) {
+    const vf c = load_some<Float32>(cos + i, n), s = load_some<Float32>(sin + i, n);
+    const vf low = load_some<T>(head + i, n), high = load_some<T>(head + half + i, n);
+    store_some<T>(head + i, low * c - high * s, n);
+    store_some<T>(head + half + i, high * c + low * s, n);
+  });
+}
+
+template <class T>
+void rope(const pomona::RopeCall& call, int num_threads) {
+  using Elem = typename T::Elem;
+  const int64_t dim = call.head_dim, half = dim / 2, kv_width = call.num_kv_heads * dim;
+  const int64_t width = (call.num_heads + 2 * call.num_kv_heads) * dim;
+  for_rows(call.num_tokens, width * 4 / W + 20, num_threads, [&](int64_t token) {
+    Elem* key = static_cast<Elem*>(call.key) + token * call.key_stride;
+    if (call.cos_sin) {
+      const float* cos = call.cos_sin + call.positions[token] * dim;
+      Elem* query = static_cast<Elem*>(call.query) + token * call.query_stride;
+      for (int64_t h = 0; h < call.num_heads; h++) rotate<T>(query + h * dim, cos, cos + half, half);
+      for (int64_t h = 0; h < call.num_kv_heads; h++) rotate<T>(key + h * dim, cos, cos + half, half);
+    }
+    if (call.value) {
+      const int64_t slot = call.slots[token];
+      const int64_t block = slot / call.block_size, offset = slot % call.block_size * kv_width;
+      const Elem* value = static_cast<const Elem*>(call.value) + token * call.value_stride;
+      memcpy(static_cast<Elem*>(call.key_cache) + block * call.key_block_stride + offset, key, kv_width * sizeof(Elem));
+      memcpy(static_cast<Elem*>(call.value_cache) + block * call.value_block_stride + offset, value,
+             kv_width * sizeof(Elem));
+    }
+  });
+}
+
+template <class T>
+void silu_mul(const pomona::ActivationCall& call, int num_threads) {
+  using Elem = typename T::Elem;
+  const int64_t features = call.features;
+  for_rows(call.num_rows, features * 40 / W, num_threads, [&](int64_t row) {
+    const Elem* gate = static_cast<const Elem*>(call.gate_up) + row * call.row_stride;
+    Elem* out = static_cast<Elem*>(call.out) + row * features;
+    for_lanes(features, [&](int64_t i, int n) {
+      const vf g = load_some<T>(gate + i, n);
+      const vf silu = T::round(g / (splat(1.0f) + exp_lanes(-g)));
+      store_some<T>(out + i, silu * load_some<T>(gate + features + i, n), n);
+    });
+  });
+}
+
+}  // namespace

@@ -1,0 +1,105 @@
+// The register-blocked product that dense layers and attention share: C[rows, columns] (+)= A[rows, k] * B[k, columns]
+// over units. A is row-major; B comes in groups of 16 columns, each unit of a group side by side. Included by isa.cpp.
+#pragma once
+#include "vec.h"
+
+namespace {
+
+constexpr int kGroup = 16;                    // columns per group, on every instruction set
+constexpr int kGroupVectors = kGroup / W;
+#if defined(__AVX512F__)
+constexpr int kTileRows = 8, kTileGroups = 3;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 4, kTileGroups = 1;
+#else
+constexpr int kTileRows = 2, kTileGroups = 1;
+#endif
+
+struct TileA {
+  const char* rows;
+  int64_t stride_bytes;
+};
+struct TileB {
+  const uint32_t* units;
+  int64_t group_stride, step;  // in units: between groups of columns, between steps of k
+};
+struct TileC {
+  float* sums;
+  int64_t stride;
+  bool is_added_to;
+};
+
+// MR rows by NG groups. Each sum runs over k in order from the given C or zero: the same for every MR and NG.
+template <class T, int MR, int NG>
+INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, const char* next) {
+  constexpr int NV = NG * kGroupVectors;
+  vf sums[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v++) sums[m][v] = c.is_added_to ? load_floats(c.sums + m * c.stride + v * W) : vf{};
+  for (int64_t k = 0; k < num_units; k++) {
+    vu columns[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v++)
+      columns[v] = load_units(b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step);
+    if (next) prefetch(next + k * 64);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++) {
+      const vu row = splat_unit(a.rows + m * a.stride_bytes + k * 4);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; v++) sums[m][v] = T::mul_add(sums[m][v], row, columns[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; v++) store_floats(c.sums + m * c.stride + v * W, sums[m][v]);
+}
+
+// Not inlined: eight copies of a long loop are enough.
+template <class T, int NG>
+__attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, const char* next) {
+  static_assert(kTileRows <= 8);
+  switch (num_rows) {
+    case 1: return tile<T, 1, NG>(num_units, a, b, c, next);
+    case 2: return tile<T, 2, NG>(num_units, a, b, c, next);
+#if defined(__AVX2__)
+    case 3: return tile<T, 3, NG>(num_units, a, b, c, next);
+    case 4: return tile<T, 4, NG>(num_units, a, b, c, next);
+#endif
+#if defined(__AVX512F__)
+    case 5: return tile<T, 5, NG>(num_units, a, b, c, next);
+    case 6: return tile<T, 6, NG>(num_units, a, b, c, next);
+    case 7: return tile<T, 7, NG>(num_units, a, b, c, next);
+    case 8: return tile<T, 8, NG>(num_units, a, b, c, next);
+#endif
+  }
+  __builtin_unreachable();
+}
+
+// Any number of rows and groups: C[num_rows, num_groups * 16].
+template <class T>
+void product(int64_t num_rows, int64_t num_groups, int64_t num_units, TileA a, TileB b, TileC c) {
+  for (int64_t row = 0; row < num_rows; row += kTileRows) {
+    const int rows = static_cast<int>(min64(kTileRows, num_rows - row));
+    const TileA some_rows{a.rows + row * a.stride_bytes, a.stride_bytes};
+    int64_t group = 0;
+    for (; group < num_groups;) {
+      const TileB some_columns{b.units + group * b.group_stride, b.group_stride, b.step};
+      const TileC part{c.sums + row * c.stride + group * kGroup, c.stride, c.is_added_to};
+      if (num_groups - group >= kTileGroups) {
+        tile_rows<T, kTileGroups>(rows, num_units, some_rows, some_columns, part, nullptr);
+        group += kTileGroups;
+      } else if (kTileGroups > 2 && num_groups - group == 2) {
+        tile_rows<T, kTileGroups == 3 ? 2 : 1>(rows, num_units, some_rows, some_columns, part, nullptr);
+        group += 2;
+      } else {
+        tile_rows<T, 1>(rows, num_units, some_rows, some_columns, part, nullptr);
+        group += 1;
+      }
+    }
+  }
+}
+
+}  // namespace
