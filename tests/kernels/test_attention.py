@@ -144,6 +144,16 @@ def test_any_mix_of_sequences_is_right(lens: list[tuple[int, int]], block_size: 
     _check(make_case(seqs, heads=(2, 1, 8), block_size=block_size), window)
 
 
+def test_tokens_that_left_the_window_of_every_row_are_not_read() -> None:
+    case = make_case([(1, 30), (4, 30), (1, 3)])
+    for seq, first_read in enumerate([30 - 5, 26 - 5 + 1, 0]):
+        positions = torch.arange(first_read)
+        blocks, offsets = case.batch.block_tables[seq, positions // 4].long(), positions % 4
+        case.key_cache[blocks, offsets] = NAN
+        case.value_cache[blocks, offsets] = NAN
+    _check(case, 5)
+
+
 def test_layers_with_different_windows_and_caches_share_a_batch() -> None:
     case = make_case(MIXES["chunks between decodes"])
     other = make_case(MIXES["chunks between decodes"], interleaved=True)

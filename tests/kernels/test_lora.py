@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -220,17 +220,27 @@ def test_expand_reads_no_unspecified_entry_of_the_intermediate() -> None:
     assert_close(out, expected)
 
 
-def test_a_sum_that_half_precision_would_lose_is_kept_until_the_end() -> None:
-    """The intermediate and the sum with ``out`` are float32: 1 + 64 * 2**-10 rounds once, not 64 times."""
-    case = make_case(dtype=torch.bfloat16, rank_kind=64, num_rows=1, popularity="identical", base_rows="none")
+def test_pages_are_followed_one_by_one_even_if_the_first_and_last_look_adjacent() -> None:
+    case = make_case(rank_kind=12, num_rows=1, popularity="identical", base_rows="none")
+    adapter = case.adapters[0]
+    adapter.pages = [5, 9, 7]
+    slices = _fill_pool(case.adapters, 12, torch.float32)
+    tables = torch.tensor([[5, 9, 7, 0]], dtype=torch.int32)
+    out = torch.randn(1, sum(WIDTHS))
+    expected = case.expected(out)
+    lora(out, case.x, slices, case.ranks, replace(case.batch, host_pages=((5, 9, 7),), page_tables=tables))
+    assert_close(out, expected)
+
+
+def test_nothing_is_rounded_to_half_precision_before_the_end() -> None:
+    """x @ A is 1 + 2**-9, which bfloat16 would round to 1; added to -1 it leaves 2**-9."""
+    case = make_case(dtype=torch.bfloat16, rank_kind=1, num_rows=1, popularity="identical", base_rows="none")
     case.x.fill_(0)
-    case.x[0, 0] = 1
-    for a, b in zip(case.slices.a, case.slices.b, strict=True):
-        for page in case.batch.host_pages[0]:
-            a[page] = 1.0
-            b[page] = 2.0**-10
+    case.x[0, :2] = torch.tensor([1.0, 2.0**-9])
+    for pages in (*case.slices.a, *case.slices.b):
+        pages[case.batch.host_pages[0][0], 0] = 1.0
     ones = tuple(tuple(1.0 for _ in of_slice) for of_slice in case.ranks.host_scalings)
     ranks = LoraRanks(case.ranks.ranks, torch.ones_like(case.ranks.scalings), case.ranks.host_ranks, ones)
-    out = torch.ones(1, sum(WIDTHS), dtype=torch.bfloat16)
+    out = -torch.ones(1, sum(WIDTHS), dtype=torch.bfloat16)
     lora(out, case.x, case.slices, ranks, case.batch)
-    assert torch.equal(out, torch.full_like(out, 1.0625))
+    assert torch.equal(out, torch.full_like(out, 2.0**-9))
