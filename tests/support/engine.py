@@ -270,7 +270,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     what must never differ is what only they know."""
     pool, adapters, running = scheduler._pool, scheduler.adapters, scheduler._running
     held = [block_id for seq in running for block_id in seq.block_ids]
-    num_refs = {block_id: pool.num_refs(block_id) for block_id in range(pool.num_blocks)}
+    num_refs = {block_id: pool.num_refs(block_id) for block_id in map(BlockId, range(pool.num_blocks))}
     assert {block_id: held.count(block_id) for block_id in num_refs} == num_refs
     assert pool.num_used == len(set(held)) == pool.num_blocks - pool.num_free
     waiting = list(scheduler._queue.candidates())

@@ -54,9 +54,11 @@ class StepPlan:
 
     step_id: int
     seqs: tuple[ScheduledSeq, ...]
-    """Sequences of equal adapter stand next to each other, so that each adapter is one segment of rows."""
+    """Sequences of equal adapter stand next to each other, so that each adapter is one segment of rows. May be empty:
+    then the executor is only told what to forget."""
     released: tuple[RequestId, ...] = ()
-    """Sequences the executor held that it must forget: finished, aborted or preempted."""
+    """Sequences the executor held that it must forget: finished, aborted or preempted. After a step that raised, or a
+    restart, there may be some that it never held, or no longer does: it ignores those."""
     adapter_evictions: tuple[AdapterId, ...] = ()
     adapter_loads: tuple[AdapterLoad, ...] = ()
 

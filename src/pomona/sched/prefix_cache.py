@@ -134,7 +134,6 @@ class PrefixCache:
             for key in seq.block_keys[seq.num_published_blocks :]:
                 if self._leader_of.get(key) is seq:
                     del self._leader_of[key]
-        seq.num_published_blocks = 0
 
     def _may_hit(self, seq: Sequence) -> bool:
         """Log-probabilities of prompt tokens come from computing them; once all were sent, hits do no harm."""

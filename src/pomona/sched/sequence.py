@@ -76,6 +76,7 @@ class Sequence:
         self.key_namespace = b""
         """What every key of this sequence starts from; set by the prefix cache."""
         self.num_published_blocks = 0
+        """First blocks that need no publishing while it runs: found in the cache, or published."""
         self.next_publish_tokens = 0
         """Computed tokens at which the next block is full."""
         self.prefix_leader: Sequence | None = None
