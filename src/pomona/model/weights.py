@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint's tensors -> DecoderWeights: verified, cast to the serving dtype, projections fused.
 
 Reads safetensors (one file or shards) or, failing that, pytorch_model.bin without ever unpickling code. Each source
-tensor is copied straight into its place, so that memory never holds the model twice.
+tensor is copied straight from the mapped file into its place, so that memory never holds the model twice (a .bin of
+the old, unmappable kind costs its own size on top, one shard at a time).
 """
 
 from collections.abc import Callable, Iterator
