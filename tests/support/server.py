@@ -240,6 +240,7 @@ class ScriptedClient:
     num_open: int = 0
     """Streams that were started and have not ended."""
     is_ready: bool = True
+    num_restarts: int = 0
     engine_stats: EngineStats = field(default_factory=EngineStats)
 
     @property

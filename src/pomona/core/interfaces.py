@@ -47,6 +47,11 @@ class EngineClient(Protocol):
         """For people: "starting: loading weights 35%", "ready", "restarting: why", "failed: why", "closed"."""
         ...
 
+    @property
+    def num_restarts(self) -> int:
+        """Times the engine was started again after its death."""
+        ...
+
     def stats(self) -> EngineStats:
         """The latest snapshot received; never blocks."""
         ...

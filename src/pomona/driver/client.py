@@ -75,6 +75,7 @@ class ProcessClient:
         self._life: EngineLife | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._state = "not started"
+        self._num_restarts = 0
 
     async def __aenter__(self) -> Self:
         """Start."""
@@ -94,6 +95,11 @@ class ProcessClient:
     def state(self) -> str:
         """For people: "starting: loading weights 35%", "ready", "restarting: why", "failed: why", "closed"."""
         return self._state
+
+    @property
+    def num_restarts(self) -> int:
+        """Times the engine was started again after its death."""
+        return self._num_restarts
 
     @property
     def pid(self) -> int:
@@ -212,6 +218,7 @@ class ProcessClient:
                 if self._life is not None:
                     await self._life.end(reason)
                 continue
+            self._num_restarts += 1
             self._set_state("ready")
             return self._life
 

@@ -68,6 +68,11 @@ class LocalClient:
         """For people: "ready", "failed: why", "closed"."""
         return self._state
 
+    @property
+    def num_restarts(self) -> int:
+        """Always 0: an engine in this process is not started again."""
+        return 0
+
     def stats(self) -> EngineStats:
         """The latest snapshot received; all zero while the engine is not ready."""
         return EngineStats() if self._open_session is None else self._open_session.stats

@@ -102,6 +102,9 @@ LOADED_ADAPTERS: Final = Metric("pomona_loaded_adapters", "gauge", "adapters", "
 ENGINE_READY: Final = Metric(
     "pomona_engine_ready", "gauge", "boolean", "1 while the engine answers, 0 while it starts or restarts."
 )
+ENGINE_RESTARTS: Final = Metric(
+    "pomona_engine_restarts_total", "counter", "restarts", "Times the engine was started again after its death."
+)
 
 _ENGINE_GAUGES: Final = (
     ("pomona_running_requests", "requests", "num_running", "Requests being computed."),
@@ -149,6 +152,7 @@ SERVER_METRICS: Final = (
     INTERNAL_ERRORS,
     LOADED_ADAPTERS,
     ENGINE_READY,
+    ENGINE_RESTARTS,
 )
 """What the server counts."""
 

@@ -34,6 +34,8 @@ class _EngineCollector(Collector):
             yield kind(metric.name, metric.help, value=getattr(stats, metric.stat))
         ready = table.ENGINE_READY
         yield prometheus.GaugeMetricFamily(ready.name, ready.help, value=float(self._client.is_ready))
+        restarts = table.ENGINE_RESTARTS
+        yield prometheus.CounterMetricFamily(restarts.name, restarts.help, value=self._client.num_restarts)
 
 
 class AdapterSeries:

@@ -1,0 +1,56 @@
+"""The server while the engine's process dies and comes back."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+
+from pomona.adapters.catalogue import Catalogue
+from pomona.adapters.sources import AdapterSources
+from pomona.driver.client import ProcessClient
+from pomona.driver.config import DriverConfig
+from pomona.server.adapter_service import AdapterService
+from pomona.server.app import create_app
+from pomona.server.config import ServedModel, ServerConfig
+from pomona.text.tokenizer import Tokenizer
+from support.driver import KILL_TOKEN, VOCAB_SIZE, TinyBuilder, make_adapter, until
+from support.tokenizers import make_tokenizer_files
+
+LONG = {"model": "base", "prompt": [1, 2, 3], "max_tokens": 4000, "temperature": 0}
+
+
+async def test_requests_fail_health_says_so_and_adapters_come_back(tmp_path: Path):
+    tokenizer = Tokenizer.load(make_tokenizer_files(tmp_path / "tokenizer"))
+    config = DriverConfig(restart_delay_s=0.3)
+    async with ProcessClient(TinyBuilder(step_s=0.002), config) as client:
+        service = AdapterService(client, AdapterSources((str(tmp_path),)), Catalogue("base"), retry_delay_s=0.05)
+        model = ServedModel("base", 4096, VOCAB_SIZE, ())
+        app = create_app(client, tokenizer, None, service, model, ServerConfig())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=60) as http:
+            adapter = {"name": "a", "source": make_adapter(tmp_path / "one")}
+            assert (await http.post("/v1/adapters", json=adapter)).status_code == 200
+            ask = {"model": "a", "prompt": [1, 2], "max_tokens": 4}
+            expected = (await http.post("/v1/completions", json=ask)).json()["choices"]
+            running = asyncio.create_task(http.post("/v1/completions", json=LONG))
+            await until(lambda: client.stats().num_running == 1, "a request runs")
+            killer = await http.post("/v1/completions", json={**LONG, "prompt": [KILL_TOKEN]})
+            assert killer.status_code == 503
+            assert (await running).json()["error"]["code"] == "engine_unavailable"
+
+            health = await http.get("/health")
+            assert (health.status_code, health.json()["engine"].split(":")[0]) == (503, "restarting")
+            refused = await http.post("/v1/completions", json=ask)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert (await http.post("/v1/adapters", json={**adapter, "name": "b"})).status_code == 503
+            assert [entry.name for entry in service.entries] == ["a"]
+            # An unload that finds the engine away waits for it.
+            deleting = asyncio.create_task(http.delete("/v1/adapters/a"))
+
+            await until(lambda: client.is_ready, "the engine is back")
+            assert (await http.get("/health")).status_code == 200
+            assert "pomona_engine_restarts_total 1.0" in (await http.get("/metrics")).text
+            assert (await deleting).status_code == 200
+            assert not client.adapters
+            assert (await http.post("/v1/adapters", json=adapter)).status_code == 200
+            assert (await http.post("/v1/completions", json=ask)).json()["choices"] == expected
+        await service.close()
