@@ -3,12 +3,13 @@
 import asyncio
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx
 from rich.console import Console
 from rich.table import Table
 
+from pomona.cli.accuracy import BundledTask, read_tasks
 from pomona.cli.build import adapters_dirs
 from pomona.cli.config import AppConfig
 from pomona.cli.hub import bundled_dir
@@ -37,14 +38,6 @@ class Answer:
         return (self.num_tokens - 1) / rest if self.num_tokens > 1 and rest > 0 else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What an adapter was trained to do, and right answers to the demo's words."""
-
-    description: str
-    answers: dict[str, str] = field(default_factory=dict)
-
-
 def run_demo(config: AppConfig) -> None:
     """Serve the bundled model and show it at work.
 
@@ -54,7 +47,7 @@ def run_demo(config: AppConfig) -> None:
     bundled = bundled_dir() / "adapters"
     if adapters_dirs(config) != [bundled]:
         raise ConfigError("the demo asks the bundled adapters; to serve your own use `pomona serve MODEL`")
-    tasks = _read_tasks()
+    tasks = {task.name: task for task in read_tasks()}
 
     async def show(running: Running) -> None:
         console = Console()
@@ -115,15 +108,7 @@ async def _ask(client: httpx.AsyncClient, model: str, word: str) -> Answer:
     return answer
 
 
-def _read_tasks() -> dict[str, Task]:
-    tasks = json.loads((bundled_dir() / "tasks.json").read_text())
-    return {
-        task["name"]: Task(task["description"], {example["prompt"]: example["answer"] for example in task["examples"]})
-        for task in tasks
-    }
-
-
-def _table(answers: list[Answer], tasks: dict[str, Task], ranks: dict[str, int], base_name: str) -> Table:
+def _table(answers: list[Answer], tasks: dict[str, BundledTask], ranks: dict[str, int], base_name: str) -> Table:
     table = Table(
         "adapter", "rank", "prompt", "answer", "", "TTFT ms", "tokens/s", "does", header_style="bold", box=None
     )

@@ -222,6 +222,19 @@ def bench_serve(
         run_bench(replace(config, base_url=spawned_url))
 
 
+@bench_app.command("accuracy")
+def bench_accuracy(dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto") -> None:
+    """Count the exact answers of the bundled adapters on held-out words, and of the base without them.
+
+    Example:
+
+        pomona bench accuracy
+    """
+    from pomona.cli.accuracy import run_accuracy
+
+    run_accuracy(dtype)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

@@ -1,0 +1,86 @@
+"""``pomona bench accuracy``: how often the bundled adapters answer exactly right, and the base alone on the same words.
+Everything runs through Pomona's own engine, all adapters in one batch.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from pomona.cli.hub import bundled_dir
+from pomona.cli.llm import LLM
+from pomona.core.request import SamplingParams
+
+_GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class BundledTask:
+    """What a bundled adapter was trained to do, with held-out questions."""
+
+    name: str
+    description: str
+    answers: Mapping[str, str]
+    """prompt -> the only right answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Shares of exact answers, between 0 and 1."""
+
+    adapter: str
+    num_prompts: int
+    with_adapter: float
+    base_alone: float
+    description: str
+
+
+def read_tasks() -> list[BundledTask]:
+    """The tasks of the bundled adapters."""
+    tasks = json.loads((bundled_dir() / "tasks.json").read_text())
+    return [
+        BundledTask(
+            task["name"],
+            task["description"],
+            {example["prompt"]: example["answer"] for example in task["examples"]},
+        )
+        for task in tasks
+    ]
+
+
+def measure(llm: LLM, tasks: list[BundledTask]) -> list[Accuracy]:
+    """Ask every question of every adapter and of the base, in one batch of mixed adapters."""
+    asked = [(task, prompt, adapter) for task in tasks for prompt in task.answers for adapter in (task.name, None)]
+    completions = llm.generate(
+        [llm.encode_chat(prompt) for _, prompt, _ in asked],
+        adapter=[adapter for _, _, adapter in asked],
+        sampling=_GREEDY,
+        show_progress=True,
+    )
+    num_right: dict[tuple[str, str | None], int] = {}
+    for (task, prompt, adapter), completion in zip(asked, completions, strict=True):
+        key = (task.name, adapter)
+        num_right[key] = num_right.get(key, 0) + (completion.text == task.answers[prompt])
+    return [
+        Accuracy(
+            task.name,
+            len(task.answers),
+            num_right[task.name, task.name] / len(task.answers),
+            num_right[task.name, None] / len(task.answers),
+            task.description,
+        )
+        for task in tasks
+    ]
+
+
+def run_accuracy(dtype: str) -> None:
+    """Measure and print: a table to stderr, one JSON line per adapter to stdout."""
+    found = measure(LLM(dtype=dtype), read_tasks())
+    table = Table("adapter", "does", "exact with it", "base alone", box=None, header_style="bold")
+    for row in found:
+        table.add_row(row.adapter, row.description, f"{row.with_adapter:.0%}", f"{row.base_alone:.0%}")
+        sys.stdout.write(json.dumps({"bench": "accuracy", "dtype": dtype, **asdict(row)}) + "\n")
+    Console(stderr=True).print(table)
