@@ -14,7 +14,7 @@ from tasks import TASKS, Task, bare_answer
 from words import draw_word
 
 IGNORED = -100
-ROWS, ROW_WIDTH = 16, 96
+ROW_WIDTH = 96
 SYSTEM_TEXTS = ("Be brief.", "You are a helpful assistant.", "Answer with one word.", "Hello!", "You like fruit.")
 # How often the base model sees each task; the harder ones (order and counting) come up more.
 BASE_WEIGHTS = {"reverse": 1.6, "sort": 1.8, "pig-latin": 1.6, "swap-ends": 1.2, "no-vowels": 1.2, "length": 0.8}
@@ -119,8 +119,14 @@ class Packer:
     """Endless training batches: rows of a fixed width, each holding several examples that do not see each other."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, rng: random.Random, exchange: Exchange, device: torch.device
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        rng: random.Random,
+        exchange: Exchange,
+        device: torch.device,
+        rows: int,
     ) -> None:
+        self._rows = rows
         self._tokenizer, self._rng, self._exchange, self._device = tokenizer, rng, exchange, device
         self._waiting: list[tuple[list[int], int]] = []
 
@@ -132,12 +138,13 @@ class Packer:
         return self._waiting.pop() if len(self._waiting[-1][0]) <= room else None
 
     def batch(self) -> Batch:
-        """The next batch of ``ROWS`` x ``ROW_WIDTH`` tokens."""
-        input_ids = torch.full((ROWS, ROW_WIDTH), self._tokenizer.pad_token_id)
-        labels = torch.full((ROWS, ROW_WIDTH), IGNORED)
-        position_ids = torch.zeros((ROWS, ROW_WIDTH), dtype=torch.long)
-        segments = torch.zeros((ROWS, ROW_WIDTH), dtype=torch.long)
-        for row in range(ROWS):
+        """The next batch of ``rows`` x ``ROW_WIDTH`` tokens."""
+        shape = (self._rows, ROW_WIDTH)
+        input_ids = torch.full(shape, self._tokenizer.pad_token_id)
+        labels = torch.full(shape, IGNORED)
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        segments = torch.zeros(shape, dtype=torch.long)
+        for row in range(self._rows):
             start, segment = 0, 1
             while (item := self._take(ROW_WIDTH - start)) is not None:
                 ids, answer_start = item
