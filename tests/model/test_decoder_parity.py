@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from pomona.kernels.dispatch import backends_of, use_backend
 from pomona.model.decoder import Decoder
 from support.models import ARCHITECTURES, PagedSequences, load_decoder, load_transformers, make_checkpoint
 from support.tolerances import LOGITS_ATOL
@@ -94,11 +95,13 @@ def _their_logits(model: Any, token_ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def test_logits_of_every_position_equal_transformers(pair: Pair) -> None:
+@pytest.mark.parametrize("backend", backends_of("attention"))
+def test_logits_of_every_position_equal_transformers(pair: Pair, backend: str) -> None:
     (prompt,) = _prompts([90])
     expected = _their_logits(pair.theirs, prompt)
     assert 0.5 < expected.std() < 20
-    actual = PagedSequences(pair.ours, num_seqs=1, max_tokens=90).step({0: prompt})[0]
+    with use_backend(backend):
+        actual = PagedSequences(pair.ours, num_seqs=1, max_tokens=90).step({0: prompt})[0]
     torch.testing.assert_close(actual, expected, rtol=0, atol=LOGITS_ATOL)
 
 
