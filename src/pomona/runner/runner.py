@@ -95,11 +95,10 @@ class ModelRunner:
     ) -> dict[RequestId, tuple[TokenLogprobs, ...]]:
         """For sequences that asked: log-probabilities of the prompt tokens that this step's rows predict."""
         found: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
-        for index, row in enumerate(batch.table_rows):
+        for index in np.flatnonzero(self._table.has_prompt_logprobs[batch.table_rows]):
+            row, seq = batch.table_rows[index], plan.seqs[index]
             params = self._table.sampling[row]
-            if params is None or params.prompt_logprobs is None:
-                continue
-            seq = plan.seqs[index]
+            assert params is not None and params.prompt_logprobs is not None
             first = seq.num_computed_tokens + 1
             last = min(first + seq.num_scheduled_tokens, int(self._table.num_prompt_tokens[row]))
             if first >= last:

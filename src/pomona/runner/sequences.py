@@ -30,6 +30,7 @@ class SequenceTable:
         self.seed: NDArray[np.uint64] = np.zeros(max_num_seqs, dtype=np.uint64)
         self.is_plain: NDArray[np.bool_] = np.ones(max_num_seqs, dtype=np.bool_)
         """False for rows whose logits are edited (penalties, bias, min_tokens) or reported (logprobs)."""
+        self.has_prompt_logprobs: NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
         self.sampling: list[SamplingParams | None] = [None] * max_num_seqs
         self.adapter_ids: list[AdapterId | None] = [None] * max_num_seqs
         self._rows: dict[RequestId, int] = {}
@@ -85,6 +86,7 @@ class SequenceTable:
             and sampling.min_tokens == 0
             and sampling.logprobs is None
         )
+        self.has_prompt_logprobs[row] = sampling.prompt_logprobs is not None
         self.sampling[row] = sampling
         self.adapter_ids[row] = start.adapter_id
 
