@@ -33,7 +33,7 @@ LLAMA = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "pretraining_tp": 1,
+    "pretraining_tp": 2,  # early Llama 2: how a product is split, not what it is
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
     "bos_token_id": 128000,
@@ -197,7 +197,6 @@ REFUSALS = [
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-    ({"pretraining_tp": 2}, "pretraining_tp is 2"),
     ({"num_local_experts": 8}, "num_local_experts"),
     ({"dual_chunk_attention_config": {"chunk_size": 4}}, "dual_chunk_attention_config"),
     ({"embedding_multiplier": 12.0}, "embedding_multiplier"),

@@ -68,7 +68,6 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "logit_softcapping": (None, 0),
     "partial_rotary_factor": (None, 1),
     "rotary_pct": (None, 1),
-    "pretraining_tp": (None, 0, 1),
     "clip_qkv": (None,),
     "qk_layernorm": (None, False),
     "use_qk_norm": (None, False),
