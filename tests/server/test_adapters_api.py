@@ -42,6 +42,8 @@ async def test_an_adapter_is_a_model_with_a_parent(served: Served):
     assert (base["id"], base["parent"], base["max_model_len"]) == (BASE, None, 512)
     assert (adapter["id"], adapter["parent"], adapter["root"]) == ("team/summary", BASE, adapter_id)
     assert (await served.http.get("/v1/models/team/summary")).json() == adapter
+    assert (await served.http.get(f"/v1/models/{BASE}:team/summary")).json() == adapter
+    assert (await served.http.get(f"/v1/models/{BASE}")).json() == base
     assert (await served.http.get("/v1/models/other")).status_code == 404
 
 
@@ -230,7 +232,8 @@ async def test_mixed_load_replace_unload_and_requests_leave_nothing_behind(serve
 
     async def churn(name: str) -> None:
         for round_index in range(6):
-            await _load(served, name, contents[round_index % 3])
+            source = str(served.folder / contents[round_index % 3])
+            await served.http.post("/v1/adapters", json={"name": name, "source": source})
             if round_index % 3 == 2:
                 await served.http.delete(f"/v1/adapters/{name}")
 

@@ -4,32 +4,39 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pomona.adapters.catalogue import AdapterState
-from pomona.core.errors import ModelNotFoundError
+from pomona.adapters.catalogue import AdapterState, CatalogueEntry
 from pomona.server.context import ServerContext, context_of
 from pomona.server.responses import ModelCard, ModelList
 
 
-def _cards(context: ServerContext) -> list[ModelCard]:
+def _base_card(context: ServerContext) -> ModelCard:
     model = context.model
-    cards = [ModelCard(model.name, context.started_s, model.max_model_len, root=model.name, parent=None)]
-    for entry in context.adapters.entries:
-        if entry.state is AdapterState.READY and entry.info is not None:
-            created_s = context.adapters.created_s(entry.name)
-            root = str(entry.info.adapter_id)
-            cards.append(ModelCard(entry.name, created_s, model.max_model_len, root=root, parent=model.name))
-    return cards
+    return ModelCard(model.name, context.started_s, model.max_model_len, root=model.name, parent=None)
+
+
+def _adapter_card(context: ServerContext, entry: CatalogueEntry) -> ModelCard | None:
+    """None while requests cannot name it."""
+    if entry.state is not AdapterState.READY or entry.info is None:
+        return None
+    created_s = context.adapters.created_s(entry.name)
+    root = str(entry.info.adapter_id)
+    return ModelCard(entry.name, created_s, context.model.max_model_len, root=root, parent=context.model.name)
 
 
 async def list_models(request: Request) -> Response:
     """List the base and the adapters that are ready."""
-    return Response(msgspec.json.encode(ModelList(_cards(context_of(request)))), media_type="application/json")
+    context = context_of(request)
+    adapters = [card for entry in context.adapters.entries if (card := _adapter_card(context, entry)) is not None]
+    answer = ModelList([_base_card(context), *adapters])
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 async def get_model(request: Request) -> Response:
-    """Show one of them."""
+    """Show one of them, under any name that requests may use."""
+    context = context_of(request)
     model_id = request.path_params["model_id"]
-    for card in _cards(context_of(request)):
-        if card.id == model_id:
-            return Response(msgspec.json.encode(card), media_type="application/json")
-    raise ModelNotFoundError(model_id)
+    card: ModelCard | None = _base_card(context)
+    if context.adapters.resolve(model_id) is not None:
+        card = _adapter_card(context, context.adapters.get(model_id.removeprefix(context.model.name + ":")))
+    assert card is not None, "what resolves is ready"
+    return Response(msgspec.json.encode(card), media_type="application/json")

@@ -82,7 +82,7 @@ def sampling_of(body: GenerationRequest, model: ServedModel) -> SamplingParams:
         min_tokens=body.min_tokens or 0,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
-        top_k=0 if body.top_k is None or body.top_k == -1 else body.top_k,
+        top_k=0 if body.top_k is None or body.top_k == -1 else min(body.top_k, model.vocab_size),
         min_p=_or(body.min_p, 0.0),
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
