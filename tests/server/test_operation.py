@@ -162,8 +162,10 @@ async def test_every_answer_has_the_shape_that_the_document_promises(served: Ser
     schemas = document["components"]["schemas"]
     text = msgspec.json.encode(document).decode()
     assert set(re.findall(r'"#/components/schemas/(\w+)"', text)) <= set(schemas)
-    for route in document["paths"].values():
+    for path, route in document["paths"].items():
         for method, operation in route.items():
+            declared = [parameter["name"] for parameter in operation.get("parameters", [])]
+            assert declared == re.findall(r"{(\w+)}", path)
             assert "200" in operation["responses"]
             for status, answer in operation["responses"].items():
                 if int(status) >= 400 and status != "503":

@@ -151,6 +151,23 @@ def test_decoders_that_cannot_be_streamed_are_refused_by_name(folder, decoder):
         Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True},
+        {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]},
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+    ],
+)
+def test_word_mark_decoders_of_other_kinds_decode_as_the_library_does(tmp_path, decoder):
+    folder = make_tokenizer_files(tmp_path, kind="sentencepiece")
+    _edit(folder / "tokenizer.json", decoder=decoder)
+    tokenizer, library = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    token_ids = tokenizer.encode("The quick brown fox", add_special_tokens=False)
+    assert tokenizer.decode(token_ids) == library.decode(token_ids)
+
+
 def test_many_threads_may_encode_and_decode_at_once(tokenizer):
     expected = [tokenizer.encode(text) for text in CORPUS]
     wrong: list[str] = []

@@ -96,9 +96,12 @@ def _add_generation_routes(app: FastAPI, model: str) -> None:
         responses=openapi.answers(responses.Completion, *generation_errors, is_stream=True),
     )(completions.create_completion)
     app.get("/v1/models", tags=["models"], responses=openapi.answers(responses.ModelList))(models.list_models)
-    app.get("/v1/models/{model_id:path}", tags=["models"], responses=openapi.answers(responses.ModelCard, 404))(
-        models.get_model
-    )
+    app.get(
+        "/v1/models/{model_id:path}",
+        tags=["models"],
+        openapi_extra=openapi.path_parameter("model_id", "A name that requests may use as `model`."),
+        responses=openapi.answers(responses.ModelCard, 404),
+    )(models.get_model)
     app.post(
         "/tokenize",
         tags=["text"],
@@ -122,24 +125,31 @@ def _add_adapter_routes(app: FastAPI) -> None:
         responses=openapi.answers(responses.AdapterCard, 400, 403, 404, 413, 422, 503),
     )(adapters.load_adapter)
     app.get("/v1/adapters", tags=["adapters"], responses=openapi.answers(responses.AdapterList))(adapters.list_adapters)
-    app.get("/v1/adapters/{name:path}", tags=["adapters"], responses=openapi.answers(responses.AdapterCard, 404))(
-        adapters.get_adapter
-    )
-    app.delete("/v1/adapters/{name:path}", tags=["adapters"], responses=openapi.answers(responses.AdapterDeleted, 404))(
-        adapters.unload_adapter
-    )
+    name = openapi.path_parameter("name", "The adapter's name.")
+    app.get(
+        "/v1/adapters/{name:path}",
+        tags=["adapters"],
+        openapi_extra=name,
+        responses=openapi.answers(responses.AdapterCard, 404),
+    )(adapters.get_adapter)
+    app.delete(
+        "/v1/adapters/{name:path}",
+        tags=["adapters"],
+        openapi_extra=name,
+        responses=openapi.answers(responses.AdapterDeleted, 404),
+    )(adapters.unload_adapter)
 
 
 def _add_operator_routes(app: FastAPI) -> None:
     found = openapi.answers(responses.Health)
     found[503] = {**found[200], "description": "The engine starts, restarts, or has failed for good."}
     del found[401]
-    app.get("/health", tags=["operation"], responses=found)(health.health)
-    app.get("/ready", tags=["operation"], responses=found)(health.ready)
-    text: dict[int | str, dict[str, Any]] = {
-        200: {"description": "All metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
-    }
-    app.get("/metrics", tags=["operation"], responses=text)(health.metrics)
+    is_open: dict[str, Any] = {"security": []}
+    app.get("/health", tags=["operation"], openapi_extra=is_open, responses=found)(health.health)
+    app.get("/ready", tags=["operation"], openapi_extra=is_open, responses=found)(health.ready)
+    exported = openapi.answers(responses.Health)
+    exported[200] = {"description": "All metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    app.get("/metrics", tags=["operation"], responses=exported)(health.metrics)
 
 
 def _add_schemas(app: FastAPI, *, has_key: bool) -> None:

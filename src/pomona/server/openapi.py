@@ -55,6 +55,12 @@ def request_body(kind: type[pydantic.BaseModel], example: dict[str, Any]) -> dic
     return {"requestBody": {"required": True, "content": {"application/json": content}}}
 
 
+def path_parameter(name: str, description: str) -> dict[str, Any]:
+    """Return the ``openapi_extra`` of a route with a name in its path; the name may hold slashes."""
+    parameter = {"name": name, "in": "path", "required": True, "description": description, "schema": {"type": "string"}}
+    return {"parameters": [parameter]}
+
+
 def answers(kind: type[msgspec.Struct], *errors: int, is_stream: bool = False) -> dict[int | str, dict[str, Any]]:
     """Return the ``responses`` of a route.
 

@@ -22,6 +22,11 @@ from pomona.server.wire_fields import (
 )
 
 
+def _nothing() -> Any:
+    """Default of a list or table: empty for us, null on the wire."""
+    return Field((), json_schema_extra={"default": None})
+
+
 class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -60,15 +65,15 @@ class GenerationRequest(_Wire):
     """Subtracted from the logits of tokens once per occurrence in the output, in [-2, 2]. Default 0."""
     repetition_penalty: float | None = None
     """Divides (or multiplies, if negative) the logits of tokens in prompt and output. Default 1."""
-    logit_bias: LogitBias = ()
+    logit_bias: LogitBias = _nothing()
     """Token id to a number in [-100, 100] that is added to its logit."""
     seed: int | None = None
     """Start of the random stream: the same request with the same seed draws the same. Choice i uses seed + i."""
     n: int | None = None
     """Choices per prompt. Default 1."""
-    stop: StopStrings = ()
+    stop: StopStrings = _nothing()
     """Strings that end the output; they are not part of it."""
-    stop_token_ids: StopTokenIds = ()
+    stop_token_ids: StopTokenIds = _nothing()
     """Token ids that end the output, besides the model's own."""
     ignore_eos: bool | None = None
     """Go on after the model's end-of-sequence tokens."""

@@ -65,14 +65,14 @@ class DecodeRule:
         if rule is None:
             found = "+".join(kinds) or "none"
             raise CheckpointError(
-                f"{where}: decoder {found} is not supported: must be ByteLevel, or a sequence of Replace, "
-                "ByteFallback, Fuse and Strip"
+                f"{where}: decoder {found} is not supported: must be ByteLevel, Metaspace, or a "
+                "sequence of Replace, ByteFallback, Fuse and Strip"
             )
         return rule
 
 
 def _sentencepiece_rule(parts: Sequence[dict[str, Any]]) -> DecodeRule | None:
-    """Rule of a [Replace..., ByteFallback, Fuse, Strip] sequence; None if it is anything else."""
+    """Rule of a [Replace..., ByteFallback, Fuse, Strip] sequence, or of Metaspace; None if it is anything else."""
     replacements: list[tuple[str, str]] = []
     has_byte_fallback = is_fused = False
     num_cut = 0
@@ -82,13 +82,17 @@ def _sentencepiece_rule(parts: Sequence[dict[str, Any]]) -> DecodeRule | None:
                 replacements.append((old, new))
             case {"type": "ByteFallback"} if not is_fused:
                 has_byte_fallback = True
+            case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": str(scheme)} if len(parts) == 1:
+                replacements.append((mark, " "))
+                # The library drops every mark of the first token; more than one there is no tokenizer's doing.
+                num_cut = 0 if scheme == "never" else 1
             case {"type": "Fuse"}:
                 is_fused = True
             case {"type": "Strip", "content": " ", "start": int(start), "stop": 0} if is_fused:
                 num_cut += start
             case _:
                 return None
-    if not is_fused:
+    if not parts:
         return None
 
     def to_bytes(token: str) -> bytes:
