@@ -53,7 +53,7 @@ def _bodies(draw, wire_type):
 
 
 @pytest.mark.parametrize("path", _ROUTES)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_json_makes_the_server_fail(tmp_path_factory, path, data):
     bodies = data.draw(st.lists(_bodies(_ROUTES[path]), min_size=5, max_size=5))

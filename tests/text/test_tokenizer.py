@@ -164,7 +164,7 @@ def test_word_mark_decoders_of_other_kinds_decode_as_the_library_does(tmp_path, 
     folder = make_tokenizer_files(tmp_path, kind="sentencepiece")
     _edit(folder / "tokenizer.json", decoder=decoder)
     tokenizer, library = Tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    token_ids = tokenizer.encode("The quick brown fox", add_special_tokens=False)
+    token_ids = tokenizer.encode("q brown fox", add_special_tokens=False)
     assert tokenizer.decode(token_ids) == library.decode(token_ids)
 
 
