@@ -154,7 +154,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and data (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 1 if others use the CPU (default: all)")
-    parser.add_argument("--base-steps", type=int, default=4000, help="optimiser steps of the base (default: 4000)")
+    parser.add_argument("--base-steps", type=int, default=3200, help="optimiser steps of the base (default: 3200)")
     parser.add_argument("--adapter-steps", type=int, default=300, help="most steps per adapter (default: 300)")
     parser.add_argument(
         "--adapters", nargs="*", metavar="NAME", help="keep the base in --out and train only these adapters"
