@@ -136,6 +136,16 @@ def test_the_next_step_delivers_what_a_failed_one_ended():
     harness.run()
 
 
+def test_what_was_not_delivered_survives_another_failure():
+    harness = EngineHarness()
+    for name in ("a", "b"):
+        harness.add(make_request(name, 3))
+        harness.executor.raises = BrokenError()
+        with pytest.raises(BrokenError):
+            harness.step()
+    assert [output.request_id for output in harness.engine.fail_all("stopped")] == ["a", "b"]
+
+
 def test_after_a_failure_nothing_the_executor_held_is_relied_on():
     harness = EngineHarness()
     harness.register("x")

@@ -323,7 +323,7 @@ class TestPreemption:
         assert harness.engine.stats().num_preemptions >= 1
 
     def test_prompt_logprobs_are_sent_once_although_computed_twice(self):
-        harness = EngineHarness(num_kv_blocks=6, max_num_batched_tokens=8)
+        harness = EngineHarness(num_kv_blocks=6, max_num_batched_tokens=8, enable_prefix_cache=False)
         sampling = SamplingParams(max_tokens=9, temperature=0.0, prompt_logprobs=1, logprobs=1)
         harness.add(distinct("a", 8, max_tokens=9))
         harness.add(distinct("b", 8, sampling=sampling))

@@ -33,7 +33,7 @@ class SchedulerConfig:
     max_prefill_chunk: int | None = None
     """Most prompt tokens of one sequence in one step; None leaves it to the token budget."""
     max_waiting: int = 1024
-    """Requests that may wait; one more is rejected. Preempted sequences come on top."""
+    """Requests that may wait, preempted ones included; one more is rejected."""
     enable_prefix_cache: bool = True
     """Share the KV of equal prefixes (of equal adapter and tenant salt)."""
     min_prefix_wait_tokens: int = 64
