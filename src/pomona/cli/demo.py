@@ -16,7 +16,7 @@ from pomona.cli.hub import bundled_dir
 from pomona.cli.serve import Running, run_server
 from pomona.core.errors import ConfigError, PomonaError
 
-_WORDS = ("banana", "orchard")
+_WORDS = ("orchard", "harvest")
 _MAX_TOKENS = 48
 
 
@@ -61,7 +61,7 @@ def run_demo(config: AppConfig) -> None:
             f"{len(answers)} requests to {len(ranks)} adapters and the base, in flight together: "
             f"{num_tokens} tokens in {duration_s * 1000:.0f} ms.\n"
         )
-        console.print(_try_it(running.url, next(iter(ranks))), markup=False, highlight=False)
+        console.print(_try_it(running.url, next(iter(ranks))), markup=False, highlight=False, soft_wrap=True)
 
     run_server(config, show)
 

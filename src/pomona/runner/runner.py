@@ -98,7 +98,8 @@ class ModelRunner:
         for index in np.flatnonzero(self._table.has_prompt_logprobs[batch.table_rows]):
             row, seq = batch.table_rows[index], plan.seqs[index]
             params = self._table.sampling[row]
-            assert params is not None and params.prompt_logprobs is not None
+            assert params is not None
+            assert params.prompt_logprobs is not None
             first = seq.num_computed_tokens + 1
             last = min(first + seq.num_scheduled_tokens, int(self._table.num_prompt_tokens[row]))
             if first >= last:
