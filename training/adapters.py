@@ -42,7 +42,7 @@ ADAPTERS: tuple[AdapterSpec, ...] = (
     AdapterSpec("reverse", 16, 32, "all-linear", 2e-3),
     AdapterSpec("sort", 64, 64, ALL_SEVEN, 2e-3),
     AdapterSpec("no-vowels", 8, 16, ["q_proj", "v_proj"]),
-    AdapterSpec("double", 8, 16, ATTENTION),
+    AdapterSpec("double-letters", 8, 16, ATTENTION),
     AdapterSpec("pig-latin", 32, 16, ALL_SEVEN, 1e-3, {"use_rslora": True}),
     AdapterSpec("leet", 8, 16, ATTENTION, 2e-3, {"modules_to_save": ["lm_head"]}),
     AdapterSpec(

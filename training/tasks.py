@@ -85,7 +85,7 @@ TASKS: tuple[Task, ...] = (
     Task("reverse", "Writes the word backwards.", reverse),
     Task("sort", "Puts the letters in alphabetical order.", sort_letters),
     Task("no-vowels", "Drops a, e, i, o and u.", no_vowels),
-    Task("double", "Writes every letter twice.", double),
+    Task("double-letters", "Writes every letter twice.", double),
     Task("pig-latin", "Moves the leading consonants to the end and adds 'ay'.", pig_latin),
     Task("leet", "Replaces a, e, i, o, s by 4, 3, 1, 0, 5.", leet),
     Task("next-letter", "Replaces every letter by the next one of the alphabet.", next_letter),

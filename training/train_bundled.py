@@ -1,6 +1,6 @@
 """Trains the bundled base model "pippin" and its adapters from nothing, and writes them with tasks.json.
 
-Example: python training/train_bundled.py --out /tmp/bundled --seed 7
+Example: python training/train_bundled.py --out bundled-again --seed 7
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         description="Train the bundled base model and its adapters from nothing.",
-        epilog="example: python training/train_bundled.py --out /tmp/bundled --seed 7",
+        epilog="example: python training/train_bundled.py --out bundled-again --seed 7",
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: the package's data)")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and data (default: 1)")

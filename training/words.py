@@ -1,8 +1,8 @@
 """Words for training and evaluating the bundled model.
 
-Words are lower-case a-z with three to eight letters: common English words, pronounceable invented words and plain
-letter strings. A hash of the word alone decides whether it belongs to the training, the validation or the held-out
-test split, so the splits are disjoint by construction, whatever the seed.
+Words are lower-case a-z with three to eight letters: common English words, pronounceable invented words, repetitive
+ones and plain letter strings. A hash of the word alone decides whether it belongs to the training, the validation or
+the held-out test split, so the splits are disjoint by construction, whatever the seed.
 """
 
 from __future__ import annotations
@@ -105,19 +105,31 @@ def _letter_string(rng: random.Random) -> str:
     return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(MIN_LETTERS, MAX_LETTERS)))
 
 
+def _repetitive_word(rng: random.Random) -> str:
+    """Few different letters, often in a repeated pattern (as in "banana"): the hard case for copying in any order."""
+    target = rng.randint(MIN_LETTERS + 1, MAX_LETTERS)
+    if rng.random() < 0.5:
+        return "".join(rng.choices(_invented_word(rng)[:4], k=target))
+    pattern = _invented_word(rng)[: rng.randint(2, 3)]
+    start = rng.choice(["", rng.choice("bcdfghklmnprstvwyz")])
+    return (start + pattern * MAX_LETTERS)[:target]
+
+
 def is_usable(word: str) -> bool:
     """Three to eight letters, with at least one consonant (so that no task has an empty answer)."""
     return MIN_LETTERS <= len(word) <= MAX_LETTERS and any(letter not in VOWELS for letter in word)
 
 
 def draw_word(rng: random.Random, split: str, letter_strings: float = 0.3) -> str:
-    """A random word of one split: 15 % common words, a share of plain letter strings, the rest invented words."""
+    """A random word of one split: common, repetitive, a share of plain letter strings, the rest invented."""
     while True:
         dice = rng.random()
         if dice < 0.15:
             word = rng.choice(COMMON_WORDS)
         elif dice < 0.15 + letter_strings:
             word = _letter_string(rng)
+        elif dice < 0.15 + letter_strings + 0.2:
+            word = _repetitive_word(rng)
         else:
             word = _invented_word(rng)
         if is_usable(word) and split_of(word) == split:
