@@ -18,6 +18,8 @@ BUNDLED_MODEL = "pippin"
 """Name of the base model that ships in the package; its adapters come with it unless others are named."""
 
 _ENV_PREFIX = "POMONA_"
+_BENCH_PREFIX = "POMONA_BENCH_"
+"""Variables of the scripts in benchmarks/, which are no settings of a server."""
 
 
 class AppConfig(BaseSettings):
@@ -98,7 +100,9 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
     unknown = [
         key
         for key in os.environ
-        if key.startswith(_ENV_PREFIX) and key.removeprefix(_ENV_PREFIX).lower() not in AppConfig.model_fields
+        if key.startswith(_ENV_PREFIX)
+        and not key.startswith(_BENCH_PREFIX)
+        and key.removeprefix(_ENV_PREFIX).lower() not in AppConfig.model_fields
     ]
     if unknown:
         raise ConfigError(f"environment variable {unknown[0]} is not a setting; see `pomona serve --help`")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from pomona.adapters.catalogue import Catalogue
@@ -52,6 +53,8 @@ class Completion:
     """One per prompt token but the first, if asked for."""
     ttft_s: float = 0.0
     """Time to the first token, seconds since the call."""
+    e2e_s: float = 0.0
+    """Time to the end, seconds since the call."""
 
 
 class LLM:
@@ -143,7 +146,7 @@ class LLM:
             self._run(prompt, name, sampling, stop, index=index, ignore_eos=ignore_eos)
             for index, (prompt, name) in enumerate(zip(listed, names, strict=True))
         ]
-        with Progress(disable=not show_progress) as progress:
+        with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
             task = progress.add_task("generating", total=len(runs))
             for run, _ in self._drive(runs):
                 if run.completion.finish_reason is not None:
@@ -272,6 +275,8 @@ class _Run:
             if output.finish_reason is not None:
                 completion.finish_reason = output.finish_reason
                 text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+        if completion.finish_reason is not None:
+            completion.e2e_s = time.monotonic() - self.request.arrival_s
         completion.text += text
         return text
 
