@@ -235,6 +235,29 @@ def bench_accuracy(dtype: Annotated[str, typer.Option(help="auto, float32 or bfl
     run_accuracy(dtype)
 
 
+@bench_app.command("ceilings")
+def bench_ceilings(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    runs: Annotated[int, typer.Option(help="Runs of each test; their median counts.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Length of a run.")] = 0.3,
+    small: Annotated[bool, typer.Option("--small", help="Tiny sizes, to see that it works.")] = False,  # noqa: FBT002
+    output: Annotated[Path | None, typer.Option(help="Append the JSON line to this file.")] = None,
+) -> None:
+    """Measure what this machine can do at most: dense products, reading memory; on a GPU also copies and launches.
+
+    The table goes to stderr, one JSON line to stdout. Close other programs first.
+
+    Example:
+
+        pomona bench ceilings --output ceilings.jsonl
+    """
+    from pomona.cli.ceilings import CeilingsConfig, run_ceilings
+
+    config = CeilingsConfig(device=device, num_threads=num_threads, num_runs=runs, run_s=seconds, is_small=small)
+    run_ceilings(config, output)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
