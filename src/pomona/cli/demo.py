@@ -16,7 +16,7 @@ from pomona.cli.hub import bundled_dir
 from pomona.cli.serve import Running, run_server
 from pomona.core.errors import ConfigError, PomonaError
 
-_WORDS = ("orchard", "harvest")
+_WORDS = ("banana", "orchard")
 _MAX_TOKENS = 48
 
 
