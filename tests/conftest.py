@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from support.triton_sampling import _tensors_where_the_kernels_run, pytest_collection_modifyitems  # noqa: F401
+
 # Both are read when the libraries are imported, which the test modules do.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -13,17 +13,19 @@ from types import ModuleType
 import torch
 
 from pomona.kernels.cpu import binding
+from pomona.kernels.triton import availability
 
 OPS = ("activation", "attention", "linear", "lora", "norm", "rope")
 
 _MODULES: dict[str, dict[str, str]] = {
     "reference": {op: f"pomona.kernels.reference.{op}" for op in OPS},
     "cpu": {op: f"pomona.kernels.cpu.{op}" for op in OPS if binding.is_available()},
+    "triton": {op: f"pomona.kernels.triton.{op}" for op in OPS if op != "linear" and availability.is_available()},
 }
 
 _PREFERENCES: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("reference",),
+    "cuda": ("triton", "reference"),
 }
 
 _override: tuple[str, ...] = ()
@@ -58,7 +60,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Prefer one backend on every device while the context lasts. For tests and measurements, in one thread.
 
     Args:
-        name: "reference" or "cpu". Ops that the backend lacks keep their usual one.
+        name: "reference", "cpu" or "triton". Ops that the backend lacks keep their usual one.
     """
     assert name in _MODULES, f"no backend named {name}: there are {', '.join(_MODULES)}"
     global _override
