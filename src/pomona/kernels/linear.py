@@ -8,6 +8,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pomona.kernels.dispatch import backend_for
 
@@ -71,6 +72,27 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
     assert x.shape[1] == packed.in_features
     result: Tensor = backend_for("linear", x.device).packed_linear(x, packed, bias)
     return result
+
+
+def dense(weight: Tensor) -> PackedWeight:
+    """Wrap a weight [out_features, in_features] as it is."""
+    return PackedWeight(weight, Layout.DENSE, in_features=weight.shape[1], out_features=weight.shape[0])
+
+
+def gather_rows(packed: PackedWeight, row_ids: Tensor) -> Tensor:
+    """Semantics: ``weight[row_ids]``, such as the embeddings of tokens.
+
+    Args:
+        packed: a weight [out_features, in_features].
+        row_ids: int64 [num_rows].
+
+    Returns:
+        [num_rows, in_features], freshly allocated.
+    """
+    if packed.layout is Layout.DENSE:
+        return functional.embedding(row_ids, packed.data)
+    rows = packed.data[row_ids // GROUP, :, row_ids % GROUP].flatten(1)
+    return rows[:, : packed.in_features].contiguous()
 
 
 def unpack(packed: PackedWeight) -> Tensor:

@@ -69,7 +69,7 @@ class AdapterLoader:
 
     def num_pages(self, weights: AdapterWeights) -> int:
         """Device pages an adapter occupies: its rank rows' own, and as many as its extras would fill; at least 1."""
-        page_bytes = self._layout.page_elems * self._base.embed.element_size()
+        page_bytes = self._layout.page_elems * self._base.dtype.itemsize
         num_extra_bytes = 0 if weights.extras is None else weights.extras.num_bytes
         return max(1, weights.pages.shape[0] + math.ceil(num_extra_bytes / page_bytes))
 
@@ -212,14 +212,14 @@ class _Parts:
         if EMBEDDING_NAME in self._adapter.saved_modules:
             extras.embed_weight = self._cast(state.take(EMBEDDING_NAME, "weight", self._table_shape), EMBEDDING_NAME)
         else:
-            extras.embed_weight = self._table_saved_along(EMBEDDING_NAME, self._base.embed)
+            extras.embed_weight = self._table_saved_along(EMBEDDING_NAME)
         lora = self._adapter.loras.get(EMBEDDING_NAME)
         if lora is not None:
             vocab_size, hidden_size = self._table_shape
             a = state.take(EMBEDDING_NAME, "lora_embedding_A", (lora.lora_rank, vocab_size))
             b = state.take(EMBEDDING_NAME, "lora_embedding_B", (hidden_size, lora.lora_rank))
             if self._config.use_dora:
-                weight = self._base.embed if extras.embed_weight is None else extras.embed_weight
+                weight = self._base.embed_weight if extras.embed_weight is None else extras.embed_weight
                 product = (b.float() @ a.float()).T
                 extras.embed_dora_scale = self._dora_scale(EMBEDDING_NAME, weight, product, lora.scaling, dim=0)
             extras.embed_lora = (
@@ -233,7 +233,7 @@ class _Parts:
         """Everything on lm_head, which may be what was done to the embedding; ``add_embedding`` comes first."""
         extras, state, follows = self.extras, self._state, self._adapter.head_follows
         if HEAD_NAME not in self._adapter.saved_modules:
-            extras.lm_head_weight = self._table_saved_along(HEAD_NAME, self._base.lm_head)
+            extras.lm_head_weight = self._table_saved_along(HEAD_NAME)
             self._share_tied_table()
         elif follows == "saved_module":
             extras.lm_head_weight = extras.embed_weight
@@ -265,13 +265,13 @@ class _Parts:
             self._check_same(b_cast, extras.embed_lora[0])
         extras.lm_head_lora = (a_cast, b_cast, lora.scaling)
         if self._config.use_dora:
-            weight = self._base.lm_head if extras.lm_head_weight is None else extras.lm_head_weight
+            weight = self._base.lm_head_weight if extras.lm_head_weight is None else extras.lm_head_weight
             extras.lm_head_dora_scale = self._dora_scale(HEAD_NAME, weight, b.float() @ a.float(), lora.scaling, dim=1)
         if self._config.lora_bias:
             lora_bias = state.take(HEAD_NAME, "lora_B.bias", (vocab_size,))
             extras.lm_head_bias = lora_bias.float() * lora.scaling
 
-    def _table_saved_along(self, name: str, base_table: Tensor) -> Tensor | None:
+    def _table_saved_along(self, name: str) -> Tensor | None:
         """The base's own embedding or lm_head, which PEFT saves along with some adapters; None unless it differs.
 
         On loading, PEFT writes it into the base model, so a table that differs is part of the adapter.
@@ -279,6 +279,7 @@ class _Parts:
         for part in ("base.weight", "weight"):
             if self._state.has(name, part):
                 table = self._cast(self._state.take(name, part, self._table_shape), name)
+                base_table = self._base.embed_weight if name == EMBEDDING_NAME else self._base.lm_head_weight
                 return None if torch.equal(table, base_table.to(table.device)) else table
         return None
 

@@ -6,9 +6,9 @@ Base weights are read once per step whatever the adapters. The caller wraps call
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn import functional
 
 from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.linear import gather_rows, packed_linear
 from pomona.model import lora as adapters
 from pomona.model.layers import StepContext, attend, feed_forward, layer_norm
 from pomona.model.lora import LoraState
@@ -55,10 +55,9 @@ class Decoder:
             [num_tokens, hidden_size] after the final norm, in the serving dtype.
         """
         context = StepContext(self.spec, self.weights, positions, self._cos_sin, attention, lora)
-        if lora is None:
-            hidden = functional.embedding(token_ids, self.weights.embed)
-        else:
-            hidden = adapters.embed(token_ids, self.weights.embed, lora)
+        hidden = gather_rows(self.weights.embed, token_ids)
+        if lora is not None:
+            adapters.adapt_embeddings(hidden, token_ids, lora)
         residual: Tensor | None = None
         for layer in range(self.spec.num_layers):
             normed, residual = layer_norm(hidden, residual, layer, "input_layernorm", context)
@@ -78,5 +77,5 @@ class Decoder:
         Returns:
             float32 [num_rows, vocab_size].
         """
-        logits = functional.linear(hidden_rows, self.weights.lm_head).float()
+        logits = packed_linear(hidden_rows, self.weights.lm_head).float()
         return logits if lora is None else adapters.adapt_logits(logits, hidden_rows, lora)

@@ -6,10 +6,10 @@ Every function takes ``lora``, the step's adapters, or None when no row has one.
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional
 
 from pomona.kernels.activation import silu_mul
 from pomona.kernels.attention import AttentionBatch, paged_attention, write_kv
+from pomona.kernels.linear import packed_linear
 from pomona.kernels.norm import add_rms_norm, rms_norm
 from pomona.kernels.rope import apply_rope
 from pomona.model import lora as adapters
@@ -46,7 +46,7 @@ def project(x: Tensor, layer: int, site: Site, context: StepContext) -> Tensor:
     """
     weights = context.weights.layers[layer]
     bias = weights.biases[site]
-    out = functional.linear(x, weights.sites[site], bias)
+    out = packed_linear(x, weights.sites[site], bias)
     if context.lora is not None:
         adapters.adapt(out, x, layer, site, context.lora, bias)
     return out

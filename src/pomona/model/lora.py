@@ -149,23 +149,14 @@ class LoraState:
     logit_extras: tuple[tuple[int, int, AdapterExtras], ...] = ()
 
 
-def new_page_pool(layout: PageLayout, num_pages: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Allocate [num_pages, page_elems], zeroed so that no stale value is ever a NaN."""
-    return torch.zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
-
-
-def embed(token_ids: Tensor, weight: Tensor, lora: LoraState) -> Tensor:
-    """Look up embeddings, each row through its own adapter's.
+def adapt_embeddings(out: Tensor, token_ids: Tensor, lora: LoraState) -> None:
+    """Turn the base's embeddings into each row's own adapter's, in place.
 
     Args:
-        token_ids: int64 [num_tokens].
-        weight: the base's [vocab_size, hidden_size].
+        out: [num_tokens, hidden_size].
+        token_ids: int64 [num_tokens], of which ``out`` are the base's embeddings.
         lora: the step's adapters.
-
-    Returns:
-        [num_tokens, hidden_size].
     """
-    out = functional.embedding(token_ids, weight)
     for start, end, extras in lora.extras:
         ids, rows = token_ids[start:end], out[start:end]
         if extras.embed_weight is not None:
@@ -179,7 +170,6 @@ def embed(token_ids: Tensor, weight: Tensor, lora: LoraState) -> Tensor:
             index = torch.searchsorted(replaced_ids, ids).clamp_(max=replaced_ids.shape[0] - 1)
             is_replaced = (replaced_ids[index] == ids).unsqueeze(1)
             rows.copy_(torch.where(is_replaced, new_rows[index], rows))
-    return out
 
 
 def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias: Tensor | None) -> None:

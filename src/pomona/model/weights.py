@@ -6,13 +6,14 @@ the old, unmappable kind costs its own size on top, one shard at a time).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pomona.core.errors import CheckpointError
+from pomona.kernels.linear import PackedWeight, dense, pack, unpack
 from pomona.model.checkpoint_files import TensorInfo, describe_tensors, find_files, read_tensors
 from pomona.model.spec import TARGET_NAMES, TARGET_PARENTS, ModelSpec, Site, Target
 
@@ -25,8 +26,8 @@ _FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 class LayerWeights:
     """One decoder layer. Products of one ``Site`` are fused: rows of its targets one after the other."""
 
-    sites: dict[Site, Tensor]
-    """[sum of out_features, in_features]."""
+    sites: dict[Site, PackedWeight]
+    """[sum of out_features, in_features] each."""
     biases: dict[Site, Tensor | None]
     """[sum of out_features]."""
     norms: dict[str, Tensor]
@@ -38,13 +39,13 @@ class DecoderWeights:
     """The base model, on one device, in the serving dtype."""
 
     spec: ModelSpec
-    embed: Tensor
+    embed: PackedWeight
     """[vocab_size, hidden_size]."""
     layers: tuple[LayerWeights, ...]
     norm: Tensor
     """[hidden_size]: the final norm."""
-    lm_head: Tensor
-    """[vocab_size, hidden_size]; the very tensor of ``embed`` if the model is tied."""
+    lm_head: PackedWeight
+    """[vocab_size, hidden_size]; the very object of ``embed`` if the model is tied."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,12 +55,22 @@ class DecoderWeights:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed.device
+        return self.norm.device
+
+    @property
+    def embed_weight(self) -> Tensor:
+        """[vocab_size, hidden_size] as in the checkpoint: a copy if the backend has a layout of its own."""
+        return unpack(self.embed)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[vocab_size, hidden_size] as in the checkpoint: a copy if the backend has a layout of its own."""
+        return unpack(self.lm_head)
 
     def target_weight(self, layer: int, target: Target) -> Tensor:
-        """One target's weight [out_features, in_features], a view."""
+        """One target's weight [out_features, in_features]: a view, or a copy if the backend has its own layout."""
         site, rows = _site_rows(self.spec, target)
-        return self.layers[layer].sites[site][rows]
+        return unpack(self.layers[layer].sites[site])[rows]
 
     def target_bias(self, layer: int, target: Target) -> Tensor | None:
         """One target's bias [out_features], a view, or None."""
@@ -74,11 +85,15 @@ class DecoderWeights:
     @property
     def num_bytes(self) -> int:
         """Memory of all weights; a tied lm_head counts once."""
-        tensors = [self.embed, self.norm] + ([] if self.lm_head is self.embed else [self.lm_head])
+        packed = [self.embed] + ([] if self.lm_head is self.embed else [self.lm_head])
+        tensors = [self.norm]
         for layer in self.layers:
-            tensors += [*layer.sites.values(), *layer.norms.values()]
+            packed += layer.sites.values()
+            tensors += layer.norms.values()
             tensors += [bias for bias in layer.biases.values() if bias is not None]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(weight.num_bytes for weight in packed) + sum(
+            tensor.numel() * tensor.element_size() for tensor in tensors
+        )
 
 
 def _site_rows(spec: ModelSpec, target: Target) -> tuple[Site, slice]:
@@ -94,39 +109,55 @@ def _site_rows(spec: ModelSpec, target: Target) -> tuple[Site, slice]:
 
 
 def allocate_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """Weights of the right shapes with unspecified values."""
+    """Weights of the right shapes with unspecified values, all in the dense layout."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     def layer() -> LayerWeights:
-        sites: dict[Site, Tensor] = {}
+        sites: dict[Site, PackedWeight] = {}
         biases: dict[Site, Tensor | None] = {}
         for site in Site:
             shapes = [spec.target_shape(target) for target in site.value]
             out_features = sum(out for _, out in shapes)
-            sites[site] = empty(out_features, shapes[0][0])
+            sites[site] = dense(empty(out_features, shapes[0][0]))
             biases[site] = empty(out_features) if spec.has_bias(site.value[0]) else None
         norms = {name: empty(spec.hidden_size) for name in ("input_layernorm", "post_attention_layernorm")}
         if spec.has_qk_norm:
             norms |= {name: empty(spec.head_dim) for name in ("q_norm", "k_norm")}
         return LayerWeights(sites, biases, norms)
 
-    embed = empty(spec.vocab_size, spec.hidden_size)
+    embed = dense(empty(spec.vocab_size, spec.hidden_size))
     return DecoderWeights(
         spec=spec,
         embed=embed,
         layers=tuple(layer() for _ in range(spec.num_layers)),
         norm=empty(spec.hidden_size),
-        lm_head=embed if spec.is_tied else empty(spec.vocab_size, spec.hidden_size),
+        lm_head=embed if spec.is_tied else dense(empty(spec.vocab_size, spec.hidden_size)),
     )
+
+
+def pack_weights(weights: DecoderWeights) -> DecoderWeights:
+    """Lay dense weights out for their device's backend, one matrix after the other, so that at most one exists twice.
+
+    Args:
+        weights: in the dense layout; not to be used afterwards.
+    """
+    for layer in weights.layers:
+        for site, weight in layer.sites.items():
+            layer.sites[site] = pack(unpack(weight))
+    if weights.spec.is_tied:
+        table = pack(weights.embed_weight)
+        return replace(weights, embed=table, lm_head=table)
+    # Rows of an embedding of its own are only ever looked up.
+    return replace(weights, lm_head=pack(weights.lm_head_weight))
 
 
 def named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
     """(name in a Hugging Face checkpoint, view of the tensor's place) for every tensor; a tied lm_head is left out."""
-    yield _EMBED, weights.embed
+    yield _EMBED, weights.embed_weight
     if weights.lm_head is not weights.embed:
-        yield _LM_HEAD, weights.lm_head
+        yield _LM_HEAD, weights.lm_head_weight
     yield "model.norm.weight", weights.norm
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}"
@@ -180,8 +211,8 @@ def load_weights(
                 if progress is not None:
                     progress(done, total)
         if has_spare_head:
-            _check_spare_head(found, weights.embed)
-    return weights
+            _check_spare_head(found, weights.embed_weight)
+        return pack_weights(weights)
 
 
 def _check(

@@ -3,12 +3,12 @@
 from torch import Tensor
 from torch.nn import functional
 
-from pomona.kernels.linear import Layout, PackedWeight, unpack
+from pomona.kernels.linear import PackedWeight, dense, unpack
 
 
 def pack(weight: Tensor) -> PackedWeight:
     """See ``kernels.linear.pack``."""
-    return PackedWeight(weight, Layout.DENSE, in_features=weight.shape[1], out_features=weight.shape[0])
+    return dense(weight)
 
 
 def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
