@@ -39,7 +39,7 @@ class _Step:
     struct: binding.LoraStep
     address: int
     blocks: NDArray[np.int32]
-    """[num_blocks, 4]: segment, first row, rows, padding. Owned here because the struct only points to it."""
+    """[num_blocks, 4]: segment, first row, rows, padding; longest first. Owned here, the struct only points to it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +89,7 @@ def _plan_step(batch: LoraBatch, num_tokens: int) -> _Step:
     starts = rows[segments, 0] + within
     num_rows = np.minimum(rows[segments, 1] - starts, _ROWS_PER_ITEM)
     blocks = np.stack([segments, starts, num_rows, np.zeros_like(starts)], axis=1).astype(np.int32)
+    blocks = np.ascontiguousarray(blocks[np.argsort(-num_rows, kind="stable")])
     tables = batch.page_tables
     assert tables.dtype is torch.int32
     assert tables.is_contiguous()

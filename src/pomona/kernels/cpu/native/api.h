@@ -125,5 +125,7 @@ using Body = void (*)(void* state, int thread);
 void run_threads(int num_threads, Body body, void* state);
 // Memory of the calling thread that lives until its next call with the same purpose.
 void* scratch(int purpose, int64_t num_bytes);
+// At least that many bytes of zeros, for the calling thread, until its next call.
+const void* zeros(int64_t num_bytes);
 
 }  // namespace pomona

@@ -1,8 +1,9 @@
 // Attention over a paged KV cache, prompt chunks and decodes alike. Included by isa.cpp.
 //
-// An item is a run of one sequence's rows and one kv head with all the query heads that read it, so that each key and
-// value is read once for the whole group. Keys and values are repacked tile by tile and multiplied by the same product
-// as dense layers. Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and chunks
+// An item is a run of one sequence's rows and some kv heads with all the query heads that read them, so that each key
+// and value is read once for the whole group. Decodes take all kv heads at once, which lie beside each other in memory,
+// and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied by
+// the same product as dense layers. Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and chunks
 // are merged in order. The cuts depend on positions alone, so a row's result does not depend on which rows are computed
 // with it or on how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
 #pragma once
@@ -13,6 +14,7 @@ namespace {
 
 constexpr int64_t kTokenTile = 64;
 constexpr int64_t kChunk = 512;
+constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
 static_assert(kChunk % kTokenTile == 0 && kTokenTile % kGroup == 0);
 
 #if defined(__AVX512F__)
@@ -58,16 +60,30 @@ INLINE void transpose_units(const char* const* rows, int64_t offset, uint32_t* o
 }
 #endif
 
-// Running softmax of some rows: maxima, sums of exponentials, weighted sums of values.
+// Running softmax of some rows: maxima, sums of exponentials, weighted sums of values (in the order of load_two).
 struct Softmax {
   float *maxima, *totals, *values;
+};
+
+// Positions of one tile: those in [low, high) are read, each at its own place.
+struct Tile {
+  int64_t begin, low, high;
 };
 
 template <class T>
 struct Attention {
   using Elem = typename T::Elem;
   const pomona::AttentionCall& call;
-  int64_t group, num_units, value_width, max_rows;  // query heads per kv head; units of head_dim; head_dim padded
+  int64_t group, num_units, value_width;  // query heads per kv head; units of head_dim; head_dim padded
+  int64_t heads_per_item, max_rows;       // kv heads; rows times heads, at most
+
+  struct Item {
+    pomona::QueryBlock block;
+    int64_t first_head, num_heads;  // kv heads
+    const int32_t* table;
+    int64_t rows_per_head() const { return block.num_rows * group; }
+    int64_t group;
+  };
 
   // Scratch of one thread, carved from one allocation.
   struct Space {
@@ -92,35 +108,75 @@ struct Attention {
             softmax_at(reinterpret_cast<float*>(parts[5])), softmax_at(reinterpret_cast<float*>(parts[6]))};
   }
 
-  // Where a token's key or value of one head is.
-  const char* token(const void* cache, int64_t block_stride, const int32_t* table, int64_t position,
-                    int64_t kv_head) const {
-    const int64_t block = table[position / call.block_size], offset = position % call.block_size;
-    return reinterpret_cast<const char*>(static_cast<const Elem*>(cache) + block * block_stride +
-                                         (offset * call.num_kv_heads + kv_head) * call.head_dim);
+  Item item(int64_t index) const {
+    const int64_t parts = ceil_div(call.num_kv_heads, heads_per_item);
+    const pomona::QueryBlock& block = call.blocks[index / parts];
+    const int64_t first = index % parts * heads_per_item;
+    return {block, first, min64(heads_per_item, call.num_kv_heads - first),
+            call.block_tables + block.sequence * call.max_blocks, group};
   }
 
-  void load_query(const pomona::QueryBlock& block, int64_t kv_head, uint32_t* out) const {
-    for (int64_t r = 0; r < block.num_rows; r++)
-      for (int64_t g = 0; g < group; g++, out += num_units) {
-        const Elem* head = static_cast<const Elem*>(call.query) + (block.row + r) * call.query_row_stride +
-                           (kv_head * group + g) * call.query_head_stride;
-        out[num_units - 1] = 0;
-        memcpy(out, head, call.head_dim * sizeof(Elem));
-      }
+  void load_query(const Item& it, uint32_t* out) const {
+    for (int64_t h = 0; h < it.num_heads; h++)
+      for (int64_t r = 0; r < it.block.num_rows; r++)
+        for (int64_t g = 0; g < group; g++, out += num_units) {
+          const Elem* head = static_cast<const Elem*>(call.query) + (it.block.row + r) * call.query_row_stride +
+                             ((it.first_head + h) * group + g) * call.query_head_stride;
+          out[num_units - 1] = 0;
+          memcpy(out, head, call.head_dim * sizeof(Elem));
+        }
   }
 
-  // keys[unit][token] of the tile's positions; those outside [low, high) are zeros, or unspecified from the first group
-  // past high on. Nothing outside [low, high) is read: a freed block may hold anything.
-  void load_keys(const int32_t* table, int64_t tile, int64_t low, int64_t high, int64_t kv_head, uint32_t* keys) const {
-    alignas(64) static const char zeros[pomona::kMaxHeadDim * 4] = {};
+  // Where the tile's keys (or values) of the first kv head are; positions outside [low, high) get `zeros`: a freed block
+  // may hold anything.
+  void find_tokens(const void* cache, int64_t block_stride, const int32_t* table, const Tile& tile,
+                   const Elem** rows) const {
+    const Elem* zeros = static_cast<const Elem*>(pomona::zeros(call.num_kv_heads * call.head_dim * sizeof(Elem)));
+    const int64_t token = call.num_kv_heads * call.head_dim, end = ceil_div(tile.high, kGroup) * kGroup;
+    for (int64_t t = 0; t < tile.low; t++) rows[t] = zeros;
+    for (int64_t t = tile.high; t < end; t++) rows[t] = zeros;
+    int64_t block = (tile.begin + tile.low) / call.block_size, offset = (tile.begin + tile.low) % call.block_size;
+    for (int64_t t = tile.low; t < tile.high; block++, offset = 0) {
+      const Elem* at = static_cast<const Elem*>(cache) + table[block] * block_stride + offset * token;
+      for (const int64_t stop = min64(tile.high, t + call.block_size - offset); t < stop; t++, at += token) rows[t] = at;
+    }
+  }
+
+  // The blocks that the next tile lies in, keys and values in turn, handed out to the products that run meanwhile.
+  struct NextBlocks {
+    const Attention* work = nullptr;
+    const int32_t* table = nullptr;
+    int64_t block = 0, last = -1;  // positions in the table
+    int64_t num_lines = 0;
+    bool is_value = false;
+
+    Ahead take(int64_t num_steps) {
+      if (block > last) return {};
+      const auto& call = work->call;
+      const void* cache = is_value ? call.value_cache : call.key_cache;
+      const int64_t stride = is_value ? call.value_block_stride : call.key_block_stride;
+      const char* at = reinterpret_cast<const char*>(static_cast<const Elem*>(cache) + table[block] * stride);
+      if (is_value) block++;
+      is_value = !is_value;
+      return {at, ceil_div(num_lines, num_steps)};
+    }
+  };
+
+  // Those of the tile at `begin`; none where each kv head is an item of its own.
+  NextBlocks next_blocks(const Item& it, int64_t begin, int64_t end) const {
+    const int64_t bytes = call.block_size * call.num_kv_heads * call.head_dim * sizeof(Elem);
+    const int64_t last = min64(end, begin / kTokenTile * kTokenTile + kTokenTile) - 1;
+    return {this, it.table, begin / call.block_size, it.num_heads == call.num_kv_heads ? last / call.block_size : -1,
+            ceil_div(bytes, 64), false};
+  }
+
+  // keys[unit][token of the tile] of one kv head; unspecified from the first group past the tile's end on.
+  void load_keys(const Elem* const* tokens, int64_t num_tokens, int64_t kv_head, uint32_t* keys) const {
     const int64_t num_bytes = call.head_dim * sizeof(Elem), whole = num_bytes / 64 * 64;
-    for (int64_t t = 0; t < high; t += kGroup, keys += kGroup) {
+    for (int64_t t = 0; t < num_tokens; t += kGroup, keys += kGroup) {
       const char* rows[kGroup];
       for (int64_t i = 0; i < kGroup; i++)
-        rows[i] = t + i >= low && t + i < high
-                      ? token(call.key_cache, call.key_block_stride, table, tile + t + i, kv_head)
-                      : zeros;
+        rows[i] = reinterpret_cast<const char*>(tokens[t + i] + kv_head * call.head_dim);
       for (int64_t at = 0; at < whole; at += 64) transpose_units(rows, at, keys + at / 4 * kTokenTile, kTokenTile);
       if (whole == num_bytes) continue;
       char rest[kGroup][64] = {};
@@ -133,21 +189,22 @@ struct Attention {
     }
   }
 
-  // values[units of tokens][head_dim padded] for the units of the tile that [low, high) touches; zeros elsewhere in them.
-  void load_values(const int32_t* table, int64_t tile, int64_t low, int64_t high, int64_t kv_head,
+  // values[unit of tokens][head_dim, in the order of load_two] of one kv head, from the first unit on.
+  void load_values(const Elem* const* tokens, int64_t first_unit, int64_t end_unit, int64_t kv_head,
                    uint32_t* values) const {
-    static const Elem zeros[pomona::kMaxHeadDim] = {};
-    for (int64_t t = low / T::kPerUnit * T::kPerUnit; t < high; t += T::kPerUnit, values += value_width) {
-      const Elem* rows[2] = {zeros, zeros};
-      for (int64_t i = 0; i < T::kPerUnit; i++)
-        if (t + i >= low && t + i < high)
-          rows[i] = reinterpret_cast<const Elem*>(
-              token(call.value_cache, call.value_block_stride, table, tile + t + i, kv_head));
-      for_lanes(call.head_dim, [&](int64_t i, int n) {
-        const vu units = T::units_of(rows[0] + i, rows[1] + i, n);
-        memcpy(values + i, &units, sizeof units);
-      });
-      for (int64_t i = ceil_div(call.head_dim, W) * W; i < value_width; i++) values[i] = 0;
+    for (int64_t unit = first_unit; unit < end_unit; unit++, values += value_width) {
+      const Elem* row = tokens[unit * T::kPerUnit] + kv_head * call.head_dim;
+      const Elem* other = tokens[unit * T::kPerUnit + T::kPerUnit - 1] + kv_head * call.head_dim;
+      int64_t i = 0;
+      for (; i + 2 * W <= call.head_dim; i += 2 * W) T::pair_two(row + i, other + i, values + i);
+      for (; i < value_width; i += 2 * W) {
+        Elem rest[2][2 * W] = {};
+        if (i < call.head_dim) {
+          memcpy(rest[0], row + i, (call.head_dim - i) * sizeof(Elem));
+          memcpy(rest[1], other + i, (call.head_dim - i) * sizeof(Elem));
+        }
+        T::pair_two(rest[0], rest[1], values + i);
+      }
     }
   }
 
@@ -159,8 +216,10 @@ struct Attention {
     for (int i = 0; i < W; i++) index[i] = i;
     const bool is_masked = low > 0 || high < kTokenTile;
     const int32_t first = static_cast<int32_t>(low), last = static_cast<int32_t>(high);
+    const vf scale = splat(call.scale * kLog2E);  // powers of two are cheaper than powers of e
+#pragma GCC unroll 16
     for (int i = 0; i < kVectors; i++) {
-      lanes[i] = load_floats(scores + i * W) * splat(call.scale);
+      lanes[i] = load_floats(scores + i * W) * scale;
       if (is_masked) {
         const vi position = index + i * W;
         lanes[i] = (position >= first) & (position < last) ? lanes[i] : splat(-INFINITY);
@@ -172,13 +231,14 @@ struct Attention {
     const float now = tile_max > before ? tile_max : before;
     const vf shift = splat(now == -INFINITY ? 0.0f : now);
     vf total = {};
+#pragma GCC unroll 16
     for (int i = 0; i < kVectors; i++) {
-      lanes[i] = exp_lanes(lanes[i] - shift);
-      total += lanes[i];
-      T::store(reinterpret_cast<Elem*>(weights) + i * W, lanes[i]);
+      const vf weight = exp2_lanes(lanes[i] - shift);
+      total += weight;
+      T::store(reinterpret_cast<Elem*>(weights) + i * W, weight);
     }
     if (now != before) {
-      const float decay = before == -INFINITY ? 0.0f : scalar_exp(before - now);
+      const float decay = before == -INFINITY ? 0.0f : scalar_exp2(before - now);
       softmax.maxima[row] = now;
       softmax.totals[row] *= decay;
       scale_row(softmax.values + row * value_width, decay);
@@ -186,41 +246,56 @@ struct Attention {
     softmax.totals[row] += fold_sum(total);
   }
 
-  static float scalar_exp(float x) { return exp_lanes(splat(x))[0]; }
+  static float scalar_exp2(float x) { return exp2_lanes(splat(x))[0]; }
 
   void scale_row(float* row, float factor) const {
     for (int64_t i = 0; i < value_width; i += W) store_floats(row + i, load_floats(row + i) * splat(factor));
   }
 
-  // Attention of a block's rows to the positions [begin, end) of one chunk.
-  void attend(const pomona::QueryBlock& block, int64_t kv_head, int64_t begin, int64_t end, const Space& s,
-              const Softmax& softmax) const {
-    const int32_t* table = call.block_tables + block.sequence * call.max_blocks;
-    const int64_t num_rows = block.num_rows * group;
-    for (int64_t row = 0; row < num_rows; row++) softmax.maxima[row] = -INFINITY, softmax.totals[row] = 0.0f;
-    memset(softmax.values, 0, num_rows * value_width * 4);
-    const TileA query{reinterpret_cast<const char*>(s.query), num_units * 4};
-    const char* weights = reinterpret_cast<const char*>(s.weights);
-    for (int64_t tile = begin / kTokenTile * kTokenTile; tile < end; tile += kTokenTile) {
-      // A position keeps its place in the tile whichever of the tile's positions are attended to.
-      const int64_t low = max64(begin - tile, 0), high = min64(end - tile, kTokenTile);
-      load_keys(table, tile, low, high, kv_head, s.keys);
-      product<T>(num_rows, ceil_div(high, kGroup), num_units, query, TileB{s.keys, kGroup, kTokenTile},
-                 TileC{s.scores, kTokenTile, false});
-      for (int64_t r = 0; r < block.num_rows; r++) {
-        const int64_t newest = block.first_position + r - tile;
-        const int64_t oldest = call.window ? max64(low, newest - call.window + 1) : low;
-        for (int64_t g = 0; g < group; g++) {
-          const int64_t row = r * group + g;
-          soften(s.scores + row * kTokenTile, oldest, min64(newest + 1, high), row, softmax,
-                 s.weights + row * (kTokenTile / T::kPerUnit));
-        }
+  // Attention of an item's rows to the positions [begin, end) of one chunk.
+  // `following` is what this thread will do next, or null.
+  void attend(const Item& it, int64_t begin, int64_t end, const Space& s, const Softmax& softmax,
+              const Item* following) const {
+    const int64_t rows = it.rows_per_head();
+    for (int64_t row = 0; row < rows * it.num_heads; row++) softmax.maxima[row] = -INFINITY, softmax.totals[row] = 0.0f;
+    memset(softmax.values, 0, rows * it.num_heads * value_width * 4);
+    for (int64_t at = begin / kTokenTile * kTokenTile; at < end; at += kTokenTile) {
+      const Tile tile{at, max64(begin - at, 0), min64(end - at, kTokenTile)};
+      const bool is_last = at + kTokenTile >= end;
+      NextBlocks blocks = is_last ? following ? next_blocks(*following, first_read(*following), end_read(*following))
+                                              : NextBlocks{}
+                                  : next_blocks(it, at + kTokenTile, end);
+      const Elem *keys[kTokenTile], *values[kTokenTile];
+      find_tokens(call.key_cache, call.key_block_stride, it.table, tile, keys);
+      find_tokens(call.value_cache, call.value_block_stride, it.table, tile, values);
+      for (int64_t h = 0; h < it.num_heads; h++) {
+        const Softmax part{softmax.maxima + h * rows, softmax.totals + h * rows, softmax.values + h * rows * value_width};
+        load_keys(keys, tile.high, it.first_head + h, s.keys);
+        weigh(it, tile, s.query + h * rows * num_units, s, part, blocks);
+        const int64_t first = tile.low / T::kPerUnit, last = ceil_div(tile.high, T::kPerUnit);
+        load_values(values, first, last, it.first_head + h, s.values);
+        product<T>(rows, value_width / kGroup, last - first,
+                   TileA{reinterpret_cast<const char*>(s.weights + first), kTokenTile * int64_t{sizeof(Elem)}},
+                   TileB{s.values, kGroup, value_width}, TileC{part.values, value_width, true},
+                   [&](int64_t steps) { return blocks.take(steps); });
       }
-      load_values(table, tile, low, high, kv_head, s.values);
-      const int64_t unit = low / T::kPerUnit;
-      product<T>(num_rows, value_width / kGroup, ceil_div(high, T::kPerUnit) - unit,
-                 TileA{weights + unit * 4, kTokenTile * static_cast<int64_t>(sizeof(Elem))},
-                 TileB{s.values, kGroup, value_width}, TileC{softmax.values, value_width, true});
+    }
+  }
+
+  // Scores of one kv head's rows in a tile, then their weights.
+  void weigh(const Item& it, const Tile& tile, const uint32_t* query, const Space& s, const Softmax& softmax,
+             NextBlocks& blocks) const {
+    product<T>(it.rows_per_head(), ceil_div(tile.high, kGroup), num_units,
+               TileA{reinterpret_cast<const char*>(query), num_units * 4}, TileB{s.keys, kGroup, kTokenTile},
+               TileC{s.scores, kTokenTile, false}, [&](int64_t steps) { return blocks.take(steps); });
+    for (int64_t r = 0; r < it.block.num_rows; r++) {
+      const int64_t newest = it.block.first_position + r - tile.begin;
+      const int64_t oldest = call.window ? max64(tile.low, newest - call.window + 1) : tile.low;
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t row = r * group + g;
+        soften(s.scores + row * kTokenTile, oldest, min64(newest + 1, tile.high), row, softmax,
+               s.weights + row * (kTokenTile / T::kPerUnit));
+      }
     }
   }
 
@@ -229,7 +304,7 @@ struct Attention {
       const float added = chunk.maxima[row], before = into.maxima[row];
       if (added == -INFINITY && chunk.totals[row] == 0.0f) continue;
       const float now = added > before ? added : before;
-      const float keep = before == -INFINITY ? 0.0f : scalar_exp(before - now), take = scalar_exp(added - now);
+      const float keep = before == -INFINITY ? 0.0f : scalar_exp2(before - now), take = scalar_exp2(added - now);
       into.maxima[row] = now;
       into.totals[row] = into.totals[row] * keep + chunk.totals[row] * take;
       for (int64_t i = row * value_width; i < (row + 1) * value_width; i += W)
@@ -238,50 +313,59 @@ struct Attention {
     }
   }
 
-  void store(const pomona::QueryBlock& block, int64_t kv_head, const Softmax& softmax) const {
-    for (int64_t r = 0; r < block.num_rows; r++)
-      for (int64_t g = 0; g < group; g++) {
-        const int64_t row = r * group + g;
-        Elem* out = static_cast<Elem*>(call.out) +
-                    ((block.row + r) * call.num_heads + kv_head * group + g) * call.head_dim;
-        const vf factor = splat(1.0f / softmax.totals[row]);
-        const float* values = softmax.values + row * value_width;
-        for_lanes(call.head_dim, [&](int64_t i, int n) { store_some<T>(out + i, load_floats(values + i) * factor, n); });
-      }
+  void store(const Item& it, const Softmax& softmax) const {
+    for (int64_t h = 0, row = 0; h < it.num_heads; h++)
+      for (int64_t r = 0; r < it.block.num_rows; r++)
+        for (int64_t g = 0; g < group; g++, row++) {
+          Elem* out = static_cast<Elem*>(call.out) +
+                      ((it.block.row + r) * call.num_heads + (it.first_head + h) * group + g) * call.head_dim;
+          const vf factor = splat(1.0f / softmax.totals[row]);
+          const float* values = softmax.values + row * value_width;
+          for (int64_t i = 0; i < call.head_dim; i += 2 * W) {
+            const vf two[2] = {load_floats(values + i) * factor, load_floats(values + i + W) * factor};
+            if (i + 2 * W <= call.head_dim)
+              T::store_two(out + i, two);
+            else
+              store_two_part<T>(out + i, two, call.head_dim - i);
+          }
+        }
   }
 
-  int64_t first_read(const pomona::QueryBlock& block) const {
-    return call.window ? max64(0, block.first_position - call.window + 1) : 0;
+  int64_t first_read(const Item& it) const {
+    return call.window ? max64(0, it.block.first_position - call.window + 1) : 0;
   }
+  int64_t end_read(const Item& it) const { return it.block.first_position + it.block.num_rows; }
 
   // All chunks of one item, one after the other.
-  void whole(const pomona::QueryBlock& block, int64_t kv_head) const {
+  void whole(int64_t index, int64_t next_index, int64_t num_items) const {
+    const Item it = item(index), after = item(next_index < num_items ? next_index : index);
     const Space s = space();
-    const int64_t begin = first_read(block), end = block.first_position + block.num_rows;
-    load_query(block, kv_head, s.query);
+    const int64_t begin = first_read(it), end = end_read(it);
+    load_query(it, s.query);
     bool is_first = true;
     for (int64_t chunk = begin / kChunk; chunk * kChunk < end; chunk++, is_first = false) {
-      const Softmax& into = is_first ? s.merged : s.chunk;
-      attend(block, kv_head, max64(begin, chunk * kChunk), min64(end, (chunk + 1) * kChunk), s, into);
-      if (!is_first) merge(s.chunk, block.num_rows * group, s.merged);
+      const Item* following = (chunk + 1) * kChunk >= end && next_index < num_items ? &after : nullptr;
+      attend(it, max64(begin, chunk * kChunk), min64(end, (chunk + 1) * kChunk), s, is_first ? s.merged : s.chunk,
+             following);
+      if (!is_first) merge(s.chunk, it.rows_per_head() * it.num_heads, s.merged);
     }
-    store(block, kv_head, s.merged);
+    store(it, s.merged);
   }
 
   // One chunk of one item; whoever finishes an item's last chunk merges them all.
-  void part(const pomona::QueryBlock& block, int64_t kv_head, int64_t chunk, float* parts, int32_t* num_left) const {
-    const int64_t begin = first_read(block), end = block.first_position + block.num_rows;
-    const int64_t first = begin / kChunk, last = (end - 1) / kChunk;
+  void part(int64_t index, int64_t chunk, float* parts, int32_t* num_done) const {
+    const Item it = item(index);
+    const int64_t begin = first_read(it), end = end_read(it), first = begin / kChunk, last = (end - 1) / kChunk;
     if (chunk < first || chunk > last) return;
     const Space s = space();
-    load_query(block, kv_head, s.query);
-    attend(block, kv_head, max64(begin, chunk * kChunk), min64(end, (chunk + 1) * kChunk), s,
-           softmax_at(parts + chunk * softmax_floats()));
-    const int32_t num_done = __atomic_add_fetch(num_left, 1, __ATOMIC_ACQ_REL);
-    if (num_done < last - first + 1) return;
+    load_query(it, s.query);
+    attend(it, max64(begin, chunk * kChunk), min64(end, (chunk + 1) * kChunk), s,
+           softmax_at(parts + chunk * softmax_floats()), nullptr);
+    if (__atomic_add_fetch(num_done, 1, __ATOMIC_ACQ_REL) < last - first + 1) return;
+    const Softmax merged = softmax_at(parts + first * softmax_floats());
     for (int64_t i = first + 1; i <= last; i++)
-      merge(softmax_at(parts + i * softmax_floats()), block.num_rows * group, softmax_at(parts + first * softmax_floats()));
-    store(block, kv_head, softmax_at(parts + first * softmax_floats()));
+      merge(softmax_at(parts + i * softmax_floats()), it.rows_per_head() * it.num_heads, merged);
+    store(it, merged);
   }
 };
 
@@ -292,16 +376,18 @@ void attention(const pomona::AttentionCall& call, int num_threads) {
     most_rows = max64(most_rows, call.blocks[i].num_rows);
     num_rows += call.blocks[i].num_rows;
   }
-  const int64_t group = call.num_heads / call.num_kv_heads;
-  const Attention<T> work{call, group, ceil_div(call.head_dim, T::kPerUnit), ceil_div(call.head_dim, kGroup) * kGroup,
-                          most_rows * group};
-  const int64_t num_items = call.num_blocks * call.num_kv_heads;
-  const int64_t num_chunks = ceil_div(call.max_context, kChunk);
+  const int64_t group = call.num_heads / call.num_kv_heads, padding = max64(kGroup, 2 * W);
   const int threads = threads_for(num_threads, num_rows * call.max_context * call.num_kv_heads * (8 + call.head_dim / 16));
-  if (threads <= 1 || num_chunks <= 1 || num_items >= 4 * threads) {
-    for_items(num_items, threads, [&](int64_t item) {
-      work.whole(call.blocks[item / call.num_kv_heads], item % call.num_kv_heads);
-    });
+  // Many short runs of rows: all kv heads together. Otherwise each is an item, and long contexts are cut too.
+  const bool is_together = most_rows * call.num_heads <= kRowsTogether && call.num_blocks >= 2 * threads;
+  const int64_t heads = threads == 1 || is_together ? call.num_kv_heads : 1;
+  const int64_t heads_per_item = most_rows * call.num_heads <= kRowsTogether ? heads : 1;
+  const Attention<T> work{call, group, ceil_div(call.head_dim, T::kPerUnit),
+                          ceil_div(call.head_dim, padding) * padding, heads_per_item, most_rows * group * heads_per_item};
+  const int64_t num_items = call.num_blocks * ceil_div(call.num_kv_heads, heads_per_item);
+  const int64_t num_chunks = ceil_div(call.max_context, kChunk);
+  if (threads == 1 || num_chunks == 1 || num_items >= 4 * threads) {
+    for_items(num_items, threads, [&](int64_t item) { work.whole(item, item + threads, num_items); });
     return;
   }
   const int64_t part_floats = num_chunks * work.softmax_floats();
@@ -309,9 +395,8 @@ void attention(const pomona::AttentionCall& call, int num_threads) {
   int32_t* num_done = reinterpret_cast<int32_t*>(parts + num_items * part_floats);
   memset(num_done, 0, num_items * 4);
   for_items(num_items * num_chunks, threads, [&](int64_t item) {
-    const int64_t pair = item / num_chunks;
-    work.part(call.blocks[pair / call.num_kv_heads], pair % call.num_kv_heads, item % num_chunks,
-              parts + pair * part_floats, num_done + pair);
+    const int64_t index = item / num_chunks;
+    work.part(index, item % num_chunks, parts + index * part_floats, num_done + index);
   });
 }
 

@@ -24,11 +24,12 @@ struct Gemm {
     const int64_t width = min64(groups * kGroup, call.out_features - first);
     Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + first;
     const Elem* bias = static_cast<const Elem*>(call.bias);
-    for_lanes(width, [&](int64_t i, int n) {
+    for (int64_t i = 0; i < width; i += W) {
+      const int n = static_cast<int>(min64(W, width - i));
       vf value = load_floats(sums + i);
-      if (bias) value += load_some<T>(bias + first + i, n);
-      store_some<T>(out + i, value, n);
-    });
+      if (bias) value += load_one<T>(bias + first + i, n);
+      store_one<T>(out + i, value, n);
+    }
   }
 
   // Rows [row, row + num_rows) by NG groups. `next` is what the following item will read.
@@ -49,7 +50,7 @@ struct Gemm {
         const bool is_fetching = next && is_one_pass && fetched + units * 64 <= next_bytes;
         tile_rows<T, NG>(rows, units, TileA{x + (row + r) * x_stride_bytes + unit * 4, x_stride_bytes},
                          TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
-                         TileC{some_sums, stride, unit > 0}, is_fetching ? next + fetched : nullptr);
+                         TileC{some_sums, stride, unit > 0}, is_fetching ? Ahead{next + fetched, 1} : Ahead{});
         if (unit + units == num_units)
           for (int m = 0; m < rows; m++) store(some_sums + m * stride, row + r + m, group, NG);
       }

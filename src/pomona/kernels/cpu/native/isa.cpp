@@ -2,7 +2,7 @@
 #include "api.h"
 #include "attention.h"
 #include "gemm.h"
-#include "lora.h"
+#include "lora_short.h"
 #include "rows.h"
 
 namespace pomona {

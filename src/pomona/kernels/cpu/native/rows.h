@@ -27,32 +27,38 @@ void norm(const pomona::NormCall& call, int num_threads) {
     Elem* residual = call.residual ? static_cast<Elem*>(call.residual) + row * features : nullptr;
     Elem* out = static_cast<Elem*>(call.out) + row * features;
     vf squares[2] = {};
-    for_lanes(features, [&](int64_t i, int n) {
-      vf value = load_some<T>(x + i, n);
+    for_lanes(features, LANES {
+      vf value[2], added[2];
+      load_some<T>(x + i, n, value);
       if (residual) {
-        value = T::round(value + load_some<T>(residual + i, n));
+        load_some<T>(residual + i, n, added);
+        for (int j = 0; j < 2; j++) value[j] = T::round(value[j] + added[j]);
         store_some<T>(residual + i, value, n);
       }
-      squares[i / W % 2] = fma(value, value, squares[i / W % 2]);
+      for (int j = 0; j < 2; j++) squares[j] = fma(value[j], value[j], squares[j]);
     });
     const float mean = fold_sum(squares[0] + squares[1]) / static_cast<float>(features);
     const vf inverse = splat(1.0f / sqrtf(mean + call.eps));
     const Elem* from = residual ? residual : x;
-    for_lanes(features, [&](int64_t i, int n) {
-      const vf normed = T::round(load_some<T>(from + i, n) * inverse);
-      store_some<T>(out + i, normed * load_some<T>(weight + i, n), n);
+    for_lanes(features, LANES {
+      vf value[2], scale[2];
+      load_some<T>(from + i, n, value);
+      load_some<T>(weight + i, n, scale);
+      for (int j = 0; j < 2; j++) value[j] = T::round(value[j] * inverse) * scale[j];
+      store_some<T>(out + i, value, n);
     });
   });
 }
 
 template <class T>
 INLINE void rotate(typename T::Elem* head, const float* cos, const float* sin, int64_t half) {
-  for_lanes(half, [&](int64_t i, int n) {
-    const vf c = load_some<Float32>(cos + i, n), s = load_some<Float32>(sin + i, n);
-    const vf low = load_some<T>(head + i, n), high = load_some<T>(head + half + i, n);
-    store_some<T>(head + i, low * c - high * s, n);
-    store_some<T>(head + half + i, high * c + low * s, n);
-  });
+  for (int64_t i = 0; i < half; i += W) {
+    const int n = static_cast<int>(min64(W, half - i));
+    const vf c = load_one<Float32>(cos + i, n), s = load_one<Float32>(sin + i, n);
+    const vf low = load_one<T>(head + i, n), high = load_one<T>(head + half + i, n);
+    store_one<T>(head + i, low * c - high * s, n);
+    store_one<T>(head + half + i, high * c + low * s, n);
+  }
 }
 
 template <class T>
@@ -83,13 +89,18 @@ template <class T>
 void silu_mul(const pomona::ActivationCall& call, int num_threads) {
   using Elem = typename T::Elem;
   const int64_t features = call.features;
-  for_rows(call.num_rows, features * 40 / W, num_threads, [&](int64_t row) {
+  for_rows(call.num_rows, features * 20 / W, num_threads, [&](int64_t row) {
     const Elem* gate = static_cast<const Elem*>(call.gate_up) + row * call.row_stride;
     Elem* out = static_cast<Elem*>(call.out) + row * features;
-    for_lanes(features, [&](int64_t i, int n) {
-      const vf g = load_some<T>(gate + i, n);
-      const vf silu = T::round(g / (splat(1.0f) + exp_lanes(-g)));
-      store_some<T>(out + i, silu * load_some<T>(gate + features + i, n), n);
+    for_lanes(features, LANES {
+      vf g[2], up[2];
+      load_some<T>(gate + i, n, g);
+      load_some<T>(gate + features + i, n, up);
+      for (int j = 0; j < 2; j++) {
+        const vf power = g[j] * splat(-kLog2E), most = splat(127.0f);
+        g[j] = T::round(g[j] / (splat(1.0f) + exp2_lanes(power > most ? most : power))) * up[j];
+      }
+      store_some<T>(out + i, g, n);
     });
   });
 }

@@ -2,6 +2,7 @@
 // in torch's own runtime is handed in at start-up, so that there is one pool of threads in the process and never two
 // that spin against each other on the same cores. Without that address everything runs on the calling thread.
 #include <stdlib.h>
+#include <string.h>
 
 #include "api.h"
 
@@ -30,7 +31,14 @@ struct Buffer {
 };
 
 constexpr int kNumPurposes = 4;
-thread_local Buffer buffers[kNumPurposes];
+thread_local Buffer buffers[kNumPurposes + 1];
+
+void reserve(Buffer& buffer, int64_t num_bytes) {
+  free(buffer.data);
+  buffer.num_bytes = (num_bytes + num_bytes / 2 + 4095) / 4096 * 4096;
+  buffer.data = aligned_alloc(64, static_cast<size_t>(buffer.num_bytes));
+  if (buffer.data == nullptr) abort();
+}
 
 }  // namespace
 
@@ -44,11 +52,15 @@ void run_threads(int num_threads, Body body, void* state) {
 
 void* scratch(int purpose, int64_t num_bytes) {
   Buffer& buffer = buffers[purpose];
+  if (buffer.num_bytes < num_bytes) reserve(buffer, num_bytes);
+  return buffer.data;
+}
+
+const void* zeros(int64_t num_bytes) {
+  Buffer& buffer = buffers[kNumPurposes];
   if (buffer.num_bytes < num_bytes) {
-    free(buffer.data);
-    buffer.num_bytes = (num_bytes + num_bytes / 2 + 4095) / 4096 * 4096;
-    buffer.data = aligned_alloc(64, static_cast<size_t>(buffer.num_bytes));
-    if (buffer.data == nullptr) abort();
+    reserve(buffer, num_bytes);
+    memset(buffer.data, 0, static_cast<size_t>(buffer.num_bytes));
   }
   return buffer.data;
 }

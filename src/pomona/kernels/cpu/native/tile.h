@@ -29,9 +29,16 @@ struct TileC {
   bool is_added_to;
 };
 
+// Memory to fetch into the cache meanwhile: so many cache lines with every step of k. Fetching steadily costs nothing;
+// asking for much at once would stop the computation until it has arrived.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines_per_step = 0;
+};
+
 // MR rows by NG groups. Each sum runs over k in order from the given C or zero: the same for every MR and NG.
 template <class T, int MR, int NG>
-INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, const char* next) {
+INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead) {
   constexpr int NV = NG * kGroupVectors;
   vf sums[MR][NV];
 #pragma GCC unroll 8
@@ -43,7 +50,7 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, const char* next)
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++)
       columns[v] = load_units(b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step);
-    if (next) prefetch(next + k * 64);
+    for (int64_t i = 0; i < ahead.lines_per_step; i++, ahead.at += 64) prefetch(ahead.at);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
       const vu row = splat_unit(a.rows + m * a.stride_bytes + k * 4);
@@ -59,43 +66,45 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, const char* next)
 
 // Not inlined: eight copies of a long loop are enough.
 template <class T, int NG>
-__attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, const char* next) {
+__attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead) {
   static_assert(kTileRows <= 8);
   switch (num_rows) {
-    case 1: return tile<T, 1, NG>(num_units, a, b, c, next);
-    case 2: return tile<T, 2, NG>(num_units, a, b, c, next);
+    case 1: return tile<T, 1, NG>(num_units, a, b, c, ahead);
+    case 2: return tile<T, 2, NG>(num_units, a, b, c, ahead);
 #if defined(__AVX2__)
-    case 3: return tile<T, 3, NG>(num_units, a, b, c, next);
-    case 4: return tile<T, 4, NG>(num_units, a, b, c, next);
+    case 3: return tile<T, 3, NG>(num_units, a, b, c, ahead);
+    case 4: return tile<T, 4, NG>(num_units, a, b, c, ahead);
 #endif
 #if defined(__AVX512F__)
-    case 5: return tile<T, 5, NG>(num_units, a, b, c, next);
-    case 6: return tile<T, 6, NG>(num_units, a, b, c, next);
-    case 7: return tile<T, 7, NG>(num_units, a, b, c, next);
-    case 8: return tile<T, 8, NG>(num_units, a, b, c, next);
+    case 5: return tile<T, 5, NG>(num_units, a, b, c, ahead);
+    case 6: return tile<T, 6, NG>(num_units, a, b, c, ahead);
+    case 7: return tile<T, 7, NG>(num_units, a, b, c, ahead);
+    case 8: return tile<T, 8, NG>(num_units, a, b, c, ahead);
 #endif
   }
   __builtin_unreachable();
 }
 
-// Any number of rows and groups: C[num_rows, num_groups * 16].
-template <class T>
-void product(int64_t num_rows, int64_t num_groups, int64_t num_units, TileA a, TileB b, TileC c) {
+// Any number of rows and groups: C[num_rows, num_groups * 16]. `next_ahead(num_units)` says what each tile fetches.
+template <class T, class F>
+INLINE void product(int64_t num_rows, int64_t num_groups, int64_t num_units, TileA a, TileB b, TileC c,
+                    const F& next_ahead) {
   for (int64_t row = 0; row < num_rows; row += kTileRows) {
     const int rows = static_cast<int>(min64(kTileRows, num_rows - row));
     const TileA some_rows{a.rows + row * a.stride_bytes, a.stride_bytes};
-    int64_t group = 0;
-    for (; group < num_groups;) {
-      const TileB some_columns{b.units + group * b.group_stride, b.group_stride, b.step};
+    for (int64_t group = 0; group < num_groups;) {
+      const TileB columns{b.units + group * b.group_stride, b.group_stride, b.step};
       const TileC part{c.sums + row * c.stride + group * kGroup, c.stride, c.is_added_to};
-      if (num_groups - group >= kTileGroups) {
-        tile_rows<T, kTileGroups>(rows, num_units, some_rows, some_columns, part, nullptr);
+      const Ahead ahead = next_ahead(num_units);
+      const int64_t left = num_groups - group;
+      if (left >= kTileGroups) {
+        tile_rows<T, kTileGroups>(rows, num_units, some_rows, columns, part, ahead);
         group += kTileGroups;
-      } else if (kTileGroups > 2 && num_groups - group == 2) {
-        tile_rows<T, kTileGroups == 3 ? 2 : 1>(rows, num_units, some_rows, some_columns, part, nullptr);
+      } else if (kTileGroups > 2 && left == 2) {
+        tile_rows<T, kTileGroups == 3 ? 2 : 1>(rows, num_units, some_rows, columns, part, ahead);
         group += 2;
       } else {
-        tile_rows<T, 1>(rows, num_units, some_rows, some_columns, part, nullptr);
+        tile_rows<T, 1>(rows, num_units, some_rows, columns, part, ahead);
         group += 1;
       }
     }

@@ -72,6 +72,10 @@ INLINE vf fma(vf a, vf b, vf c) {
 // The larger lane; a NaN in b is dropped, one in a stays.
 INLINE vf larger(vf a, vf b) { return b > a ? b : a; }
 
+#if defined(__AVX512F__)
+INLINE float fold_sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float fold_max(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 INLINE float fold_sum(vf v) {
   float x[W];
   memcpy(x, &v, sizeof v);
@@ -86,6 +90,7 @@ INLINE float fold_max(vf v) {
     for (int i = 0; i < width; i++) x[i] = x[i + width] > x[i] ? x[i + width] : x[i];
   return x[0];
 }
+#endif
 
 #if defined(__AVX512F__)
 INLINE __m512 add_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
@@ -106,28 +111,34 @@ INLINE void fold_sum8(const vf* v, float* sums) {
 }
 #endif
 
-// exp(x) with a relative error below 2e-7; 0 below -87.3, NaN for NaN, finite for everything else.
-INLINE vf exp_lanes(vf x) {
-  const vf clamped = x > splat(88.0f) ? splat(88.0f) : x;
+// 2^x with a relative error below 3e-7; 0 far below, NaN for NaN, for x of at most 127.
+INLINE vf exp2_lanes(vf x) {
+  const vf low = splat(-160.0f);
+  x = low > x ? low : x;
   const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const vf shifted = fma(clamped, splat(1.44269504088896341f), shifter);
-  const vf n = shifted - shifter;
-  vf r = fma(n, splat(-0.693359375f), clamped);
-  r = fma(n, splat(2.12194440e-4f), r);
-  vf y = splat(1.9875691500e-4f);
-  y = fma(y, r, splat(1.3981999507e-3f));
-  y = fma(y, r, splat(8.3334519073e-3f));
-  y = fma(y, r, splat(4.1665795894e-2f));
-  y = fma(y, r, splat(1.6666665459e-1f));
-  y = fma(y, r, splat(5.0000001201e-1f));
-  y = fma(y, r * r, r) + splat(1.0f);
+  const vf shifted = x + shifter, n = shifted - shifter, f = x - n;
+  vf y = splat(1.535336188e-4f);
+  y = fma(y, f, splat(1.339887440e-3f));
+  y = fma(y, f, splat(9.618437357e-3f));
+  y = fma(y, f, splat(5.550332548e-2f));
+  y = fma(y, f, splat(2.402264791e-1f));
+  y = fma(y, f, splat(6.931472028e-1f));
+  y = fma(y, f, splat(1.0f));
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
   const vf power = (vf)(((vu)shifted + 127u) << 23);
-  return x < splat(-87.3f) ? vf{} : y * power;
+  return x < splat(-126.0f) ? vf{} : y * power;
+#endif
 }
+constexpr float kLog2E = 1.44269504088896341f;
 
 INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
 // Round to nearest even, as torch does; NaN stays NaN.
 INLINE vh narrow(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#endif
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
@@ -141,10 +152,11 @@ struct Float32 {
   static INLINE void store(Elem* p, vf v) { store_floats(p, v); }
   static INLINE vf round(vf v) { return v; }
   static INLINE vf mul_add(vf acc, vu a, vu b) { return fma((vf)a, (vf)b, acc); }
-  // The units made of one row, or of two rows' elements side by side.
-  static INLINE vu units_of(const Elem* row, const Elem*, int n) {
-    return n == W ? load_units(row) : load_units_part(row, n * 4);
-  }
+  // 2 W elements as two vectors, in whatever order is cheapest; store_two takes the same order.
+  static INLINE void load_two(const Elem* p, vf* two) { two[0] = load(p), two[1] = load(p + W); }
+  static INLINE void store_two(Elem* p, const vf* two) { store(p, two[0]), store(p + W, two[1]); }
+  // Units of one row, or of two rows' elements side by side, in the order of load_two.
+  static INLINE void pair_two(const Elem* row, const Elem*, uint32_t* units) { memcpy(units, row, 2 * W * 4); }
 };
 
 struct BFloat16 {
@@ -160,11 +172,21 @@ struct BFloat16 {
     memcpy(p, &bits, sizeof bits);
   }
   static INLINE vf round(vf v) { return widen(narrow(v)); }
-  static INLINE vu units_of(const Elem* row, const Elem* other, int n) {
-    vh low = {}, high = {};
-    memcpy(&low, row, n == W ? sizeof low : n * sizeof *row);
-    memcpy(&high, other, n == W ? sizeof high : n * sizeof *other);
-    return __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16);
+  // Even elements, odd elements: unlike widening, that takes no shuffles.
+  static INLINE void load_two(const Elem* p, vf* two) {
+    const vu pairs = load_units(p);
+    two[0] = (vf)(pairs << 16);
+    two[1] = (vf)(pairs & 0xffff0000u);
+  }
+  static INLINE void store_two(Elem* p, const vf* two) {
+    const vu pairs = __builtin_convertvector(narrow(two[0]), vu) | (__builtin_convertvector(narrow(two[1]), vu) << 16);
+    memcpy(p, &pairs, sizeof pairs);
+  }
+  static INLINE void pair_two(const Elem* row, const Elem* other, uint32_t* units) {
+    const vu a = load_units(row), b = load_units(other);
+    const vu even = (a & 0xffffu) | (b << 16), odd = (a >> 16) | (b & 0xffff0000u);
+    memcpy(units, &even, sizeof even);
+    memcpy(units + W, &odd, sizeof odd);
   }
   static INLINE vf mul_add(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
@@ -176,37 +198,51 @@ struct BFloat16 {
   }
 };
 
-// The first n < W elements, then zeros; and the other way round.
+// The same for the first n < 2 W elements; the others are zeros, or not stored.
 template <class T>
-INLINE vf load_part(const typename T::Elem* p, int64_t n) {
+INLINE void load_two_part(const typename T::Elem* p, int64_t n, vf* two) {
+  typename T::Elem x[2 * W] = {};
+  memcpy(x, p, n * sizeof *p);
+  T::load_two(x, two);
+}
+template <class T>
+INLINE void store_two_part(typename T::Elem* p, const vf* two, int64_t n) {
+  typename T::Elem x[2 * W];
+  T::store_two(x, two);
+  memcpy(p, x, n * sizeof *p);
+}
+
+// f(first element, number of elements) over n elements in pairs of vectors; the number is less than 2 W only at the end.
+// f must be inlined, so that the usual case is compiled for itself.
+#define LANES [&](int64_t i, int n) __attribute__((always_inline))
+template <class F>
+INLINE void for_lanes(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + 2 * W <= count; i += 2 * W) f(i, 2 * W);
+  if (i < count) f(i, static_cast<int>(count - i));
+}
+// n <= W elements.
+template <class T>
+INLINE vf load_one(const typename T::Elem* p, int n) {
+  if (n == W) return T::load(p);
   typename T::Elem x[W] = {};
   memcpy(x, p, n * sizeof *p);
   return T::load(x);
 }
 template <class T>
-INLINE void store_part(typename T::Elem* p, vf v, int64_t n) {
+INLINE void store_one(typename T::Elem* p, vf v, int n) {
+  if (n == W) return T::store(p, v);
   typename T::Elem x[W];
   T::store(x, v);
   memcpy(p, x, n * sizeof *p);
 }
-
-// f(first lane, number of lanes) over n elements in vectors of W.
-template <class F>
-INLINE void for_lanes(int64_t n, const F& f) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) f(i, W);
-  if (i < n) f(i, static_cast<int>(n - i));
+template <class T>
+INLINE void load_some(const typename T::Elem* p, int n, vf* two) {
+  n == 2 * W ? T::load_two(p, two) : load_two_part<T>(p, n, two);
 }
 template <class T>
-INLINE vf load_some(const typename T::Elem* p, int n) {
-  return n == W ? T::load(p) : load_part<T>(p, n);
-}
-template <class T>
-INLINE void store_some(typename T::Elem* p, vf v, int n) {
-  if (n == W)
-    T::store(p, v);
-  else
-    store_part<T>(p, v, n);
+INLINE void store_some(typename T::Elem* p, const vf* two, int n) {
+  n == 2 * W ? T::store_two(p, two) : store_two_part<T>(p, two, n);
 }
 
 }  // namespace

@@ -1,0 +1,201 @@
+"""What bench_ops.py measures: each op at the shapes of one decoder layer, over as many layers as a model has.
+
+Weights and caches of all layers are distinct, so that they come from memory as in a real step and not from a cache.
+Bytes and FLOPs are what the op must move and compute, from the formulas, not what a backend happens to do.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pomona.kernels.activation import silu_mul
+from pomona.kernels.attention import AttentionBatch, paged_attention, write_kv
+from pomona.kernels.linear import pack, packed_linear
+from pomona.kernels.lora import LoraBatch, LoraRanks, lora
+from pomona.kernels.norm import add_rms_norm
+from pomona.kernels.rope import apply_rope
+from pomona.model.lora import PageLayout
+from pomona.model.spec import ModelSpec, RopeSpec, Site, Target
+
+BLOCK_SIZE = 16
+ROWS_PER_PAGE = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape."""
+
+    op: str
+    name: str
+    run: Callable[[], None]
+    """All ``num_calls`` calls."""
+    num_calls: int
+    num_bytes: int
+    """Per call."""
+    flops: int
+    """Per call."""
+    before: Callable[[], None] | None = None
+    """Weights read straight from memory instead: what a backend without preparation would call. Linear only."""
+
+
+def make_spec(name: str) -> ModelSpec:
+    """Dimensions of SmolLM2-135M ("smol") or Qwen2.5-0.5B ("qwen")."""
+    smol = (49152, 576, 1536, 30, 9, 3)
+    qwen = (151936, 896, 4864, 24, 14, 2)
+    vocab, hidden, intermediate, layers, heads, kv_heads = {"smol": smol, "qwen": qwen}[name]
+    return ModelSpec(
+        architecture="LlamaForCausalLM",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope=RopeSpec(),
+        is_tied=True,
+        sliding_windows=(None,) * layers,
+    )
+
+
+def linear_cases(spec: ModelSpec, dtype: torch.dtype, rows: tuple[int, ...]) -> Iterator[Case]:
+    """The four products of a layer, and the language model head."""
+    sites = {site.name.lower(): [spec.target_shape(target) for target in site.value] for site in Site}
+    shapes = {name: (parts[0][0], sum(part[1] for part in parts)) for name, parts in sites.items()}
+    shapes["lm_head"] = (spec.hidden_size, spec.vocab_size)
+    for name, (in_features, out_features) in shapes.items():
+        copies = 2 if name == "lm_head" else min(spec.num_layers, -(-(96 << 20) // (in_features * out_features * 2)))
+        weights = [torch.randn(out_features, in_features).to(dtype) for _ in range(copies)]
+        packed = [pack(weight) for weight in weights]
+        for num_rows in rows:
+            if name == "lm_head" and num_rows > 64:
+                continue
+            x = torch.randn(num_rows, in_features).to(dtype)
+            used = copies if num_rows <= 64 else 2
+
+            def run(x: Tensor = x, used: int = used, packed: list[object] = packed) -> None:
+                for weight in packed[:used]:
+                    packed_linear(x, weight)
+
+            def plain(x: Tensor = x, used: int = used, weights: list[Tensor] = weights) -> None:
+                for weight in weights[:used]:
+                    torch.nn.functional.linear(x, weight)
+
+            moved = in_features * out_features + num_rows * (in_features + out_features)
+            flops = 2 * num_rows * in_features * out_features
+            label = f"{name} {in_features}x{out_features} rows={num_rows}"
+            yield Case("linear", label, run, used, moved * dtype.itemsize, flops, plain)
+
+
+def lora_cases(spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int]], lora_rank: int) -> Iterator[Case]:
+    """All four sites of every layer. ``segments`` maps a name to the rows of each adapter's run."""
+    layout = PageLayout(spec, ROWS_PER_PAGE)
+    pages_each = -(-lora_rank // ROWS_PER_PAGE)
+    most = max(len(runs) for runs in segments.values())
+    pool = torch.empty(most * pages_each, layout.page_elems, dtype=dtype).uniform_(-0.05, 0.05)
+    slices = {(layer, site): layout.slices(pool, layer, site) for layer in range(spec.num_layers) for site in Site}
+    widths = {site: [spec.target_shape(target) for target in site.value] for site in Site}
+    for name, runs in segments.items():
+        num_tokens = sum(runs)
+        ends = [sum(runs[: i + 1]) for i in range(len(runs))]
+        bounds = [(end - run, end) for run, end in zip(runs, ends, strict=True)]
+        order = torch.randperm(most * pages_each, generator=torch.Generator().manual_seed(0)).int()
+        tables = order[: len(runs) * pages_each].view(len(runs), pages_each).contiguous()
+        batch = LoraBatch(
+            starts=torch.tensor([start for start, _ in bounds], dtype=torch.int32),
+            ends=torch.tensor(ends, dtype=torch.int32),
+            page_tables=tables,
+            host_rows=tuple(bounds),
+            host_pages=tuple(tuple(row) for row in tables.tolist()),
+            max_rank=lora_rank,
+        )
+        ranks = {site: _equal_ranks(len(site.value), len(runs), lora_rank) for site in Site}
+        x = {site: torch.randn(num_tokens, widths[site][0][0]).to(dtype) for site in Site}
+        out = {site: torch.zeros(num_tokens, sum(w for _, w in widths[site]), dtype=dtype) for site in Site}
+
+        def run(batch: LoraBatch = batch, ranks: dict = ranks, x: dict = x, out: dict = out) -> None:
+            for (_, site), weights in slices.items():
+                lora(out[site], x[site], weights, ranks[site], batch)
+
+        elems = sum(sum(spec.target_shape(target)) for target in Target)
+        activations = sum(x[site].numel() + 2 * out[site].numel() for site in Site)
+        moved = (lora_rank * elems * len(runs) + activations) * dtype.itemsize
+        flops = 2 * num_tokens * lora_rank * elems
+        label = f"layer of 4 sites, {name}, rank={lora_rank}"
+        yield Case("lora", label, run, spec.num_layers, moved, flops)
+
+
+def _equal_ranks(num_slices: int, num_segments: int, lora_rank: int) -> LoraRanks:
+    return LoraRanks(
+        ranks=torch.full((num_slices, num_segments), lora_rank, dtype=torch.int32),
+        scalings=torch.ones(num_slices, num_segments),
+        host_ranks=((lora_rank,) * num_segments,) * num_slices,
+        host_scalings=((1.0,) * num_segments,) * num_slices,
+    )
+
+
+def attention_cases(spec: ModelSpec, dtype: torch.dtype, mixes: dict[str, list[tuple[int, int]]]) -> Iterator[Case]:
+    """Attention of every layer. ``mixes`` maps a name to (rows, context length) of each sequence."""
+    for name, seqs in mixes.items():
+        blocks_of = [-(-context // BLOCK_SIZE) for _, context in seqs]
+        num_blocks = sum(blocks_of)
+        shape = (spec.num_layers, 2, num_blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
+        caches = torch.empty(shape, dtype=dtype).uniform_(-1, 1)
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).int()
+        tables = torch.zeros(len(seqs), max(blocks_of), dtype=torch.int32)
+        slots, used = [], 0
+        for seq, (rows, context) in enumerate(seqs):
+            tables[seq, : blocks_of[seq]] = order[used : used + blocks_of[seq]]
+            used += blocks_of[seq]
+            positions = torch.arange(context - rows, context)
+            slots.append(tables[seq, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE)
+        query_lens = [rows for rows, _ in seqs]
+        batch = AttentionBatch(
+            query_starts=torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32),
+            context_lens=torch.tensor([context for _, context in seqs], dtype=torch.int32),
+            block_tables=tables,
+            slot_mapping=torch.cat(slots),
+            host_query_lens=tuple(query_lens),
+            host_context_lens=tuple(context for _, context in seqs),
+        )
+        query = torch.randn(sum(query_lens), spec.num_heads, spec.head_dim).to(dtype)
+
+        def run(batch: AttentionBatch = batch, query: Tensor = query, caches: Tensor = caches) -> None:
+            for layer in caches:
+                paged_attention(query, layer[0], layer[1], batch, scale=0.125)
+
+        pairs = sum(rows * context - rows * (rows - 1) // 2 for rows, context in seqs)
+        contexts = sum(context for _, context in seqs)
+        moved = (2 * contexts * spec.kv_size + 2 * query.numel()) * dtype.itemsize
+        yield Case("attention", name, run, spec.num_layers, moved, 4 * pairs * spec.q_size)
+
+
+def row_cases(spec: ModelSpec, dtype: torch.dtype, rows: tuple[int, ...]) -> Iterator[Case]:
+    """The element-wise ops of a layer. Their inputs were just written, so the floor counts no bytes from memory."""
+    for num_rows in rows:
+        x, residual = (torch.randn(num_rows, spec.hidden_size).to(dtype) for _ in range(2))
+        weight = torch.ones(spec.hidden_size, dtype=dtype)
+        gate_up = torch.randn(num_rows, 2 * spec.intermediate_size).to(dtype)
+        heads = torch.randn(num_rows, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim).to(dtype)
+        query, key, value = heads.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+        positions = torch.arange(num_rows) % 512
+        cos_sin = torch.rand(512, spec.head_dim)
+        cache = torch.zeros(2, -(-num_rows // BLOCK_SIZE), BLOCK_SIZE, spec.num_kv_heads, spec.head_dim, dtype=dtype)
+        slots = torch.randperm(cache.shape[1] * BLOCK_SIZE)[:num_rows]
+        ops: dict[str, Callable[[], object]] = {
+            "add_rms_norm": lambda x=x, r=residual, w=weight: add_rms_norm(x, r, w, 1e-5),
+            "silu_mul": lambda g=gate_up: silu_mul(g),
+            "apply_rope": lambda q=query, k=key, p=positions, c=cos_sin: apply_rope(q, k, p, c),
+            "write_kv": lambda k=key, v=value, c=cache, s=slots: write_kv(k, v, c[0], c[1], s),
+        }
+        for name, op in ops.items():
+
+            def run(op: Callable[[], object] = op) -> None:
+                for _ in range(20):
+                    op()
+
+            yield Case(name, f"rows={num_rows}", run, 20, 0, 0)
