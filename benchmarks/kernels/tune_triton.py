@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -302,22 +303,23 @@ def tune_class(op: str, one: Class, device: torch.device) -> dict[str, object]:
     print(file=sys.stderr)
     order = sorted(range(len(ratios)), key=ratios.__getitem__)[:FINALISTS]
     finals = {i: ratio_to(usual, measure(one.candidates[i], one.problems, device)) for i in order if ratios[i] < 1.0}
-    best = min(finals, key=finals.__getitem__, default=None)
-    is_better = best is not None and finals[best] < 1.0
-    config = one.candidates[best][op] if is_better else current
+    best, ratio = min(finals.items(), key=lambda final: final[1], default=(-1, 1.0))
+    config = one.candidates[best][op] if ratio < 1.0 else current
     for problem, (time, _) in zip(one.problems, usual, strict=True):
         print(json.dumps({"op": op, "problem": problem.name, "before_us": round(time, 2)}))
-    ratio = round(finals[best], 4) if is_better else 1.0
-    print(json.dumps({"op": op, "up_to": one.up_to, "config": dict(config), "ratio": ratio}), flush=True)
+    print(
+        json.dumps({"op": op, "up_to": one.up_to, "config": dict(config), "ratio": round(min(ratio, 1.0), 4)}),
+        flush=True,
+    )
     return {"up_to": one.up_to, **config}
 
 
-def merge_entries(raw: dict, gpu: str, op: str, entries: list[dict[str, object]]) -> None:
+def merge_entries(raw: dict[str, Any], gpu: str, op: str, entries: list[dict[str, object]]) -> None:
     """Put a GPU's entries before the default's, which remain for what was not tuned (float32, larger ranks)."""
     raw.setdefault(gpu, {})[op] = [*entries, *raw[DEFAULT][op]]
 
 
-def dump_table(raw: dict) -> str:
+def dump_table(raw: dict[str, Any]) -> str:
     """JSON with one entry per line."""
     gpus = []
     for gpu, ops in raw.items():
@@ -329,7 +331,7 @@ def dump_table(raw: dict) -> str:
     return "{\n" + ",\n".join(gpus) + "\n}\n"
 
 
-def dry_run(ops: list[str], raw: dict) -> None:
+def dry_run(ops: list[str], raw: dict[str, Any]) -> None:
     """Build every candidate's launches without a GPU, and the table that a run would write; change nothing."""
     meta = torch.device("meta")
     total = 0

@@ -1,7 +1,10 @@
 """The table of tile sizes."""
 
 import json
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +100,14 @@ def test_an_override_lasts_as_long_as_its_context() -> None:
 
 def test_parameters_and_bounds_name_the_same_ops() -> None:
     assert set(PARAMETERS) == set(BOUNDS)
+
+
+def test_the_tuner_shows_what_it_would_try_without_a_gpu_and_changes_nothing() -> None:
+    pytest.importorskip("triton")
+    before = PATH.read_bytes()
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "benchmarks/kernels/tune_triton.py"), "--dry-run", "--ops", "lora_expand"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing was measured or written" in done.stdout
+    assert PATH.read_bytes() == before
