@@ -6,10 +6,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard src/pomona/kernels/cpu/*.cpp src/pomona/kernels/cpu/*.h)
 
-.PHONY: demo test check format docs bench train clean help
+.PHONY: demo test check format docs bench bench-serve bench-peers train clean help
 
 help:  ## List the targets.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed  ## Serve the bundled model, ask every adapter at once, then keep serving.
 	$(BIN)/pomona demo
@@ -30,8 +30,21 @@ format: $(VENV)/.installed-dev  ## Format the code.
 docs: $(VENV)/.installed-dev  ## Regenerate docs/reference.
 	$(BIN)/python -m pomona.cli.reference
 
-bench: $(VENV)/.installed-dev  ## Load-test the bundled model: four adapter popularities against the base alone.
+bench: $(VENV)/.installed-dev  ## Measure ceilings, ops, steps, jobs and server; rows and tables are written.
+	$(BIN)/python -m benchmarks.ceilings
+	$(BIN)/python benchmarks/kernels/bench_ops.py --threads "$$(nproc)" >> "benchmarks/results/$$(date -u +%F)-ops.jsonl"
+	$(BIN)/python -m benchmarks.step --profile
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.server
+	$(BIN)/python -m benchmarks.report
+
+bench-serve: $(VENV)/.installed-dev  ## Load-test the bundled model: four adapter popularities against the base alone.
 	$(BIN)/pomona bench serve --spawn
+
+bench-peers: $(VENV)/.installed-dev  ## The same work on Pomona, transformers + peft, llama.cpp and vLLM (hours).
+	$(BIN)/python -m benchmarks.peers.setup
+	$(BIN)/python -m benchmarks.peers.run
+	$(BIN)/python -m benchmarks.report
 
 train: $(VENV)/.installed-dev  ## Train the bundled model and its adapters again (under 30 minutes on 2 cores).
 	$(BIN)/python training/train_bundled.py

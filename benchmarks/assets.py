@@ -24,8 +24,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from benchmarks import workload
 from benchmarks.shapes import SHAPES, ModelShape
 
-MIXED_RANKS = [4] * 31 + [128]
-"""Ranks of the adapters of the mixed batch: one large among small ones."""
+MIXED_RANKS = [4] * 32 + [128]
+"""Ranks of the adapters of mixed batches: one large among small ones."""
 _END_OF_TEXT = "<|endoftext|>"
 
 

@@ -105,19 +105,19 @@ def run_cell(runner: Runner, cell: dict[str, Any], num_output_tokens: int | None
     }
 
 
-def _load_work(arguments: argparse.Namespace, content: dict[str, Any]) -> Work:
+def load_work(content: dict[str, Any], num_loaded: int, settings: dict[str, Any]) -> Work:
+    """The workload as read from its file, for a process that loads so many adapters."""
     cells = content["cells"].values()
-    adapters = [Adapter(**adapter) for adapter in content["adapters"]]
     return Work(
         model=content["model"],
         gguf=content["gguf"],
         vocab_size=content["vocab_size"],
         lora_rank=content["lora_rank"],
-        adapters=adapters,
-        num_loaded=len(adapters) if arguments.adapters == "all" else int(arguments.adapters),
+        adapters=[Adapter(**adapter) for adapter in content["adapters"]],
+        num_loaded=num_loaded,
         max_batch=max(cell["batch"] for cell in cells),
         max_tokens=max(cell["num_prompt_tokens"] + cell["num_output_tokens"] for cell in cells),
-        settings=json.loads(arguments.settings),
+        settings=settings,
     )
 
 
@@ -141,7 +141,8 @@ def main(load: Callable[[Work], Runner]) -> None:
         out.flush()
 
     start = time.perf_counter()
-    runner = load(_load_work(arguments, content))
+    num_loaded = len(content["adapters"]) if arguments.adapters == "all" else int(arguments.adapters)
+    runner = load(load_work(content, num_loaded, json.loads(arguments.settings)))
     answer({"kind": "ready", "load_s": time.perf_counter() - start, "versions": runner.versions()})
     for name in arguments.cell * arguments.repeats:
         answer({"cell": name, **run_cell(runner, content["cells"][name], arguments.num_output_tokens)})

@@ -1,0 +1,106 @@
+"""What adapters cost the whole job: output tokens per second of each popularity against the base alone.
+
+    python -m benchmarks.engine             # both shapes, 32 requests, 128 in, 64 out; 5 minutes on two cores
+    python -m benchmarks.engine --shape tiny --repeats 1 --accept-noise --output /tmp/try.jsonl
+
+Two engines in one process, one without adapters (``base``) and one with all 32 loaded, take turns in every repetition,
+so that the tax, 1 - throughput / base throughput of the same repetition, is not a difference between two afternoons.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import assets, ceilings, meter, results, workload
+from benchmarks.peers.run import summarize
+from benchmarks.peers.run_pomona import PomonaRunner
+from benchmarks.peers.session import load_work, run_cell
+from benchmarks.roofline import Ceilings, Job, job_cost, job_floor_s
+from benchmarks.shapes import SHAPES, ModelShape
+from benchmarks.workload import Cell
+
+
+def job_of(cell: Cell) -> Job:
+    """The cell as a job for the roofline."""
+    return Job(
+        num_prompt_tokens=cell.num_prompt_tokens,
+        num_output_tokens=cell.num_output_tokens,
+        adapters=tuple(workload.assign(cell.popularity, cell.batch)),
+        ranks=(workload.LORA_RANK,) * workload.NUM_ADAPTERS,
+    )
+
+
+def row_of(shape: ModelShape, cell: Cell, run: dict[str, Any], limits: Ceilings) -> dict[str, Any]:
+    """Measured and least possible time of a job."""
+    cost, floor_s = job_cost(shape, job_of(cell)), job_floor_s(shape, job_of(cell), limits)
+    return {
+        "kind": "job",
+        "shape": shape.name,
+        "cell": cell.name,
+        **asdict(cell),
+        **summarize(run, cell),
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "floor_s": floor_s,
+        "times_floor": run["wall_s"] / floor_s,
+        "ceilings": asdict(limits),
+    }
+
+
+def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings, console: Console) -> None:
+    """Measure all popularities of one batch of a shape."""
+    assets.make(shape)
+    content = json.loads(workload.write(shape).read_text())
+    runners = {
+        is_base: PomonaRunner(
+            load_work(content, 0 if is_base else workload.NUM_ADAPTERS, json.loads(arguments.settings))
+        )
+        for is_base in (True, False)
+    }
+    todo = [cell for cell in workload.cells() if cell.name.partition("/")[0] == arguments.batch]
+    setup = results.setup(settings=json.loads(arguments.settings))
+    for cell in todo:
+        run_cell(runners[cell.popularity == "base"], content["cells"][cell.name], 4)
+    with Progress(console=console) as progress:
+        task = progress.add_task(shape.name, total=arguments.repeats * len(todo))
+        for repetition in range(arguments.repeats):
+            for cell in todo:
+                progress.update(task, description=f"{shape.name} {cell.name}")
+                if not arguments.accept_noise:
+                    meter.wait_until_quiet()
+                with meter.Meter() as clock:
+                    run = run_cell(runners[cell.popularity == "base"], content["cells"][cell.name])
+                noise = clock.disturbance
+                row = row_of(shape, cell, run, limits)
+                row |= {"repetition": repetition, **asdict(noise), "is_clean": noise.is_clean}
+                results.append(arguments.output, {**setup, **row})
+                console.print(
+                    f"{'ok ' if noise.is_clean else 'BAD'} {shape.name} {cell.name:22} "
+                    f"{row['output_tokens_per_s']:8.1f} tok/s, {row['times_floor']:5.2f} times the floor",
+                    highlight=False,
+                )
+                progress.advance(task)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
+    parser.add_argument("--batch", default="b32-128-64", help="which batch of the workload; default b32-128-64")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--settings", default="{}", help="JSON object of settings of LLM")
+    parser.add_argument("--output", type=Path, default=results.default_file("engine"))
+    parser.add_argument("--accept-noise", action="store_true", help="do not wait for a quiet machine")
+    arguments = parser.parse_args()
+    console = Console(soft_wrap=True)
+    limits = ceilings.current(console)
+    for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b"):
+        run_shape(SHAPES[name], arguments, limits, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Rows of results to Markdown tables. Pure: rows in, text out; what it shows is what the rows say.
+
+Only clean repetitions count; where there is none, the disturbed ones are shown and marked with "~".
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.chart import Bar, Series, grouped_bars
+from benchmarks.peers.systems import SYSTEMS
+from benchmarks.results import Row, of_kind
+from benchmarks.workload import POPULARITIES
+
+POMONA = "pomona"
+NONE = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The repetitions of one measurement."""
+
+    values: tuple[float, ...]
+    is_clean: bool
+
+    @property
+    def median(self) -> float:
+        """Of the repetitions."""
+        return statistics.median(self.values)
+
+    def text(self, form: str = "{:.0f}") -> str:
+        """Median, range, and how many; "~" if disturbed."""
+        low, high = form.format(min(self.values)), form.format(max(self.values))
+        spread = f" [{low}–{high}]" if len(self.values) > 1 else ""
+        return f"{'' if self.is_clean else '~'}{form.format(self.median)}{spread}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, first column left, others right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def sample(rows: Iterable[Row], field: str, **match: object) -> Sample | None:
+    """The values of a field in the rows whose other fields are as given; None if there are none."""
+    found = [row for row in rows if all(row.get(key) == value for key, value in match.items())]
+    clean = [row for row in found if row.get("is_clean")]
+    values = tuple(float(row[field]) for row in clean or found)
+    return Sample(values, bool(clean)) if values else None
+
+
+def ordered(values: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Distinct values, those of ``order`` first and in its order."""
+    found = list(dict.fromkeys(values))
+    return [value for value in order if value in found] + [value for value in found if value not in order]
+
+
+def _batches(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(row["cell"].partition("/")[0] for row in rows)
+    return sorted(names, key=lambda name: [-int(part) for part in name.removeprefix("b").split("-")])
+
+
+def batch_title(batch: str) -> str:
+    """ "32 requests, 128 in, 64 out" for b32-128-64."""
+    count, prompt, output = batch.removeprefix("b").split("-")
+    return f"{count} request{'' if count == '1' else 's'}, {prompt} in, {output} out"
+
+
+def _label(system: str) -> str:
+    return SYSTEMS[system].label if system in SYSTEMS else system
+
+
+def peer_metric(rows: Sequence[Row], batch: str, field: str, form: str) -> str:
+    """Systems by popularities for one batch of one shape."""
+    here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
+    popularities = ordered((row["popularity"] for row in here), POPULARITIES)
+    lines = []
+    for system in ordered((row["system"] for row in here), list(SYSTEMS)):
+        found = [sample(here, field, system=system, popularity=popularity) for popularity in popularities]
+        lines.append([_label(system), *(one.text(form) if one else NONE for one in found)])
+    return table(["", *popularities], lines)
+
+
+def fastest_peer(rows: Sequence[Row], batch: str, popularity: str) -> tuple[str, float] | None:
+    """(system, median tokens/s) of the fastest system that is not ours."""
+    found: list[tuple[float, str]] = []
+    for system in ordered((row["system"] for row in rows), list(SYSTEMS)):
+        one = sample(rows, "output_tokens_per_s", system=system, cell=f"{batch}/{popularity}")
+        if one is not None and not system.startswith(POMONA):
+            found.append((one.median, system))
+    return (max(found)[1], max(found)[0]) if found else None
+
+
+def peer_ratios(rows: Sequence[Row]) -> str:
+    """Pomona against the fastest peer on the same cell, against the fastest peer's base-only, and against itself."""
+    lines = []
+    for batch in _batches(rows):
+        base_peer = fastest_peer(rows, batch, "base")
+        own_base = sample(rows, "output_tokens_per_s", system=POMONA, cell=f"{batch}/base")
+        for popularity in POPULARITIES:
+            ours = sample(rows, "output_tokens_per_s", system=POMONA, cell=f"{batch}/{popularity}")
+            peer = fastest_peer(rows, batch, popularity)
+            if ours is None:
+                continue
+            lines.append(
+                [
+                    f"{batch_title(batch)}, {popularity}",
+                    f"{ours.median:.0f}",
+                    f"{peer[1]:.0f} ({peer[0]})" if peer else NONE,
+                    f"{ours.median / peer[1]:.2f}" if peer else NONE,
+                    f"{ours.median / base_peer[1]:.2f}" if base_peer else NONE,
+                    f"{1 - ours.median / own_base.median:.1%}" if own_base and popularity != "base" else NONE,
+                ]
+            )
+    header = ["", "Pomona tok/s", "fastest peer", "ratio", "to fastest peer's base only", "LoRA tax"]
+    return table(header, lines)
+
+
+def peer_chart(rows: Sequence[Row], shape: str, batch: str) -> str:
+    """Throughput of one batch: popularities side by side, a color per system."""
+    here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
+    popularities = ordered((row["popularity"] for row in here), POPULARITIES)
+    series = []
+    for system in ordered((row["system"] for row in here), list(SYSTEMS)):
+        found = [sample(here, "output_tokens_per_s", system=system, popularity=one) for one in popularities]
+        bars = tuple(None if one is None else Bar(one.median, min(one.values), max(one.values)) for one in found)
+        series.append(Series(_label(system), bars))
+    return grouped_bars(f"{shape}: {batch_title(batch)}", "output tok/s", popularities, series)
+
+
+def agreement_table(rows: Sequence[Row]) -> str:
+    """How far each system's greedy tokens are those of the reference."""
+    found = list(of_kind(rows, "agreement"))
+    lines = []
+    for system in ordered((row["system"] for row in found), list(SYSTEMS)):
+        mine = [row for row in found if row["system"] == system]
+        first = statistics.fmean(row["same_first_token"] for row in mine)
+        prefix = statistics.fmean(row["mean_common_prefix"] for row in mine)
+        lines.append([_label(system), f"{first:.1%}", f"{prefix:.1f}", str(len(mine))])
+    return table(["", "same first token", "tokens until the first difference", "runs"], lines)
+
+
+def noise_text(rows: Sequence[Row]) -> str:
+    """How quiet the machine was."""
+    clean = [row for row in rows if row.get("is_clean")]
+    if not clean:
+        return f"{len(rows)} repetitions, none of them on a quiet machine.\n"
+    other, steal = [row["other_pct"] for row in clean], [row["steal_pct"] for row in clean]
+    return (
+        f"{len(rows)} repetitions, {len(clean)} clean. In the clean ones other processes took "
+        f"{statistics.median(other):.1f} % of the machine (at most {max(other):.1f} %), the hypervisor "
+        f"{statistics.median(steal):.1f} % (at most {max(steal):.1f} %).\n"
+    )
+
+
+def setup_text(rows: Sequence[Row]) -> str:
+    """Hardware, commits and dates behind some rows."""
+    if not rows:
+        return "No results yet.\n"
+    lines = []
+    for key, name in (("hardware", "Hardware"), ("commit", "Commit"), ("command", "Command")):
+        values = dict.fromkeys(_flat(row.get(key)) for row in rows)
+        lines.append(f"- {name}: {'; '.join(values)}")
+    dates = sorted({str(row["utc"])[:10] for row in rows})
+    lines.append(f"- Date: {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _flat(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(part)}" for key, part in value.items() if part not in ([], None))
+    if isinstance(value, list):
+        return " ".join(str(part) for part in value)
+    return str(value)
+
+
+def versions_table(rows: Sequence[Row]) -> str:
+    """What ran, with the settings that were not its defaults."""
+    lines = []
+    for system in ordered((row["system"] for row in rows), list(SYSTEMS)):
+        mine = [row for row in rows if row["system"] == system]
+        settings = dict.fromkeys(_flat(row["settings"]) for row in mine)
+        lines.append([_label(system), _flat(mine[-1]["versions"]), "; ".join(settings) or NONE])
+    return table(["", "versions", "settings"], lines)
+
+
+def ceilings_table(row: Row | None) -> str:
+    """The measured ceilings."""
+    if row is None:
+        return "No results yet.\n"
+    lines = []
+    for item in row["ceilings"]:
+        facts = item["facts"]
+        kind = f"{facts['dtype']}, {facts['method']}" if item["group"] == "gemm" else ""
+        spread = f"{item['worst']:.0f} to {item['best']:.0f}"
+        lines.append([f"{item['group']}: {item['name']}", kind, f"{item['median']:.0f} {item['unit']}", spread])
+    peaks = ", ".join(f"{name} {value:.0f}" for name, value in row["peaks"].items())
+    return f"Floors are computed from the best medians: {peaks}.\n\n" + table(
+        ["what", "kind", "median", "worst to best run"], lines
+    )
+
+
+def floor_rows(rows: Sequence[Row], key: Callable[[Row], tuple[str, ...]], measured: str, floor: str, unit: str) -> str:
+    """Measured times beside floors, one line per key."""
+    lines = []
+    for name in dict.fromkeys(key(row) for row in rows):
+        here = [row for row in rows if key(row) == name]
+        one = sample(here, measured)
+        assert one is not None
+        least = float(here[-1][floor])
+        megabytes, gflop = here[-1]["bytes"] / 1e6, here[-1]["flops"] / 1e9
+        lines.append(
+            [*name, f"{megabytes:.0f}", f"{gflop:.2f}", f"{least:.2f}", one.text("{:.2f}"), f"{one.median / least:.2f}"]
+        )
+    header = [
+        *([""] * len(lines[0][:-5]) if lines else [""]),
+        "MB",
+        "GFLOP",
+        f"floor {unit}",
+        f"measured {unit}",
+        "ratio",
+    ]
+    return table(header, lines)
+
+
+def step_table(rows: Sequence[Row]) -> str:
+    """Steps of one shape."""
+    return floor_rows(rows, lambda row: (f"{row['phase']} {row['batch']}", row["mix"]), "step_ms", "floor_ms", "ms")
+
+
+def job_table(rows: Sequence[Row]) -> str:
+    """Jobs of one shape, with the tax on throughput and what the formulas make of it."""
+    lines = []
+    base = sample(rows, "output_tokens_per_s", popularity="base")
+    base_floor = next((row["floor_s"] for row in rows if row["popularity"] == "base"), None)
+    for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
+        one = sample(rows, "output_tokens_per_s", popularity=popularity)
+        assert one is not None
+        row = next(row for row in rows if row["popularity"] == popularity)
+        wall = sample(rows, "wall_s", popularity=popularity)
+        assert wall is not None
+        lines.append(
+            [
+                popularity,
+                one.text(),
+                f"{wall.median:.2f}",
+                f"{row['floor_s']:.2f}",
+                f"{wall.median / row['floor_s']:.2f}",
+                f"{1 - one.median / base.median:.1%}" if base and popularity != "base" else NONE,
+                f"{1 - base_floor / row['floor_s']:.1%}" if base_floor and popularity != "base" else NONE,
+            ]
+        )
+    header = ["", "output tok/s", "job s", "floor s", "ratio", "tax", "tax by the formulas"]
+    return table(header, lines)
+
+
+def profile_table(row: Row, num_lines: int = 12) -> str:
+    """Where a step's time goes."""
+    lines = [
+        [f"`{one['function']}`", f"{one['calls_per_step']:.0f}", f"{one['own_ms_per_step']:.2f}"]
+        for one in row["functions"][:num_lines]
+    ]
+    return table(["function", "calls per step", "own ms per step"], lines)
