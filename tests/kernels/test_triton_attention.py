@@ -54,6 +54,13 @@ def test_half_precision_is_accurate_across_splits(dtype: torch.dtype) -> None:
         _check(make_case([(1, 100), (3, 70)], heads=(4, 1, 16), dtype=dtype))
 
 
+def test_extreme_scores_do_not_overflow_across_splits() -> None:
+    case = make_case([(1, 100)], heads=(2, 1, 16))
+    case.query *= 200
+    with use_configs(attention=TILES, attention_merge=MERGE):
+        _check(case)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("heads", [(9, 3, 64), (14, 2, 64), (32, 8, 128)], ids=str)
@@ -87,6 +94,17 @@ def test_a_row_alone_gets_the_same_bits_as_in_company(window: int | None) -> Non
             alone = _attend(replace(case, query=case.query[rows], batch=batch), window)
             assert torch.equal(alone, together[rows])
             first += num_rows
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_chunks_of_one_class_give_the_same_bits_however_a_prompt_is_cut(window: int | None) -> None:
+    case = make_case([(6, 70)], heads=(2, 1, 16))
+    with use_configs(attention=TILES, attention_merge=MERGE):
+        whole = _attend(case, window)
+        for first, last in ((0, 1), (1, 4), (4, 6)):
+            batch = replace(case.batch, host_query_lens=(last - first,), host_context_lens=(64 + last,))
+            part = _attend(replace(case, query=case.query[first:last], batch=batch), window)
+            assert torch.equal(part, whole[first:last])
 
 
 def test_captured_launches_serve_later_contexts() -> None:

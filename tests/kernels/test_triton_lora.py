@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from kernels import test_lora
 from kernels.test_lora import IN_FEATURES, WIDTHS, Case, make_case
 from pomona.kernels.dispatch import use_backend
 from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices, lora, lora_expand, lora_shrink
@@ -54,6 +55,7 @@ def _check(case: Case) -> Tensor:
         {"lora_shrink": {"max_splits": 64}},
         {"lora_shrink": {"block_k": 32, "max_block_r": 64}, "lora_expand": {"block_n": 32, "max_block_r": 64}},
         {"lora_shrink": {"max_block_r": 64}},
+        {"lora_expand": {"max_block_r": 32}},
         {"lora_expand": {"max_block_r": 64}},
         {"lora": {"rows_per_chunk": 32}},
     ],
@@ -64,6 +66,25 @@ def test_no_tiling_changes_the_result(tiles: dict[str, dict[str, int]], rank_kin
     case = make_case(rank_kind=rank_kind, num_rows=num_rows, popularity="skewed", base_rows="none")
     with use_configs(**_tiles(**tiles)):
         _check(case)
+
+
+@pytest.mark.parametrize("max_splits", [1, 2, 3])
+def test_features_that_are_multiples_of_the_tiles_need_no_masks(
+    max_splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_lora, "IN_FEATURES", 48)
+    monkeypatch.setattr(test_lora, "WIDTHS", (48, 16, 32))
+    case = make_case(rank_kind=20, num_rows=7, popularity="skewed")
+    whole = torch.randn(9, 100)
+    before, out = whole.clone(), whole[1:8, :96]
+    expected = case.expected(out)
+    with use_configs(**_tiles(lora_shrink={"max_splits": max_splits})):
+        for launch in plan_launches(out, case.x, case.slices, case.ranks, case.batch):
+            assert launch.constants.get("IS_EVEN_K", launch.constants.get("IS_EVEN_N"))
+            launch.run()
+    assert_close(out, expected)
+    whole[1:8, :96] = before[1:8, :96]
+    assert torch.equal(whole, before)
 
 
 @pytest.mark.slow

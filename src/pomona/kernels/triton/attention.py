@@ -1,7 +1,7 @@
 """Paged attention on a GPU: one launch per class of sequences (decodes, chunks), one more where KV ranges are merged.
 
-A row's result is the same, bit for bit, whatever other sequences share its step. How a prompt is cut into chunks may
-change its last bits: chunks of different classes of ``configs.json`` use different tiles.
+A row's result is the same, bit for bit, whatever other sequences share its step. How its own prompt is cut into chunks
+may change its last bits, but only where chunks fall into different classes of ``configs.json``, hence different tiles.
 """
 
 import math
