@@ -6,6 +6,7 @@ the only module that reads the environment. Components never see this object: ``
 
 import json
 import os
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,10 +79,11 @@ class AppConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags, environment, file; no dotenv, no secrets folder."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file.get())
 
 
-_config_file: Path | None = None
+# pydantic-settings asks the class, not the call, for its sources; this hands the call's file to the class.
+_config_file: ContextVar[Path | None] = ContextVar("config_file", default=None)
 
 
 def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppConfig:
@@ -94,7 +96,6 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
     Raises:
         ConfigError: names the setting, the value and where it came from.
     """
-    global _config_file
     if config_file is not None and not config_file.is_file():
         raise ConfigError(f"--config {config_file}: no such file")
     unknown = [
@@ -106,7 +107,7 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
     ]
     if unknown:
         raise ConfigError(f"environment variable {unknown[0]} is not a setting; see `pomona serve --help`")
-    _config_file = config_file
+    token = _config_file.set(config_file)
     try:
         return AppConfig(**flags)
     except ValidationError as error:
@@ -117,7 +118,7 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
     except ValueError as error:  # malformed TOML
         raise ConfigError(f"--config {config_file}: {error}") from error
     finally:
-        _config_file = None
+        _config_file.reset(token)
 
 
 def format_config(config: AppConfig) -> str:
