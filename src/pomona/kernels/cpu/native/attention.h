@@ -211,6 +211,10 @@ struct Attention {
   // One row of scores becomes weights; the tile's positions outside [low, high) are masked.
   void soften(float* scores, int64_t low, int64_t high, int64_t row, const Softmax& softmax, uint32_t* weights) const {
     constexpr int kVectors = kTokenTile / W;
+    if (low >= high) {
+      memset(weights, 0, kTokenTile * sizeof(Elem));
+      return;
+    }
     vf lanes[kVectors], largest = splat(-INFINITY);
     vi index;
     for (int i = 0; i < W; i++) index[i] = i;
@@ -274,20 +278,38 @@ struct Attention {
         weigh(it, tile, s.query + h * rows * num_units, s, part, blocks);
         const int64_t first = tile.low / T::kPerUnit, last = ceil_div(tile.high, T::kPerUnit);
         load_values(values, first, last, it.first_head + h, s.values);
-        product<T>(rows, value_width / kGroup, last - first,
-                   TileA{reinterpret_cast<const char*>(s.weights + first), kTokenTile * int64_t{sizeof(Elem)}},
-                   TileB{s.values, kGroup, value_width}, TileC{part.values, value_width, true},
-                   [&](int64_t steps) { return blocks.take(steps); });
+        for_row_tiles(it, tile, [&](int64_t row, int64_t num_rows, int64_t seen) {
+          product<T>(num_rows, value_width / kGroup, ceil_div(seen, T::kPerUnit) - first,
+                     TileA{reinterpret_cast<const char*>(s.weights + row * (kTokenTile / T::kPerUnit) + first),
+                           kTokenTile * int64_t{sizeof(Elem)}},
+                     TileB{s.values, kGroup, value_width},
+                     TileC{part.values + row * value_width, value_width, true},
+                     [&](int64_t steps) { return blocks.take(steps); });
+        });
       }
+    }
+  }
+
+  // f(first row, number of rows, end of the tile's positions that they see) for rows that see any.
+  template <class F>
+  INLINE void for_row_tiles(const Item& it, const Tile& tile, const F& f) const {
+    const int64_t rows = it.rows_per_head();
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t num_rows = min64(kTileRows, rows - row);
+      const int64_t newest = it.block.first_position + (row + num_rows - 1) / group - tile.begin;
+      if (newest >= tile.low) f(row, num_rows, min64(newest + 1, tile.high));
     }
   }
 
   // Scores of one kv head's rows in a tile, then their weights.
   void weigh(const Item& it, const Tile& tile, const uint32_t* query, const Space& s, const Softmax& softmax,
              NextBlocks& blocks) const {
-    product<T>(it.rows_per_head(), ceil_div(tile.high, kGroup), num_units,
-               TileA{reinterpret_cast<const char*>(query), num_units * 4}, TileB{s.keys, kGroup, kTokenTile},
-               TileC{s.scores, kTokenTile, false}, [&](int64_t steps) { return blocks.take(steps); });
+    for_row_tiles(it, tile, [&](int64_t row, int64_t num_rows, int64_t seen) {
+      product<T>(num_rows, ceil_div(seen, kGroup), num_units,
+                 TileA{reinterpret_cast<const char*>(query + row * num_units), num_units * 4},
+                 TileB{s.keys, kGroup, kTokenTile}, TileC{s.scores + row * kTokenTile, kTokenTile, false},
+                 [&](int64_t steps) { return blocks.take(steps); });
+    });
     for (int64_t r = 0; r < it.block.num_rows; r++) {
       const int64_t newest = it.block.first_position + r - tile.begin;
       const int64_t oldest = call.window ? max64(tile.low, newest - call.window + 1) : tile.low;

@@ -40,17 +40,18 @@ struct Gemm {
     const int64_t stride = NG * kGroup;
     float one_tile[kTileRows * NG * kGroup];
     float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(0, num_rows * stride * 4));
-    const int64_t next_bytes = NG * num_units * 64;
+    const int64_t next_lines = NG * num_units;
+    const int64_t lines_per_step = ceil_div(NG, ceil_div(num_rows, kTileRows));
     for (int64_t unit = 0; unit < num_units; unit += kUnitsPerPass) {
       const int64_t units = min64(kUnitsPerPass, num_units - unit);
       for (int64_t r = 0; r < num_rows; r += kTileRows) {
         const int rows = static_cast<int>(min64(kTileRows, num_rows - r));
         float* some_sums = is_one_pass ? sums : sums + r * stride;
-        const int64_t fetched = r / kTileRows * units * 64;
-        const bool is_fetching = next && is_one_pass && fetched + units * 64 <= next_bytes;
+        const int64_t fetched = r / kTileRows * units * lines_per_step;
+        const bool is_fetching = next && is_one_pass && fetched < next_lines;
         tile_rows<T, NG>(rows, units, TileA{x + (row + r) * x_stride_bytes + unit * 4, x_stride_bytes},
                          TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
-                         TileC{some_sums, stride, unit > 0}, is_fetching ? Ahead{next + fetched, 1} : Ahead{});
+                         TileC{some_sums, stride, unit > 0}, is_fetching ? Ahead{next + fetched * 64, lines_per_step} : Ahead{});
         if (unit + units == num_units)
           for (int m = 0; m < rows; m++) store(some_sums + m * stride, row + r + m, group, NG);
       }
@@ -65,7 +66,8 @@ struct Gemm {
       const int64_t row = item / num_columns * kRowsPerItem, group = item % num_columns * NG;
       const int64_t num_rows = min64(kRowsPerItem, call.num_rows - row);
       const int64_t ahead = group + NG * num_threads;
-      const char* next = ahead + NG <= num_groups && row == 0
+      // One row alone streams as fast without: the processor foresees a few long runs by itself.
+      const char* next = ahead + NG <= num_groups && row == 0 && num_rows > 1
                              ? reinterpret_cast<const char*>(call.packed + ahead * num_units * kGroup)
                              : nullptr;
       if (group + NG <= num_groups) return run<NG>(row, num_rows, group, next);

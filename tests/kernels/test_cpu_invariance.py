@@ -1,0 +1,102 @@
+"""What a row becomes does not depend on what shares its batch or on the number of threads: bit for bit.
+
+It holds for dense layers, LoRA, attention (whatever the chunks of a prompt) and the row-wise ops, on each instruction
+set; two instruction sets may differ in the last bit.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pomona.kernels.cpu import binding
+from pomona.kernels.dispatch import use_backend
+from pomona.kernels.linear import pack, packed_linear
+from support.kernel_cases import Segment, make_adapters, make_contexts
+
+pytestmark = pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=binding.available_isas(), autouse=True)
+def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    with binding.use_isa(request.param), use_backend("cpu"):
+        yield
+
+
+def _on_threads(num_threads: int, run: Callable[[], Tensor]) -> Tensor:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return run()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_features", [96, 5001])
+def test_a_row_through_a_dense_layer_is_the_same_in_any_batch(in_features: int, dtype: torch.dtype) -> None:
+    packed = pack(torch.randn(200, in_features).to(dtype))
+    x = torch.randn(300, in_features).to(dtype)
+    together = packed_linear(x, packed)
+    assert torch.equal(together, _on_threads(2, lambda: packed_linear(x, packed)))
+    for start, end in ((0, 1), (7, 9), (250, 263), (40, 300)):
+        assert torch.equal(packed_linear(x[start:end], packed), together[start:end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows_per_page", [3, 4])
+def test_a_row_with_an_adapter_is_the_same_in_any_batch(rows_per_page: int, dtype: torch.dtype) -> None:
+    ranks = [[16, 5], [8, 8], [33, 0]]
+    adapters = make_adapters(ranks, in_features=70, widths=[150, 40], rows_per_page=rows_per_page, dtype=dtype)
+    x, out = torch.randn(90, 70).to(dtype), torch.randn(90, 190).to(dtype)
+    expected = adapters.apply(x, out, [Segment(0, 90, 0)])
+    runs = ((0, 1), (1, 3), (3, 10), (10, 19), (19, 88))
+    apart = [Segment(start, end, 0) for start, end in runs]
+    for segments in (apart, [*apart[::2], Segment(88, 90, 2)], [Segment(0, 19, 1), Segment(19, 88, 0)]):
+        ordered = sorted(segments, key=lambda segment: segment.start)
+        for num_threads in (1, 2):
+            added = _on_threads(num_threads, lambda ordered=ordered: adapters.apply(x, out, ordered))
+            for segment in ordered:
+                if segment.adapter == 0:
+                    assert torch.equal(added[segment.start : segment.end], expected[segment.start : segment.end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 130])
+def test_a_prompt_is_attended_to_the_same_whole_in_chunks_and_token_by_token(
+    window: int | None, dtype: torch.dtype
+) -> None:
+    contexts = make_contexts([700, 90], heads=(6, 2, 32), dtype=dtype)
+    [whole] = contexts.attend([(0, 0, 700)], window)
+    cuts = [0, 1, 64, 65, 200, 513, 699, 700]
+    chunks = [contexts.attend([(1, 80, 90), (0, first, end)], window)[1] for first, end in pairwise(cuts)]
+    assert torch.equal(torch.cat(chunks), whole)
+    for position in (0, 63, 64, 511, 512, 699):
+        [alone] = contexts.attend([(0, position, position + 1)], window)
+        assert torch.equal(alone[0], whole[position])
+        two_threads = _on_threads(2, lambda p=position: contexts.attend([(0, p, p + 1)], window)[0])
+        assert torch.equal(two_threads, alone)
+
+
+def test_a_long_context_shared_by_threads_is_attended_to_the_same() -> None:
+    contexts = make_contexts([3000], heads=(2, 1, 64))
+    [one] = contexts.attend([(0, 2999, 3000)])
+    assert torch.equal(one, _on_threads(2, lambda: contexts.attend([(0, 2999, 3000)])[0]))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), window=st.none() | st.integers(1, 200))
+def test_any_company_leaves_a_decode_as_it_is(data: st.DataObject, window: int | None) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=5))
+    contexts = make_contexts([100, *lengths], heads=(4, 2, 16), block_size=data.draw(st.sampled_from([1, 5, 16])))
+    [alone] = contexts.attend([(0, 99, 100)], window)
+    company = [(i + 1, data.draw(st.integers(0, length - 1)), length) for i, length in enumerate(lengths)]
+    place = data.draw(st.integers(0, len(company)))
+    together = contexts.attend([*company[:place], (0, 99, 100), *company[place:]], window)
+    assert torch.equal(together[place], alone)
