@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard src/pomona/kernels/cpu/*.cpp src/pomona/kernels/cpu/*.h)
+SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard src/pomona/kernels/cpu/native/*)
 
 .PHONY: demo test check format docs bench bench-serve bench-peers train clean help
 
