@@ -13,11 +13,12 @@ import os
 import shutil
 import string
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import tokenizers
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -56,10 +57,10 @@ def make(shape: ModelShape, report: Callable[[str, int, int], None] = lambda wha
     folders = adapter_folders(shape)
     total = len(folders) + 2
     report("model", 0, total)
-    _whole(root / "model", lambda folder: write_model(shape, folder))
+    _whole(root / "model", partial(write_model, shape))
     for done, (folder, rank, seed) in enumerate(folders, 1):
         report(folder.name, done, total)
-        _whole(folder, lambda path, rank=rank, seed=seed: write_adapter(shape, path, rank, seed))  # type: ignore[misc]
+        _whole(folder, partial(write_adapter, shape, lora_rank=rank, seed=seed))
     report("workload", total - 1, total)
     workload.write(shape)
     report("done", total, total)
@@ -157,16 +158,17 @@ def write_tokenizer(vocab_size: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config) + "\n")
 
 
+def _show(progress: Progress, task: TaskID, name: str, what: str, done: int, total: int) -> None:
+    progress.update(task, description=f"{name}: {what}", completed=done, total=total)
+
+
 def make_with_progress(shapes: list[ModelShape]) -> None:
     """Make the assets of several shapes with a progress bar."""
     with Progress() as progress:
         for shape in shapes:
             task = progress.add_task(shape.name, total=None)
 
-            def report(what: str, done: int, total: int, task=task, shape=shape) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
-                progress.update(task, description=f"{shape.name}: {what}", completed=done, total=total)
-
-            make(shape, report)
+            make(shape, partial(_show, progress, task, shape.name))
 
 
 def main() -> None:

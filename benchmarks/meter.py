@@ -14,7 +14,6 @@ MAX_STEAL_PCT = 4.0
 """A run counts as clean when other processes and the hypervisor took no more than this of the machine."""
 
 _PROC = Path("/proc")
-_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +71,18 @@ def process_tree(pid: int) -> list[int]:
     return found
 
 
+def process_ticks(pid: int) -> int:
+    """CPU time of a process and of its descendants that have ended and were awaited, in ticks; 0 if it is gone."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return sum(int(field) for field in fields[11:15])
+
+
 def tree_ticks(pid: int) -> int:
-    """CPU time of a process tree, in ticks, ended and awaited descendants included."""
-    ticks = 0
-    for member in process_tree(pid):
-        try:
-            fields = (_PROC / str(member) / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        ticks += sum(int(field) for field in fields[11:15])
-    return ticks
+    """CPU time of a process tree, in ticks."""
+    return sum(process_ticks(member) for member in process_tree(pid))
 
 
 def tree_memory_mib(pid: int) -> float:

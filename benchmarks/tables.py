@@ -38,7 +38,7 @@ class Sample:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, first column left, others right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -155,9 +155,9 @@ def noise_text(rows: Sequence[Row]) -> str:
 
 
 def setup_text(rows: Sequence[Row]) -> str:
-    """Hardware, commits and dates behind some rows."""
+    """Hardware, commits and dates behind some rows; nothing for none."""
     if not rows:
-        return "No results yet.\n"
+        return ""
     lines = []
     for key, name in (("hardware", "Hardware"), ("commit", "Commit"), ("command", "Command")):
         values = dict.fromkeys(_flat(row.get(key)) for row in rows)
@@ -252,6 +252,42 @@ def job_table(rows: Sequence[Row]) -> str:
             ]
         )
     header = ["", "output tok/s", "job s", "floor s", "ratio", "tax", "tax by the formulas"]
+    return table(header, lines)
+
+
+def server_table(rows: Sequence[Row]) -> str:
+    """Streams through the server: what the client saw beside what the engine did."""
+    lines = []
+    for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
+        here = [row for row in rows if row["popularity"] == popularity]
+        here = [row for row in here if row["is_clean"]] or here
+        mark = "" if here[0]["is_clean"] else "~"
+
+        def median(value: Callable[[Row], float], here: Sequence[Row] = here) -> float:
+            return statistics.median(value(row) for row in here)
+
+        lines.append(
+            [
+                f"{mark}{here[0]['num_streams']} streams, {popularity}",
+                f"{median(lambda row: row['output_tokens_per_s']):.0f}",
+                f"{median(lambda row: row['engine_itl_ms']['p50']):.1f}",
+                f"{median(lambda row: row['client_itl_ms']['p50']):.1f}",
+                f"{median(lambda row: row['engine_itl_ms']['p99']):.1f}",
+                f"{median(lambda row: row['client_itl_ms']['p99']):.1f}",
+                f"{median(lambda row: row['itl_p99_ratio']):.2f}",
+                f"{median(lambda row: row['server_cpu_us_per_token']):.0f}",
+            ]
+        )
+    header = [
+        "",
+        "output tok/s",
+        "ITL p50 ms, engine",
+        "client",
+        "p99 ms, engine",
+        "client",
+        "ratio",
+        "server CPU µs/token",
+    ]
     return table(header, lines)
 
 

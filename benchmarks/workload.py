@@ -70,7 +70,7 @@ def adapter_name(index: int, lora_rank: int = LORA_RANK) -> str:
 
 def counts(popularity: Popularity, batch: int) -> tuple[int, ...]:
     """Requests per adapter, most popular first; none for base and idle."""
-    if popularity == "base" or popularity == "idle":  # noqa: PLR1714 (so that the type narrows)
+    if popularity == "base" or popularity == "idle":
         return ()
     return GROUP_COUNTS[popularity](batch)
 

@@ -8,7 +8,8 @@ Runs in llama.cpp's environment (numpy and gguf, no torch). Files that are there
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,15 @@ def main() -> None:
     parser.add_argument("workload", type=Path)
     content = json.loads(parser.parse_args().workload.read_text())
     model = Path(content["model"])
-    jobs = [(Path(content["gguf"]), lambda path: write_base(model, path))]
+    jobs: list[tuple[Path, Callable[[Path], None]]] = [(Path(content["gguf"]), partial(write_base, model))]
     for entry in content["adapters"]:
-        jobs.append((Path(entry["gguf"]), lambda path, entry=entry: write_adapter(Path(entry["path"]), model, path)))
+        jobs.append((Path(entry["gguf"]), partial(write_adapter, Path(entry["path"]), model)))
     for done, (path, write) in enumerate(jobs, 1):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            write(partial)
-            os.replace(partial, path)
+            unfinished = path.with_suffix(".partial")
+            write(unfinished)
+            os.replace(unfinished, path)
         print(f"\r{done}/{len(jobs)} GGUF files", end="" if done < len(jobs) else "\n", flush=True)
 
 

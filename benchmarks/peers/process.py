@@ -45,7 +45,7 @@ class SystemProcess:
         logs.mkdir(parents=True, exist_ok=True)
         self._log_path = logs / f"{shape.name}-{system.name}.log"
         command = [
-            *(system.interpreter(), "-m", f"benchmarks.peers.{system.module}", "--serve"),
+            *(system.interpreter(), "-m", system.module, "--serve"),
             *("--workload", str(workload.cache_dir() / shape.name / "workload.json")),
             *("--adapters", str(self.num_loaded), "--settings", json.dumps(self.settings)),
         ]

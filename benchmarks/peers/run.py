@@ -235,7 +235,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--cells", action="append", help="glob such as 'b32-128-64/*'; repeatable; default: all")
-    parser.add_argument("--system", choices=SYSTEMS, action="append", help="repeatable; default: all but the server")
+    parser.add_argument("--system", choices=SYSTEMS, action="append", help="repeatable; default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=results.default_file("peers"))
     parser.add_argument("--quiet-limit-s", type=float, default=120.0, help="longest wait for a quiet machine")
@@ -249,7 +249,7 @@ def main() -> None:
     shapes = [SHAPES[name] for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b")]
     globs = arguments.cells or ["*"]
     cells = [cell for cell in workload.cells() if any(fnmatch.fnmatch(cell.name, glob) for glob in globs)]
-    names = arguments.system or [name for name, system in SYSTEMS.items() if system.is_default]
+    names = arguments.system or list(SYSTEMS)
     for shape in shapes:
         workload.write(shape)
     done = done_keys(results.read(arguments.output))

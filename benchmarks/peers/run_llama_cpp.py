@@ -127,7 +127,7 @@ class LlamaCppRunner:
     def versions(self) -> dict[str, str]:
         return {
             "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
-            "features": llama_cpp.llama_print_system_info().decode().strip(),
+            "features": llama_cpp.llama_print_system_info().decode().replace(" |", ",").strip(" ,"),
         }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import time
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -13,7 +14,7 @@ _NO_ADAPTER = "__base__"
 """peft's name for a row without an adapter."""
 
 
-class _TokenClock(StoppingCriteria):  # type: ignore[misc]
+class _TokenClock(StoppingCriteria):
     """Called once per generated token of the batch; notes when. Stops nothing."""
 
     def __init__(self) -> None:
@@ -30,7 +31,8 @@ class TransformersRunner:
     def __init__(self, work: Work) -> None:
         torch.set_num_threads(work.settings.get("num_threads", torch.get_num_threads()))
         self._work = work
-        model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.bfloat16).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.bfloat16)
+        model.eval()
         model.generation_config.eos_token_id = None  # nothing ends early, and nothing is spent on preventing it
         model.generation_config.pad_token_id = 0
         if work.num_loaded:

@@ -32,7 +32,7 @@ def works(environment: Environment) -> bool:
     """True if the environment is there and its packages can be imported."""
     if not environment.python.exists():
         return False
-    command = [environment.python, "-c", environment.check]
+    command = [str(environment.python), "-c", environment.check]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -45,7 +45,7 @@ def install(environment: Environment) -> None:
     _log(f"{environment.name}: installing {', '.join(environment.packages)}")
     if not environment.python.exists():
         subprocess.run([sys.executable, "-m", "venv", environment.folder], check=True)
-    pip = ["nice", "-n", "19", environment.python, "-m", "pip"]
+    pip = ["nice", "-n", "19", str(environment.python), "-m", "pip"]
     variables = {**os.environ, **environment.build_environment}
     variables.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     done = subprocess.run([*pip, "install", *environment.packages], env=variables, check=False)

@@ -64,6 +64,7 @@ class System:
     label: str
     """In tables."""
     module: str
+    """Run with ``-m``; see ``session``."""
     environment: Environment | None
     """None: this interpreter."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +73,6 @@ class System:
     """Over ``settings`` where adapters are loaded."""
     has_slots: bool = False
     """Loads only as many adapters as a popularity uses: each costs it a slot whether used or not."""
-    is_default: bool = True
     environment_variables: dict[str, str] = field(default_factory=dict)
 
     def num_loaded(self, popularity: Popularity) -> int:
@@ -97,37 +97,29 @@ _THREADS = os.cpu_count() or 1
 SYSTEMS = {
     system.name: system
     for system in (
-        System("pomona", "Pomona", "run_pomona", None, settings={"num_threads": _THREADS}),
+        System("pomona", "Pomona", "benchmarks.peers.run_pomona", None, settings={"num_threads": _THREADS}),
         System(
             "transformers",
             "transformers + peft, mixed batch",
-            "run_transformers",
+            "benchmarks.peers.run_transformers",
             TRANSFORMERS,
             settings={"num_threads": _THREADS},
         ),
         System(
             "llama.cpp",
             "llama.cpp, a batch per adapter",
-            "run_llama_cpp",
+            "benchmarks.peers.run_llama_cpp",
             LLAMA_CPP,
             settings={"num_threads": _THREADS, "n_ubatch": 2048},
         ),
         System(
             "vllm",
             "vLLM (CPU build), mixed batch",
-            "run_vllm",
+            "benchmarks.peers.run_vllm",
             VLLM,
             lora_settings={"max_num_batched_tokens": 256},  # its default is slower here once adapters are used
             has_slots=True,
             environment_variables={"OMP_NUM_THREADS": str(_THREADS)},
-        ),
-        System(
-            "pomona-server",
-            "Pomona, through its HTTP server",
-            "run_pomona_server",
-            None,
-            settings={"num_threads": _THREADS},
-            is_default=False,
         ),
     )
 }

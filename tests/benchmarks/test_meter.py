@@ -33,9 +33,7 @@ def test_more_own_ticks_than_busy_ones_is_rounding_and_not_negative():
 def test_a_childs_work_counts_as_own():
     with Meter() as meter:
         before = tree_ticks(os.getpid())
-        child = subprocess.Popen(
-            [sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        child = subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         assert child.stdout.readline() == "done\n"
         assert child.pid in process_tree(os.getpid())

@@ -1,0 +1,158 @@
+"""Driving systems under comparison: who runs when, what counts, and a real runner in a process of its own."""
+
+import dataclasses
+import json
+import os
+import sys
+
+import pytest
+from rich.console import Console
+
+from benchmarks import results, workload
+from benchmarks.peers.process import SystemFailedError, SystemProcess
+from benchmarks.peers.run import Comparison, Task, agreement, by_cell, done_keys, execute, plan, summarize
+from benchmarks.peers.session import Request, by_adapter
+from benchmarks.peers.systems import SYSTEMS, Environment, System
+from benchmarks.shapes import TINY
+from benchmarks.workload import Cell, cells
+
+CELL = Cell(batch=2, num_prompt_tokens=8, num_output_tokens=4, popularity="identical")
+BASE = dataclasses.replace(CELL, popularity="base")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def small_work(tiny_cache, monkeypatch):
+    """The workload file of the tiny shape with two small cells and the two adapters that there are."""
+    monkeypatch.setattr(workload, "NUM_ADAPTERS", 2)
+    workload.write(TINY, [BASE, CELL])
+    return tiny_cache
+
+
+def pomona(**changes: object) -> System:
+    return dataclasses.replace(SYSTEMS["pomona"], settings={"num_threads": 1, "kv_cache_bytes": 1 << 22}, **changes)  # type: ignore[arg-type]
+
+
+def echo(**changes: object) -> System:
+    path = f"{results.ROOT}:{results.ROOT / 'tests'}"
+    system = System("echo", "Echo", "support.echo_runner", None, environment_variables={"PYTHONPATH": path})
+    return dataclasses.replace(system, **changes)  # type: ignore[arg-type]
+
+
+def test_systems_take_turns_within_every_cell_of_every_repetition():
+    tasks = plan([TINY], cells()[:2], list(SYSTEMS.values()), repeats=2)
+    names = [task.system.name for task in tasks]
+    assert names == list(SYSTEMS) * 4
+    groups = list(by_cell(tasks))
+    assert [len(group) for group in groups] == [len(SYSTEMS)] * 4
+    assert [group[0].repetition for group in groups] == [0, 0, 1, 1]
+
+
+def test_only_clean_runs_are_done():
+    row = {"kind": "peer", "repetition": 0, "shape": "tiny", "cell": CELL.name, "system": "vllm", "is_clean": True}
+    assert done_keys([row]) == {Task(0, TINY, CELL, SYSTEMS["vllm"]).key}
+    assert done_keys([{**row, "is_clean": False}]) == set()
+
+
+def test_a_run_is_summarized_in_the_projects_definitions():
+    run = {
+        "wall_s": 2.0,
+        "first_token_s": [0.5, 1.0],
+        "finish_s": [2.0, 1.75],
+        "token_ids": [[1, 2, 3, 4], [5, 6, 7, 8]],
+    }
+    found = summarize(run, CELL)
+    assert found["output_tokens_per_s"] == 4.0
+    assert found["ttft_mean_s"] == 0.75
+    assert found["tpot_mean_ms"] == pytest.approx(1e3 * (1.5 / 3 + 0.75 / 3) / 2)
+
+
+def test_agreement_counts_first_tokens_and_common_beginnings():
+    assert agreement([[1, 2, 3], [4, 5, 6]], [[1, 2, 9], [0, 5, 6]]) == (0.5, 1.0)
+
+
+def test_systems_with_one_adapter_per_batch_serve_the_largest_group_first():
+    requests = [Request([1], adapter) for adapter in (0, 1, 1, None, 1, 0)]
+    assert by_adapter(requests) == [(1, [1, 2, 4]), (0, [0, 5]), (None, [3])]
+
+
+def test_a_system_with_slots_loads_only_the_adapters_a_popularity_uses():
+    vllm = SYSTEMS["vllm"]
+    found = {popularity: vllm.num_loaded(popularity) for popularity in workload.POPULARITIES}
+    assert found == {"base": 0, "idle": 1, "identical": 1, "uniform": 6, "zipf-1.5": 8, "distinct": 32}
+    assert SYSTEMS["llama.cpp"].num_loaded("uniform") == 32
+    assert "max_num_batched_tokens" in vllm.settings_for("identical")
+    assert "max_num_batched_tokens" not in vllm.settings_for("base")
+
+
+def test_a_comparison_runs_the_real_engine_writes_rows_and_goes_on_where_it_was(small_work, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    tasks = plan([TINY], [CELL], [pomona()], repeats=1)
+    comparison = Comparison(output, {"utc": "now"}, QUIET, accept_noise=True)
+    execute(tasks, comparison, QUIET)
+    (row,) = results.read(output)
+    assert (row["kind"], row["system"], row["cell"], row["num_loaded"]) == ("peer", "pomona", CELL.name, 2)
+    assert row["output_tokens_per_s"] == pytest.approx(8 / row["wall_s"])
+    assert row["memory_mib"] > 10
+    assert {"own_pct", "other_pct", "steal_pct", "is_clean", "token_digest", "versions", "settings"} <= set(row)
+    assert done_keys([{**row, "is_clean": True}]) == {tasks[0].key}
+
+
+def test_a_system_that_cannot_start_is_recorded_and_the_others_go_on(small_work, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    broken = echo(name="broken", module="no_such_module")
+    tasks = [Task(0, TINY, BASE, broken), Task(0, TINY, BASE, echo())]
+    execute(tasks, Comparison(output, {"utc": "now"}, QUIET, accept_noise=True), QUIET)
+    kinds = [(row["kind"], row["system"]) for row in results.read(output)]
+    assert kinds == [("peer_failure", "broken"), ("peer", "echo")]
+    assert "no_such_module" in results.read(output)[0]["message"]
+
+
+def test_every_repetition_is_a_new_process_and_systems_agreement_is_written(small_work, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    systems = [echo(name="transformers"), echo()]
+    execute(
+        plan([TINY], [BASE, CELL], systems, repeats=2),
+        Comparison(output, {"utc": "now"}, QUIET, accept_noise=True),
+        QUIET,
+    )
+    rows = results.read(output)
+    peers = list(results.of_kind(rows, "peer"))
+    assert [(row["repetition"], row["cell"], row["system"]) for row in peers] == [
+        (repetition, cell, system)
+        for repetition in (0, 1)
+        for cell in (BASE.name, CELL.name)
+        for system in ("transformers", "echo")
+    ]
+    assert len({row["load_s"] for row in peers}) == 2 * 2 * 2  # base and adapters are different processes too
+    assert {row["mean_common_prefix"] for row in results.of_kind(rows, "agreement")} == {4.0}
+
+
+def test_a_paused_process_is_stopped_and_goes_on_when_resumed(small_work):
+    process = SystemProcess(echo(), TINY, "base")
+    process.pause()
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    process.resume()
+    assert len(process.run(BASE.name, 3)["token_ids"][0]) == 3
+    process.close()
+
+
+def test_an_unknown_cell_ends_the_runner_with_the_reason(small_work):
+    process = SystemProcess(echo(), TINY, "base")
+    with pytest.raises(SystemFailedError, match="no such cell"):
+        process.run("no such cell")
+    process.close()
+
+
+def test_an_environment_is_a_folder_of_the_cache(tiny_cache):
+    environment = Environment("x", ("package==1",))
+    assert environment.python == tiny_cache / "env" / "x" / "bin" / "python"
+    assert SYSTEMS["pomona"].interpreter() == sys.executable
+
+
+def test_the_workload_file_names_adapters_and_their_requests(small_work):
+    content = json.loads((small_work / "tiny" / "workload.json").read_text())
+    assert [adapter["name"] for adapter in content["adapters"]] == ["r16-00", "r16-01"]
+    assert content["cells"][CELL.name]["assignment"] == [0, 0]
+    assert content["cells"][BASE.name]["assignment"] == [None, None]

@@ -1,0 +1,194 @@
+"""Tables and charts from rows, and that the committed docs are what the committed results say."""
+
+import itertools
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import pytest
+
+from benchmarks import results, tables
+from benchmarks.chart import Bar, Series, grouped_bars, nice_step
+from benchmarks.report import DOCS, Report, fill, stale
+from benchmarks.results import Row
+
+SETUP = {"utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "hardware": {"cpu": "A CPU", "cores": 2}, "command": "do"}
+LIMITS = {"peaks": {"bfloat16_gflop_per_s": 500.0, "float32_gflop_per_s": 200.0, "read_gb_per_s": 25.0}}
+
+
+def peer_row(system: str, popularity: str, tokens_per_s: float, repetition: int = 0, *, is_clean: bool = True) -> Row:
+    return {
+        **SETUP,
+        "kind": "peer",
+        "repetition": repetition,
+        "shape": "tiny",
+        "cell": f"b32-128-64/{popularity}",
+        "popularity": popularity,
+        "system": system,
+        "settings": {"num_threads": 2},
+        "versions": {system: "1.0 | a"},
+        "output_tokens_per_s": tokens_per_s,
+        "ttft_mean_s": 0.5,
+        "tpot_mean_ms": 12.0,
+        "wall_s": 2048 / tokens_per_s,
+        "memory_mib": 400.0,
+        "other_pct": 1.0 if is_clean else 40.0,
+        "steal_pct": 0.0,
+        "is_clean": is_clean,
+    }
+
+
+def peer_rows() -> list[Row]:
+    speeds = {("pomona", "base"): 800, ("pomona", "distinct"): 600, ("vllm", "base"): 500, ("vllm", "distinct"): 100}
+    return [
+        peer_row(system, popularity, speed + 10 * repetition, repetition)
+        for (system, popularity), speed in speeds.items()
+        for repetition in range(3)
+    ]
+
+
+def step_row(mix: str, step_ms: float) -> Row:
+    numbers = {"step_ms": step_ms, "floor_ms": 5.0, "bytes": 1e8, "flops": 1e9, "other_pct": 0.0, "steal_pct": 0.0}
+    what = {"kind": "step", "shape": "tiny", "phase": "decode", "batch": 32, "mix": mix, "is_clean": True}
+    return {**SETUP, **what, **numbers}
+
+
+def job_row(popularity: str, tokens_per_s: float, floor_s: float) -> Row:
+    return {**peer_row("pomona", popularity, tokens_per_s), "kind": "job", "floor_s": floor_s}
+
+
+def server_row() -> Row:
+    latencies = {"engine_itl_ms": {"p50": 10.0, "p99": 20.0}, "client_itl_ms": {"p50": 10.5, "p99": 21.0}}
+    what = {"kind": "server", "shape": "tiny", "popularity": "base", "num_streams": 256, "is_clean": True}
+    return {
+        **SETUP,
+        **what,
+        **latencies,
+        "output_tokens_per_s": 900.0,
+        "itl_p99_ratio": 1.05,
+        "server_cpu_us_per_token": 30.0,
+    }
+
+
+def ceilings_row() -> Row:
+    facts = {"dtype": "bfloat16", "rows": 8, "in": 4, "out": 4, "method": "torch"}
+    gemm = {"group": "gemm", "name": "8 rows", "unit": "GFLOP/s", "median": 500.0, "worst": 450.0, "best": 510.0}
+    return {**SETUP, **LIMITS, "kind": "ceilings", "is_clean": True, "ceilings": [{**gemm, "facts": facts}]}
+
+
+def op_row() -> Row:
+    return {"op": "lora", "case": "decode", "backend": "cpu", "model": "smol", "median_us": 9.5, "floor_us": 4.0}
+
+
+@pytest.fixture
+def results_folder(tmp_path):
+    profile = {"kind": "step_profile", "shape": "tiny", "batch": 32, "mix": "base"}
+    functions = [{"function": "kernels.lora", "calls_per_step": 8.0, "own_ms_per_step": 1.25}]
+    agreement = {"kind": "agreement", "system": "vllm", "same_first_token": 0.5, "mean_common_prefix": 30.0}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "peers": [*peer_rows(), agreement],
+        "step": [step_row("base", 6.0), step_row("distinct", 9.0), {**SETUP, **profile, "functions": functions}],
+        "engine": [job_row("base", 800.0, 1.0), job_row("distinct", 600.0, 1.25)],
+        "server": [server_row()],
+        "ceilings": [ceilings_row()],
+        "ops": [op_row()],
+    }
+    for what, of_kind in rows.items():
+        for row in of_kind:
+            results.append(tmp_path / f"2026-01-02-{what}.jsonl", row)
+    return tmp_path
+
+
+def test_committed_docs_are_what_the_committed_results_say():
+    assert list(stale(DOCS, Report())) == []
+
+
+def test_every_page_can_be_made_from_sample_rows(results_folder):
+    files = dict(Report(results_folder).files((DOCS / "performance.md").read_text()))
+    assert "| Pomona | 810 [800–820] | 610 [600–620] |" in files["benchmarks/peers.md"]
+    assert "| decode 32 | distinct | 100 | 1.00 | 5.00 | 9.00 | 1.80 |" in files["benchmarks/step.md"]
+    assert "| `kernels.lora` | 8 | 1.25 |" in files["benchmarks/step.md"]
+    assert "| distinct | 600 | 3.41 | 1.25 | 2.73 | 25.0% | 20.0% |" in files["benchmarks/engine.md"]
+    assert "| lora: decode | cpu | 9.5 | 4.0 |" in files["benchmarks/ops.md"]
+    assert "| 256 streams, base | 900 | 10.0 | 10.5 | 20.0 | 21.0 | 1.05 | 30 |" in files["performance.md"]
+    assert "With 500 GFLOP/s and 25 GB/s" in files["performance.md"]
+    assert "No results yet" not in "".join(files.values())
+
+
+def test_making_the_pages_again_changes_nothing(results_folder):
+    once = dict(Report(results_folder).files((DOCS / "performance.md").read_text()))
+    assert dict(Report(results_folder).files(once["performance.md"])) == once
+
+
+def test_pages_without_results_say_so(tmp_path):
+    files = dict(Report(tmp_path).files((DOCS / "performance.md").read_text()))
+    assert all("No results yet." in content for content in files.values())
+
+
+def test_ratios_are_taken_against_the_fastest_peer_and_against_its_base_only():
+    lines = tables.peer_ratios(peer_rows()).splitlines()
+    assert lines[-1] == "| 32 requests, 128 in, 64 out, distinct | 610 | 110 (vllm) | 5.55 | 1.20 | 24.7% |"
+
+
+def test_a_row_nobody_else_was_measured_on_has_no_ratio():
+    rows = [peer_row("pomona", "base", 800.0), peer_row("pomona", "distinct", 600.0)]
+    assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 600 | – | – | – | 25.0% |")
+
+
+def test_disturbed_repetitions_count_only_when_there_is_no_clean_one_and_are_marked():
+    rows = [peer_row("pomona", "base", 800.0), peer_row("pomona", "base", 100.0, is_clean=False)]
+    found = tables.sample(rows, "output_tokens_per_s", popularity="base")
+    assert found is not None
+    assert found.text() == "800"
+    found = tables.sample(rows[1:], "output_tokens_per_s", popularity="base")
+    assert found is not None
+    assert found.text() == "~100"
+
+
+def test_a_cell_cannot_break_its_table():
+    assert tables.table(["a", "b"], [["x | y", "z"]]).splitlines()[-1] == "| x / y | z |"
+
+
+def test_only_marked_parts_of_a_text_are_replaced():
+    text = "before\n<!-- generated: steps -->\nold\n<!-- end -->\nafter\n"
+    assert fill(text, {"steps": "new"}) == "before\n<!-- generated: steps -->\n\nnew\n\n<!-- end -->\nafter\n"
+    with pytest.raises(KeyError):
+        fill(text, {})
+
+
+def test_a_missing_or_changed_file_is_stale(tmp_path, results_folder):
+    report = Report(results_folder)
+    (tmp_path / "performance.md").write_text("x\n")
+    expected = {name for name, _ in report.files("x\n")} - {"performance.md"}
+    assert set(stale(tmp_path, report)) == expected
+
+
+def test_the_newest_file_of_a_kind_counts(tmp_path):
+    for date in ("2026-01-02", "2025-12-31"):
+        results.append(tmp_path / f"{date}-peers.jsonl", {"date": date})
+    results.append(tmp_path / "2027-01-01-step.jsonl", {})
+    newest = results.latest("peers", tmp_path)
+    assert newest is not None
+    assert results.read(newest) == [{"date": "2026-01-02"}]
+    assert results.latest("server", tmp_path) is None
+
+
+def test_a_chart_is_well_formed_and_has_a_bar_per_measurement():
+    series = [Series("A & B", (Bar(10, 9, 12), None)), Series("C", (Bar(5, 5, 5), Bar(7, 6, 8)))]
+    root = ElementTree.fromstring(grouped_bars("<title>", "tok/s", ["one", "two"], series))
+    titles = [element.text for element in root.iter() if element.tag.endswith("title")]
+    assert titles == ["10 (9 to 12)", "5 (5 to 5)", "7 (6 to 8)"]
+    heights = [float(element.get("height", 0)) for element in root.iter() if element.find("{*}title") is not None]
+    assert heights[0] == pytest.approx(2 * heights[1], rel=0.01)
+
+
+@pytest.mark.parametrize("top", [0.03, 0.9, 1.0, 4.2, 10.0, 99.0, 512.0, 6400.0])
+def test_ticks_are_round_and_reach_the_top_with_few_of_them(top):
+    step = nice_step(top)
+    assert 1 <= top / step <= 5.0001
+    assert any(step == pytest.approx(digit * 10**power) for digit, power in itertools.product((1, 2, 5), range(-4, 5)))
+
+
+def test_a_rows_setup_says_where_when_and_how_without_naming_this_machines_folders():
+    row = results.setup(extra=1)
+    assert {"utc", "commit", "hardware", "python", "command", "extra"} <= set(row)
+    assert str(results.ROOT) not in str(row)
