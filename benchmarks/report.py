@@ -34,6 +34,8 @@ class Report:
     def _rows(self, what: str, kind: str | None = None) -> list[Row]:
         path = results.latest(what, self._folder)
         rows = results.read(path) if path else []
+        if what != "peers" and rows:  # a file may hold several commits of a day; the last one counts
+            rows = [row for row in rows if row.get("commit") == rows[-1].get("commit")]
         return rows if kind is None else list(of_kind(rows, kind))
 
     def files(self, performance: str) -> Iterator[tuple[str, str]]:
@@ -58,7 +60,7 @@ class Report:
         return head + where + f"- Rows: `benchmarks/results/{path.name}`\n" + "".join(sections)
 
     def _peer_files(self) -> Iterator[tuple[str, str]]:
-        rows = self._rows("peers", "peer")
+        rows = tables.of_one_commit(self._rows("peers", "peer"))
         for shape in dict.fromkeys(row["shape"] for row in rows):
             here = [row for row in rows if row["shape"] == shape]
             if any(row["cell"].startswith(f"{_CHART_BATCH}/") for row in here):

@@ -101,7 +101,7 @@ def read(path: Path) -> list[Row]:
 
 def latest(what: str, folder: Path = RESULTS) -> Path | None:
     """The newest file of a kind of results."""
-    return max(folder.glob(f"[0-9]*-{what}.jsonl"), default=None)
+    return max(folder.glob(f"????-??-??-{what}.jsonl"), default=None)
 
 
 def of_kind(rows: Iterable[Row], kind: str) -> Iterator[Row]:

@@ -50,6 +50,12 @@ def sample(rows: Iterable[Row], field: str, **match: object) -> Sample | None:
     return Sample(values, bool(clean)) if values else None
 
 
+def of_one_commit(rows: Sequence[Row]) -> list[Row]:
+    """Without our own system's rows of earlier commits than the last one's: a file may hold several."""
+    ours = [row["commit"] for row in rows if row["system"] == POMONA]
+    return [row for row in rows if row["system"] != POMONA or row["commit"] == ours[-1]]
+
+
 def ordered(values: Iterable[str], order: Sequence[str]) -> list[str]:
     """Distinct values, those of ``order`` first and in its order."""
     found = list(dict.fromkeys(values))

@@ -5,8 +5,9 @@
     python -m benchmarks.peers.run --shape tiny --repeats 1 --accept-noise --output /tmp/try.jsonl
 
 While one system runs, the others are stopped. A run that other processes or the hypervisor disturbed is kept in the
-file, marked, and repeated. Started again with the same --output it goes on where it was. Needs
-``python -m benchmarks.peers.setup`` first; Linux.
+file, marked, and repeated. Started again with the same --output it goes on where it was; after a
+commit, Pomona's own runs are done again. For ratios of one run, give --output a new file: then all take turns.
+Needs ``python -m benchmarks.peers.setup`` first; Linux.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from benchmarks.results import Row
 from benchmarks.shapes import SHAPES, ModelShape
 from benchmarks.workload import Cell
 
+OURS = "pomona"
 REFERENCE = "transformers"
 """Whose tokens the others' are compared with."""
 WARM_UP_TOKENS = 4
@@ -60,12 +62,12 @@ def plan(shapes: Sequence[ModelShape], cells: Sequence[Cell], systems: Sequence[
     ]
 
 
-def done_keys(rows: Sequence[Row]) -> set[tuple[int, str, str, str]]:
-    """Keys of the tasks that have a clean run."""
+def done_keys(rows: Sequence[Row], commit: str) -> set[tuple[int, str, str, str]]:
+    """Keys of the tasks that have a clean run; of our own system, one of this commit."""
     return {
         (row["repetition"], row["shape"], row["cell"], row["system"])
         for row in results.of_kind(rows, "peer")
-        if row["is_clean"]
+        if row["is_clean"] and (row["system"] != OURS or row["commit"] == commit)
     }
 
 
@@ -252,13 +254,18 @@ def main() -> None:
     names = arguments.system or list(SYSTEMS)
     for shape in shapes:
         workload.write(shape)
-    done = done_keys(results.read(arguments.output))
+    setup = results.setup()
+    if setup["commit"].endswith("-dirty"):
+        console.print(
+            "the checkout has changes that are not committed: these rows cannot be reproduced", style="yellow"
+        )
+    done = done_keys(results.read(arguments.output), setup["commit"])
     tasks = plan(shapes, cells, [SYSTEMS[name] for name in names], arguments.repeats)
     left = [task for task in tasks if task.key not in done]
     console.print(f"{len(left)} of {len(tasks)} runs to do; rows go to {arguments.output}")
     comparison = Comparison(
         arguments.output,
-        results.setup(),
+        setup,
         console,
         accept_noise=arguments.accept_noise,
         quiet_limit_s=arguments.quiet_limit_s,

@@ -48,10 +48,13 @@ def test_systems_take_turns_within_every_cell_of_every_repetition():
     assert [group[0].repetition for group in groups] == [0, 0, 1, 1]
 
 
-def test_only_clean_runs_are_done():
+def test_only_clean_runs_are_done_and_our_own_only_of_this_commit():
     row = {"kind": "peer", "repetition": 0, "shape": "tiny", "cell": CELL.name, "system": "vllm", "is_clean": True}
-    assert done_keys([row]) == {Task(0, TINY, CELL, SYSTEMS["vllm"]).key}
-    assert done_keys([{**row, "is_clean": False}]) == set()
+    row |= {"commit": "old"}
+    assert done_keys([row], "new") == {Task(0, TINY, CELL, SYSTEMS["vllm"]).key}
+    assert done_keys([{**row, "is_clean": False}], "new") == set()
+    assert done_keys([{**row, "system": "pomona"}], "new") == set()
+    assert done_keys([{**row, "system": "pomona"}], "old") == {Task(0, TINY, CELL, SYSTEMS["pomona"]).key}
 
 
 def test_a_run_is_summarized_in_the_projects_definitions():
@@ -88,14 +91,14 @@ def test_a_system_with_slots_loads_only_the_adapters_a_popularity_uses():
 def test_a_comparison_runs_the_real_engine_writes_rows_and_goes_on_where_it_was(small_work, tmp_path):
     output = tmp_path / "rows.jsonl"
     tasks = plan([TINY], [CELL], [pomona()], repeats=1)
-    comparison = Comparison(output, {"utc": "now"}, QUIET, accept_noise=True)
+    comparison = Comparison(output, {"utc": "now", "commit": "c"}, QUIET, accept_noise=True)
     execute(tasks, comparison, QUIET)
     (row,) = results.read(output)
     assert (row["kind"], row["system"], row["cell"], row["num_loaded"]) == ("peer", "pomona", CELL.name, 2)
     assert row["output_tokens_per_s"] == pytest.approx(8 / row["wall_s"])
     assert row["memory_mib"] > 10
     assert {"own_pct", "other_pct", "steal_pct", "is_clean", "token_digest", "versions", "settings"} <= set(row)
-    assert done_keys([{**row, "is_clean": True}]) == {tasks[0].key}
+    assert done_keys([{**row, "is_clean": True}], "c") == {tasks[0].key}
 
 
 def test_a_system_that_cannot_start_is_recorded_and_the_others_go_on(small_work, tmp_path):

@@ -134,6 +134,20 @@ def test_a_row_nobody_else_was_measured_on_has_no_ratio():
     assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 600 | – | – | – | 25.0% |")
 
 
+def test_steps_of_earlier_commits_do_not_count(results_folder):
+    results.append(results_folder / "2026-01-02-step.jsonl", {**step_row("base", 7.0), "commit": "later"})
+    page = dict(Report(results_folder).files("x"))["benchmarks/step.md"]
+    assert "1 repetitions, 1 clean." in page
+    assert "| 7.00 |" in page
+    assert "| 6.00 |" not in page
+
+
+def test_our_rows_of_earlier_commits_do_not_count():
+    rows = [{**peer_row("pomona", "base", 100.0), "commit": "old"}, *peer_rows()]
+    assert tables.of_one_commit(rows) == peer_rows()
+    assert tables.of_one_commit([peer_row("vllm", "base", 1.0)]) == [peer_row("vllm", "base", 1.0)]
+
+
 def test_disturbed_repetitions_count_only_when_there_is_no_clean_one_and_are_marked():
     rows = [peer_row("pomona", "base", 800.0), peer_row("pomona", "base", 100.0, is_clean=False)]
     found = tables.sample(rows, "output_tokens_per_s", popularity="base")
