@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
@@ -160,6 +160,7 @@ def test_the_plan_is_made_once_per_step_and_window() -> None:
     assert plans_of(batch, heads) is not plans_of(batch, replace(heads, window=5))
 
 
+@settings(deadline=None)
 @given(
     lens=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 300)), min_size=1, max_size=5),
     rows_per_block=st.sampled_from([1, 5, 16]),

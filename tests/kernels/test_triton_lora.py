@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -215,6 +215,7 @@ def test_the_plan_is_made_once_per_step() -> None:
 SEGMENTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 70)), max_size=12)
 
 
+@settings(deadline=None)
 @given(gaps_and_lengths=SEGMENTS, rows=st.sampled_from([16, 32, 64]))
 def test_chunks_cover_every_row_of_every_segment_once_and_fit_the_reserved_room(
     gaps_and_lengths: list[tuple[int, int]], rows: int
@@ -231,6 +232,7 @@ def test_chunks_cover_every_row_of_every_segment_once_and_fit_the_reserved_room(
     assert len(chunks) <= max_chunks(end, rows, sum(length > 0 for _, length in gaps_and_lengths))
 
 
+@settings(deadline=None)
 @given(num_tokens=st.integers(1, 5000), rows=st.sampled_from([16, 32, 64]))
 def test_skew_costs_no_more_chunks_than_there_are_segments_more(num_tokens: int, rows: int) -> None:
     alone = len(cut_segments([(0, num_tokens)], rows))

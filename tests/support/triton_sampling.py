@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-_LARGEST_WHOLE_GRID = 16
+_LARGEST_WHOLE_GRID = 8
 _SAMPLE_SIZE = 8
-_SAMPLE_SIZE_OF_MODELS = 3
+_SAMPLE_SIZE_OF_MODELS = 2
 
 
 def _uses_triton(item: pytest.Item) -> bool:
@@ -20,10 +20,10 @@ def _uses_triton(item: pytest.Item) -> bool:
 
 
 def _stride(num_cases: int, sample_size: int) -> int:
-    """A prime above the number of values of most parameters, so that the sample has every value."""
+    """A prime that is no parameter's number of values, so that the sample goes through all of them."""
     if num_cases <= _LARGEST_WHOLE_GRID:
         return 1
-    stride = max(7, num_cases // sample_size)
+    stride = max(5 if num_cases <= 2 * _LARGEST_WHOLE_GRID else 7, num_cases // sample_size)
     while any(stride % factor == 0 for factor in range(2, math.isqrt(stride) + 1)):
         stride += 1
     return stride
