@@ -6,14 +6,17 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from pomona.adapters.peft_config import parse_config
 from pomona.cli.hub import bundled_dir
 from pomona.cli.llm import LLM
 from pomona.core.request import SamplingParams
 
+_BEGIN, _END = "<!-- accuracy -->", "<!-- /accuracy -->"
 _GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
 
 
@@ -76,11 +79,41 @@ def measure(llm: LLM, tasks: list[BundledTask]) -> list[Accuracy]:
     ]
 
 
-def run_accuracy(dtype: str) -> None:
-    """Measure and print: a table to stderr, one JSON line per adapter to stdout."""
+def run_accuracy(dtype: str, update: Path | None = None) -> None:
+    """Measure and print: a table to stderr, one JSON line per adapter to stdout.
+
+    Args:
+        dtype: of weights and activations.
+        update: a Markdown file whose table between the ``accuracy`` markers is replaced.
+    """
     found = measure(LLM(dtype=dtype), read_tasks())
+    if update is not None:
+        before, _, rest = update.read_text().partition(_BEGIN)
+        _, _, after = rest.partition(_END)
+        update.write_text(f"{before}{_BEGIN}\n{_markdown(found)}\n{_END}{after}")
     table = Table("adapter", "does", "exact with it", "base alone", box=None, header_style="bold")
     for row in found:
         table.add_row(row.adapter, row.description, f"{row.with_adapter:.0%}", f"{row.base_alone:.0%}")
         sys.stdout.write(json.dumps({"bench": "accuracy", "dtype": dtype, **asdict(row)}) + "\n")
     Console(stderr=True).print(table)
+
+
+def _markdown(found: list[Accuracy]) -> str:
+    rows = ["| adapter | does | rank, projections | | exact | base alone |", "|---|---|---|---|---|---|"]
+    for row in found:
+        folder = bundled_dir() / "adapters" / row.adapter
+        spec = parse_config((folder / "adapter_config.json").read_bytes())
+        targets = spec.target_modules if isinstance(spec.target_modules, tuple) else ()
+        where = "all" if len(targets) >= 7 else ", ".join(sorted(name.removesuffix("_proj") for name in targets))
+        features = {
+            "rsLoRA": spec.use_rslora,
+            "DoRA": spec.use_dora,
+            "rank and alpha patterns": spec.rank_pattern,
+            f"saves {', '.join(spec.modules_to_save)}": spec.modules_to_save,
+        }
+        special = ", ".join(name for name, is_used in features.items() if is_used)
+        rows.append(
+            f"| `{row.adapter}` | {row.description} | {spec.lora_rank}, {where} | {special} "
+            f"| {row.with_adapter:.0%} | {row.base_alone:.0%} |"
+        )
+    return "\n".join(rows)

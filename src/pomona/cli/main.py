@@ -223,16 +223,21 @@ def bench_serve(
 
 
 @bench_app.command("accuracy")
-def bench_accuracy(dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto") -> None:
+def bench_accuracy(
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    update: Annotated[Path | None, typer.Option(help="Markdown file whose accuracy table to replace.")] = None,
+) -> None:
     """Count the exact answers of the bundled adapters on held-out words, and of the base without them.
 
-    Example:
+    Examples:
 
         pomona bench accuracy
+
+        pomona bench accuracy --update README.md
     """
     from pomona.cli.accuracy import run_accuracy
 
-    run_accuracy(dtype)
+    run_accuracy(dtype, update)
 
 
 @bench_app.command("ceilings")
