@@ -15,6 +15,7 @@ from pomona.kernels.dispatch import use_backend
 from pomona.kernels.linear import Layout, pack, packed_linear, unpack
 from pomona.kernels.norm import add_rms_norm, rms_norm
 from pomona.kernels.rope import apply_rope
+from pomona.kernels.sample import greedy
 from support.kernel_cases import make_adapters, make_contexts, make_segments
 from support.tolerances import assert_close
 
@@ -192,6 +193,34 @@ def test_values_that_are_not_numbers_stay_so_and_reach_no_other_row(isa: str) ->
         bad, good = contexts.attend([(0, 29, 30), (1, 29, 30)])
     assert bad.isnan().all()
     assert good.isfinite().all()
+
+
+@pytest.mark.parametrize("num_rows, vocab_size", [(1, 1), (3, 100), (33, 5003)])
+def test_greedy_takes_the_first_of_the_largest_and_notices_what_is_not_finite(num_rows: int, vocab_size: int) -> None:
+    whole = torch.randint(-50, 50, (num_rows, vocab_size + 2)).float()  # ties, and negative maxima
+    logits = whole[:, 1:-1]
+    first = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits])
+    _check_equal(lambda: greedy(logits)[0], first)
+    _check_equal(lambda: greedy(logits)[1], torch.ones(num_rows, dtype=torch.bool))
+    for bad in (NAN, float("inf"), -float("inf")):
+        logits[num_rows - 1, vocab_size // 2] = bad
+        _check_equal(lambda: greedy(logits)[1], torch.arange(num_rows) < num_rows - 1)
+
+
+def _check_equal(run: Callable[[], Tensor], expected: Tensor) -> None:
+    for isa, num_threads in SETUPS:
+        with _setup(isa, num_threads):
+            assert torch.equal(run(), expected), f"{isa} on {num_threads} threads"
+    assert torch.equal(_of_reference(run), expected)
+
+
+def test_logits_are_not_rounded_to_bfloat16_on_the_way_out() -> None:
+    x, weight = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16)
+    for isa, _ in SETUPS:
+        with _setup(isa, 1):
+            out = packed_linear(x, pack(weight), out_dtype=torch.float32)
+        assert out.dtype == torch.float32
+        assert out.item() == 1 + 2.0**-9
 
 
 def test_half_precision_is_left_to_the_reference() -> None:

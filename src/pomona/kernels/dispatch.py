@@ -15,12 +15,16 @@ import torch
 from pomona.kernels.cpu import binding
 from pomona.kernels.triton import availability
 
-OPS = ("activation", "attention", "linear", "lora", "norm", "rope")
+OPS = ("activation", "attention", "linear", "lora", "norm", "rope", "sample")
 
 _MODULES: dict[str, dict[str, str]] = {
     "reference": {op: f"pomona.kernels.reference.{op}" for op in OPS},
     "cpu": {op: f"pomona.kernels.cpu.{op}" for op in OPS if binding.is_available()},
-    "triton": {op: f"pomona.kernels.triton.{op}" for op in OPS if op != "linear" and availability.is_available()},
+    "triton": {
+        op: f"pomona.kernels.triton.{op}"
+        for op in OPS
+        if op not in ("linear", "sample") and availability.is_available()
+    },
 }
 
 _PREFERENCES: dict[str, tuple[str, ...]] = {

@@ -58,19 +58,24 @@ def pack(weight: Tensor) -> PackedWeight:
     return result
 
 
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """Semantics: ``x @ weight.T + bias``, accumulated in float32, rounded once.
 
     Args:
         x: [num_rows, in_features], packed.dtype.
         packed: of any layout that ``pack`` makes.
         bias: [out_features], packed.dtype.
+        out_dtype: float32 for results that need not be rounded to x's dtype, such as logits (a backend may round them
+            all the same); None is x's dtype.
 
     Returns:
-        [num_rows, out_features], x's dtype, contiguous.
+        [num_rows, out_features], contiguous.
     """
     assert x.shape[1] == packed.in_features
-    result: Tensor = backend_for("linear", x.device).packed_linear(x, packed, bias)
+    assert out_dtype in (None, x.dtype, torch.float32)
+    result: Tensor = backend_for("linear", x.device).packed_linear(x, packed, bias, out_dtype=out_dtype)
     return result
 
 

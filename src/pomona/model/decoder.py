@@ -5,6 +5,7 @@ Base weights are read once per step whatever the adapters. The caller wraps call
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pomona.kernels.attention import AttentionBatch
@@ -77,5 +78,5 @@ class Decoder:
         Returns:
             float32 [num_rows, vocab_size].
         """
-        logits = packed_linear(hidden_rows, self.weights.lm_head).float()
+        logits = packed_linear(hidden_rows, self.weights.lm_head, out_dtype=torch.float32)
         return logits if lora is None else adapters.adapt_logits(logits, hidden_rows, lora)

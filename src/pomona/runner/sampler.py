@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pomona.core.plan import TokenLogprobs
 from pomona.core.request import SamplingParams
+from pomona.kernels.sample import greedy
 from pomona.runner.sequences import SequenceTable
 
 
@@ -36,14 +37,17 @@ def sample(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Sam
         rows: [num_rows], the sequences' rows in the table.
         table: sampling parameters and tokens so far.
     """
-    # One reduction finds both NaN (which amax propagates) and infinities.
-    is_finite = torch.isfinite(logits.abs().amax(dim=1)).cpu().numpy()
+    greedy_ids, finite = greedy(logits)
+    is_finite = finite.cpu().numpy()
     special = np.flatnonzero(~table.is_plain[rows])
     wanted = {int(i): _params(table, rows[i]).logprobs for i in special}
     raw = {i: logits[i].clone() for i, num_top in wanted.items() if num_top is not None}
     for i in special:
         _edit(logits[int(i)], int(rows[i]), table)
-    token_ids = _choose(logits, rows, table)
+    if special.size:
+        edited = torch.from_numpy(special).to(logits.device)
+        greedy_ids[edited] = greedy(logits[edited])[0]
+    token_ids = _choose(logits, greedy_ids, rows, table)
     logprobs = {i: token_logprobs(raw[i], int(token_ids[i]), wanted[i] or 0) for i in raw if is_finite[i]}
     return Sampled(token_ids=token_ids, is_finite=is_finite, logprobs=logprobs)
 
@@ -75,8 +79,8 @@ def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
         logits[list(params.stop_token_ids)] = -torch.inf
 
 
-def _choose(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> NDArray[np.int64]:
-    token_ids = logits.argmax(dim=1)
+def _choose(logits: Tensor, token_ids: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> NDArray[np.int64]:
+    """The greedy ``token_ids``, with those of rows of positive temperature drawn instead."""
     random = np.flatnonzero(table.temperature[rows] > 0)
     if random.size:
         picked = _draw(logits[torch.from_numpy(random).to(logits.device)], rows[random], table)

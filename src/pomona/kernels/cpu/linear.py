@@ -28,31 +28,26 @@ def pack(weight: Tensor) -> PackedWeight:
     return PackedWeight(data, Layout.GROUPED, in_features=in_features, out_features=out_features)
 
 
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """See ``kernels.linear.packed_linear``."""
     if packed.layout is not Layout.GROUPED:
-        return reference.packed_linear(x, packed, bias)
-    assert x.dtype is packed.data.dtype
-    assert bias is None or (bias.dtype is x.dtype and bias.is_contiguous())
+        return reference.packed_linear(x, packed, bias, out_dtype=out_dtype)
+    dtype = x.dtype
+    assert dtype is packed.data.dtype
+    assert bias is None or (bias.dtype is dtype and bias.is_contiguous())
     num_rows, in_features = x.shape
     row_stride, column_stride = x.stride()
     if column_stride != 1:
         x = x.contiguous()
         row_stride = in_features
     out_features = packed.out_features
-    out = torch.empty((num_rows, out_features), dtype=x.dtype)
+    out = torch.empty((num_rows, out_features), dtype=out_dtype or dtype)
     if num_rows:
         binding.library().pomona_gemm(
-            binding.DTYPES[x.dtype],
-            torch.get_num_threads(),
-            x.data_ptr(),
-            num_rows,
-            row_stride,
-            packed.data.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            out_features,
-            in_features,
-            out_features,
+            *(binding.DTYPES[dtype], torch.get_num_threads(), x.data_ptr(), num_rows, row_stride),
+            *(packed.data.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(in_features, out_features, out_dtype is torch.float32),
         )
     return out

@@ -58,5 +58,6 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
 
 def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> None:
     """See ``kernels.lora.lora``."""
+    assert out.shape == (x.shape[0], sum(b.shape[2] for b in slices.b)), "out must hold all slices"
     if any(any(of_slice) for of_slice in ranks.host_ranks):
         lora_expand(lora_shrink(x, slices, ranks, batch), slices, ranks, batch, out)

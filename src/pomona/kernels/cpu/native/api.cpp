@@ -37,7 +37,7 @@ int current_isa = best_isa();
 }  // namespace
 
 // Changes whenever a signature or structure does: binding.py refuses a library of another number.
-EXPORT int pomona_abi() { return 1; }
+EXPORT int pomona_abi() { return 2; }
 
 EXPORT int pomona_best_isa() { return best_isa(); }
 
@@ -48,19 +48,19 @@ EXPORT void pomona_set_isa(int isa) {
   kernels = kernels_of(isa);
 }
 
-EXPORT void pomona_lora(int dtype, int num_threads, int phases, const LoraSite* site, const LoraStep* step, const int32_t* ranks,
-                        const float* scalings, const void* x, int64_t x_stride, void* out, int64_t out_stride,
-                        float* v) {
+EXPORT void pomona_lora(int dtype, int num_threads, int phases, const LoraSite* site, const LoraStep* step,
+                        const int32_t* ranks, const float* scalings, const void* x, int64_t x_stride, void* out,
+                        int64_t out_stride, float* v) {
   if (v == nullptr) v = static_cast<float*>(scratch(0, site->num_slices * step->num_tokens * step->max_rank * 4));
   const LoraCall call{site, step, ranks, scalings, x, x_stride, out, out_stride, v};
   kernels->lora[dtype](call, num_threads, phases);
 }
 
-EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* step, const void* query, int64_t query_row_stride,
-                             int64_t query_head_stride, int64_t num_heads, const void* key_cache,
-                             const void* value_cache, int64_t key_block_stride, int64_t value_block_stride,
-                             int64_t block_size, int64_t num_kv_heads, int64_t head_dim, int64_t window, float scale,
-                             void* out) {
+EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* step, const void* query,
+                             int64_t query_row_stride, int64_t query_head_stride, int64_t num_heads,
+                             const void* key_cache, const void* value_cache, int64_t key_block_stride,
+                             int64_t value_block_stride, int64_t block_size, int64_t num_kv_heads, int64_t head_dim,
+                             int64_t window, float scale, void* out) {
   AttentionCall call{*step};
   call.query = query;
   call.query_row_stride = query_row_stride;
@@ -79,13 +79,16 @@ EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* st
   kernels->attention[dtype](call, num_threads);
 }
 
-EXPORT void pomona_gemm(int dtype, int num_threads, const void* x, int64_t num_rows, int64_t x_stride, const uint32_t* packed,
-                        const void* bias, void* out, int64_t out_stride, int64_t in_features, int64_t out_features) {
-  kernels->gemm[dtype]({x, num_rows, x_stride, packed, bias, out, out_stride, in_features, out_features}, num_threads);
+EXPORT void pomona_gemm(int dtype, int num_threads, const void* x, int64_t num_rows, int64_t x_stride,
+                        const uint32_t* packed, const void* bias, void* out, int64_t in_features, int64_t out_features,
+                        int is_out_float) {
+  const GemmCall call{x, num_rows, x_stride, packed, bias, out, out_features, in_features, out_features, is_out_float};
+  kernels->gemm[dtype](call, num_threads);
 }
 
-EXPORT void pomona_norm(int dtype, int num_threads, const void* x, void* residual, const void* weight, void* out, int64_t num_outer,
-                        int64_t num_inner, int64_t outer_stride, int64_t inner_stride, int64_t features, float eps) {
+EXPORT void pomona_norm(int dtype, int num_threads, const void* x, void* residual, const void* weight, void* out,
+                        int64_t num_outer, int64_t num_inner, int64_t outer_stride, int64_t inner_stride,
+                        int64_t features, float eps) {
   kernels->norm[dtype](
       {x, residual, weight, out, num_outer, num_inner, outer_stride, inner_stride, features, eps}, num_threads);
 }
@@ -101,7 +104,12 @@ EXPORT void pomona_rope(int dtype, int num_threads, void* query, void* key, cons
                        num_threads);
 }
 
-EXPORT void pomona_silu_mul(int dtype, int num_threads, const void* gate_up, void* out, int64_t num_rows, int64_t features,
-                            int64_t row_stride) {
+EXPORT void pomona_greedy(int num_threads, const float* logits, int64_t num_rows, int64_t vocab_size,
+                          int64_t row_stride, int64_t* token_ids, uint8_t* is_finite) {
+  kernels->greedy({logits, num_rows, vocab_size, row_stride, token_ids, is_finite}, num_threads);
+}
+
+EXPORT void pomona_silu_mul(int dtype, int num_threads, const void* gate_up, void* out, int64_t num_rows,
+                            int64_t features, int64_t row_stride) {
   kernels->silu_mul[dtype]({gate_up, out, num_rows, features, row_stride}, num_threads);
 }

@@ -73,6 +73,7 @@ struct GemmCall {
   const void* bias;             // null: none
   void* out;
   int64_t out_stride, in_features, out_features;
+  int32_t is_out_float;         // out is float32 whatever the dtype
 };
 
 struct NormCall {
@@ -101,6 +102,13 @@ struct ActivationCall {
   int64_t num_rows, features, row_stride;
 };
 
+struct GreedyCall {
+  const float* logits;
+  int64_t num_rows, vocab_size, row_stride;
+  int64_t* token_ids;           // the first of the largest
+  uint8_t* is_finite;           // 0 if any logit is infinite or no number
+};
+
 // One instruction set's kernels, by dtype.
 struct Kernels {
   void (*lora[2])(const LoraCall&, int num_threads, int phases);
@@ -109,6 +117,7 @@ struct Kernels {
   void (*norm[2])(const NormCall&, int num_threads);
   void (*rope[2])(const RopeCall&, int num_threads);
   void (*silu_mul[2])(const ActivationCall&, int num_threads);
+  void (*greedy)(const GreedyCall&, int num_threads);
 };
 
 enum Isa : int32_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNumIsas = 4 };

@@ -2,12 +2,14 @@
 //
 // An item is a run of one sequence's rows and some kv heads with all the query heads that read them, so that each key
 // and value is read once for the whole group. Decodes take all kv heads at once, which lie beside each other in memory,
-// and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied by
-// the same product as dense layers. Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and chunks
-// are merged in order. The cuts depend on positions alone, so a row's result does not depend on which rows are computed
-// with it or on how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
+// and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied
+// by the same product as dense layers. Contexts are cut into chunks of kChunk positions; each chunk has its own online
+// softmax, and chunks are merged in order. The cuts depend on positions alone, so a row's result does not depend on the
+// rows computed with it or on how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting:
+// Flash-Decoding.)
 #pragma once
 #include "tile.h"
+#include "transpose.h"
 #include "work.h"
 
 namespace {
@@ -16,49 +18,6 @@ constexpr int64_t kTokenTile = 64;
 constexpr int64_t kChunk = 512;
 constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
 static_assert(kChunk % kTokenTile == 0 && kTokenTile % kGroup == 0);
-
-#if defined(__AVX512F__)
-// 16 rows of 16 units -> their transpose.
-INLINE void transpose_units(const char* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
-  __m512i r[16], t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + offset);
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    _mm512_storeu_si512(out + i * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_storeu_si512(out + (i + 4) * stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_storeu_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
-    _mm512_storeu_si512(out + (i + 12) * stride, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD));
-  }
-}
-#else
-INLINE void transpose_units(const char* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
-  for (int i = 0; i < 16; i++) {
-    uint32_t row[16];
-    memcpy(row, rows[i] + offset, sizeof row);
-    for (int unit = 0; unit < 16; unit++) out[unit * stride + i] = row[unit];
-  }
-}
-#endif
 
 // Running softmax of some rows: maxima, sums of exponentials, weighted sums of values (in the order of load_two).
 struct Softmax {
@@ -127,7 +86,7 @@ struct Attention {
         }
   }
 
-  // Where the tile's keys (or values) of the first kv head are; positions outside [low, high) get `zeros`: a freed block
+  // Where the tile's keys (or values) of the first kv head are; positions outside [low, high) get zeros: a freed block
   // may hold anything.
   void find_tokens(const void* cache, int64_t block_stride, const int32_t* table, const Tile& tile,
                    const Elem** rows) const {
@@ -138,7 +97,8 @@ struct Attention {
     int64_t block = (tile.begin + tile.low) / call.block_size, offset = (tile.begin + tile.low) % call.block_size;
     for (int64_t t = tile.low; t < tile.high; block++, offset = 0) {
       const Elem* at = static_cast<const Elem*>(cache) + table[block] * block_stride + offset * token;
-      for (const int64_t stop = min64(tile.high, t + call.block_size - offset); t < stop; t++, at += token) rows[t] = at;
+      const int64_t stop = min64(tile.high, t + call.block_size - offset);
+      for (; t < stop; t++, at += token) rows[t] = at;
     }
   }
 
@@ -261,7 +221,7 @@ struct Attention {
   void attend(const Item& it, int64_t begin, int64_t end, const Space& s, const Softmax& softmax,
               const Item* following) const {
     const int64_t rows = it.rows_per_head();
-    for (int64_t row = 0; row < rows * it.num_heads; row++) softmax.maxima[row] = -INFINITY, softmax.totals[row] = 0.0f;
+    for (int64_t i = 0; i < rows * it.num_heads; i++) softmax.maxima[i] = -INFINITY, softmax.totals[i] = 0.0f;
     memset(softmax.values, 0, rows * it.num_heads * value_width * 4);
     for (int64_t at = begin / kTokenTile * kTokenTile; at < end; at += kTokenTile) {
       const Tile tile{at, max64(begin - at, 0), min64(end - at, kTokenTile)};
@@ -273,9 +233,10 @@ struct Attention {
       find_tokens(call.key_cache, call.key_block_stride, it.table, tile, keys);
       find_tokens(call.value_cache, call.value_block_stride, it.table, tile, values);
       for (int64_t h = 0; h < it.num_heads; h++) {
-        const Softmax part{softmax.maxima + h * rows, softmax.totals + h * rows, softmax.values + h * rows * value_width};
+        const int64_t row = h * rows;
+        const Softmax part{softmax.maxima + row, softmax.totals + row, softmax.values + row * value_width};
         load_keys(keys, tile.high, it.first_head + h, s.keys);
-        weigh(it, tile, s.query + h * rows * num_units, s, part, blocks);
+        weigh(it, tile, s.query + row * num_units, s, part, blocks);
         const int64_t first = tile.low / T::kPerUnit, last = ceil_div(tile.high, T::kPerUnit);
         load_values(values, first, last, it.first_head + h, s.values);
         for_row_tiles(it, tile, [&](int64_t row, int64_t num_rows, int64_t seen) {
@@ -399,13 +360,15 @@ void attention(const pomona::AttentionCall& call, int num_threads) {
     num_rows += call.blocks[i].num_rows;
   }
   const int64_t group = call.num_heads / call.num_kv_heads, padding = max64(kGroup, 2 * W);
-  const int threads = threads_for(num_threads, num_rows * call.max_context * call.num_kv_heads * (8 + call.head_dim / 16));
+  const int64_t cycles = num_rows * call.max_context * call.num_kv_heads * (8 + call.head_dim / 16);
+  const int threads = threads_for(num_threads, cycles);
   // Many short runs of rows: all kv heads together. Otherwise each is an item, and long contexts are cut too.
   const bool is_together = most_rows * call.num_heads <= kRowsTogether && call.num_blocks >= 2 * threads;
   const int64_t heads = threads == 1 || is_together ? call.num_kv_heads : 1;
   const int64_t heads_per_item = most_rows * call.num_heads <= kRowsTogether ? heads : 1;
   const Attention<T> work{call, group, ceil_div(call.head_dim, T::kPerUnit),
-                          ceil_div(call.head_dim, padding) * padding, heads_per_item, most_rows * group * heads_per_item};
+                          ceil_div(call.head_dim, padding) * padding, heads_per_item,
+                          most_rows * group * heads_per_item};
   const int64_t num_items = call.num_blocks * ceil_div(call.num_kv_heads, heads_per_item);
   const int64_t num_chunks = ceil_div(call.max_context, kChunk);
   if (threads == 1 || num_chunks == 1 || num_items >= 4 * threads) {

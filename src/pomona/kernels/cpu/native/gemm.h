@@ -22,13 +22,16 @@ struct Gemm {
   void store(const float* sums, int64_t row, int64_t group, int groups) const {
     const int64_t first = group * kGroup;
     const int64_t width = min64(groups * kGroup, call.out_features - first);
-    Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + first;
     const Elem* bias = static_cast<const Elem*>(call.bias);
+    const int64_t at = row * call.out_stride + first;
     for (int64_t i = 0; i < width; i += W) {
       const int n = static_cast<int>(min64(W, width - i));
       vf value = load_floats(sums + i);
       if (bias) value += load_one<T>(bias + first + i, n);
-      store_one<T>(out + i, value, n);
+      if (call.is_out_float)
+        store_one<Float32>(static_cast<float*>(call.out) + at + i, value, n);
+      else
+        store_one<T>(static_cast<Elem*>(call.out) + at + i, value, n);
     }
   }
 
@@ -51,7 +54,8 @@ struct Gemm {
         const bool is_fetching = next && is_one_pass && fetched < next_lines;
         tile_rows<T, NG>(rows, units, TileA{x + (row + r) * x_stride_bytes + unit * 4, x_stride_bytes},
                          TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
-                         TileC{some_sums, stride, unit > 0}, is_fetching ? Ahead{next + fetched * 64, lines_per_step} : Ahead{});
+                         TileC{some_sums, stride, unit > 0},
+                         is_fetching ? Ahead{next + fetched * 64, lines_per_step} : Ahead{});
         if (unit + units == num_units)
           for (int m = 0; m < rows; m++) store(some_sums + m * stride, row + r + m, group, NG);
       }

@@ -1,4 +1,4 @@
-// All kernels for one instruction set. Compiled once per set, with that set's flags and POMONA_KERNELS naming the table.
+// All kernels for one instruction set. Compiled once per set, with its flags and POMONA_KERNELS naming the table.
 #include "api.h"
 #include "attention.h"
 #include "gemm.h"
@@ -12,6 +12,7 @@ const Kernels* POMONA_KERNELS() {
       {lora<Float32>, lora<BFloat16>},           {attention<Float32>, attention<BFloat16>},
       {gemm<Float32>, gemm<BFloat16>},           {norm<Float32>, norm<BFloat16>},
       {rope<Float32>, rope<BFloat16>},           {silu_mul<Float32>, silu_mul<BFloat16>},
+      greedy,
   };
   return &table;
 }

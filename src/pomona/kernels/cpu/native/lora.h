@@ -28,8 +28,8 @@ struct RankRows {
   int64_t num_rows;
 };
 
-// MR rows by 8 rank rows, summed over the input features. Meanwhile, if asked, what comes next is fetched: the rows' own
-// later parts, then the rows of the following tile.
+// MR rows by 8 rank rows, summed over the input features. Meanwhile, if asked, what comes next is fetched: the rows'
+// own later parts, then the rows of the following tile.
 template <class T, int MR, bool kIsFetching>
 INLINE void shrink_tile(int64_t in_features, const typename T::Elem* x, int64_t x_stride, const char* const* rank_rows,
                         RankRows next, float (*sums)[kRankTile]) {
@@ -114,7 +114,8 @@ struct Lora {
     const int32_t* pages = step.page_tables + segment * step.max_pages;
     int64_t page = first / site.rows_per_page, within = first % site.rows_per_page;
     for (int64_t j = 0; j < n; j++) {
-      rows[j] = reinterpret_cast<const char*>(static_cast<const Elem*>(pool) + pages[page] * page_stride + within * width);
+      const Elem* start = static_cast<const Elem*>(pool) + pages[page] * page_stride;
+      rows[j] = reinterpret_cast<const char*>(start + within * width);
       if (++within == site.rows_per_page) within = 0, page++;
     }
   }

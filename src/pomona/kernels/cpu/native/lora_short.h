@@ -161,7 +161,8 @@ struct ShortRuns {
     float v[MR][kRankTile];
     int j = 0;
     for (; j + kRanksAtOnce <= num_ranks; j += kRanksAtOnce)
-      shrink_run<T, MR, kRanksAtOnce>(in, x, call.x_stride, reinterpret_cast<const char*>(a + j * in), totals, j, ahead);
+      shrink_run<T, MR, kRanksAtOnce>(in, x, call.x_stride, reinterpret_cast<const char*>(a + j * in), totals, j,
+                                      ahead);
     for (; j < num_ranks; j++)
       shrink_run<T, MR, 1>(in, x, call.x_stride, reinterpret_cast<const char*>(a + j * in), totals, j, ahead);
     for (int m = 0; m < MR; m++) fold_sum8(totals[m], v[m]);

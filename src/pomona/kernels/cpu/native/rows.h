@@ -1,4 +1,4 @@
-// Row-wise kernels: RMS norm, rotary embedding with the KV write, gated activation. Included by isa.cpp.
+// Row-wise kernels: RMS norm, rotary embedding with the KV write, gated activation, greedy choice. Included by isa.cpp.
 // Intermediate results are rounded where the torch reference rounds them.
 #pragma once
 #include "vec.h"
@@ -102,6 +102,36 @@ void silu_mul(const pomona::ActivationCall& call, int num_threads) {
       }
       store_some<T>(out + i, g, n);
     });
+  });
+}
+
+// One pass per row: the largest of each lane and where it came first, and whether anything is not finite.
+inline void greedy(const pomona::GreedyCall& call, int num_threads) {
+  for_rows(call.num_rows, call.vocab_size * 2 / W, num_threads, [&](int64_t row) {
+    const float* logits = call.logits + row * call.row_stride;
+    vf largest = splat(-INFINITY), range = {};
+    vi index, where = {};
+    for (int i = 0; i < W; i++) index[i] = i;
+    int64_t i = 0;
+    for (; i + W <= call.vocab_size; i += W, index += W) {
+      const vf value = load_floats(logits + i);
+      const vi is_larger = value > largest;
+      where = is_larger ? index : where;
+      largest = is_larger ? value : largest;
+      range += value - value;  // zero, or NaN for ever once a value is not finite
+    }
+    float best = -INFINITY, rest = 0.0f;
+    int64_t token = 0;
+    for (int lane = 0; lane < W; lane++) {
+      const bool is_earlier = largest[lane] == best && where[lane] < token;
+      if (largest[lane] > best || is_earlier) best = largest[lane], token = where[lane];
+    }
+    for (; i < call.vocab_size; i++) {
+      if (logits[i] > best) best = logits[i], token = i;
+      rest += logits[i] - logits[i];
+    }
+    call.token_ids[row] = token;
+    call.is_finite[row] = fold_sum(range) + rest == 0.0f;
   });
 }
 

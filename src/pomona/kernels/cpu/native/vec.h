@@ -93,7 +93,9 @@ INLINE float fold_max(vf v) {
 #endif
 
 #if defined(__AVX512F__)
-INLINE __m512 add_pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+INLINE __m512 add_pairs(__m512 a, __m512 b) {
+  return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+}
 // Sums over the lanes of 8 vectors, each in the same order whatever the other seven hold.
 INLINE void fold_sum8(const vf* v, float* sums) {
   __m512 a = add_pairs((__m512)v[0], (__m512)v[4]), b = add_pairs((__m512)v[2], (__m512)v[6]);
@@ -212,7 +214,7 @@ INLINE void store_two_part(typename T::Elem* p, const vf* two, int64_t n) {
   memcpy(p, x, n * sizeof *p);
 }
 
-// f(first element, number of elements) over n elements in pairs of vectors; the number is less than 2 W only at the end.
+// f(first element, number of elements) over all elements, 2 W at a time and what is left at the end.
 // f must be inlined, so that the usual case is compiled for itself.
 #define LANES [&](int64_t i, int n) __attribute__((always_inline))
 template <class F>
