@@ -362,15 +362,14 @@ void attention(const pomona::AttentionCall& call, int num_threads) {
   const int64_t group = call.num_heads / call.num_kv_heads, padding = max64(kGroup, 2 * W);
   const int64_t cycles = num_rows * call.max_context * call.num_kv_heads * (8 + call.head_dim / 16);
   const int threads = threads_for(num_threads, cycles);
-  // Many short runs of rows: all kv heads together. Otherwise each is an item, and long contexts are cut too.
-  const bool is_together = most_rows * call.num_heads <= kRowsTogether && call.num_blocks >= 2 * threads;
-  const int64_t heads = threads == 1 || is_together ? call.num_kv_heads : 1;
-  const int64_t heads_per_item = most_rows * call.num_heads <= kRowsTogether ? heads : 1;
+  // Few rows: all kv heads together, if that leaves enough items. Otherwise each head is an item of its own.
+  const int64_t num_chunks = ceil_div(call.max_context, kChunk);
+  const bool is_enough = threads == 1 || call.num_blocks * num_chunks >= 2 * threads;
+  const int64_t heads_per_item = most_rows * call.num_heads <= kRowsTogether && is_enough ? call.num_kv_heads : 1;
   const Attention<T> work{call, group, ceil_div(call.head_dim, T::kPerUnit),
                           ceil_div(call.head_dim, padding) * padding, heads_per_item,
                           most_rows * group * heads_per_item};
   const int64_t num_items = call.num_blocks * ceil_div(call.num_kv_heads, heads_per_item);
-  const int64_t num_chunks = ceil_div(call.max_context, kChunk);
   if (threads == 1 || num_chunks == 1 || num_items >= 4 * threads) {
     for_items(num_items, threads, [&](int64_t item) { work.whole(item, item + threads, num_items); });
     return;

@@ -120,9 +120,10 @@ struct ShortRuns {
   }
 
   template <int MR>
-  void run(const pomona::RowBlock& block, const pomona::RowBlock* following) const {
+  void run(const pomona::RowBlock& block, const pomona::RowBlock* following, int64_t first_slice,
+           int64_t end_slice) const {
     int64_t most_ranks = 0, all_columns = 0, starts[pomona::kMaxSlices];
-    for (int64_t slice = 0; slice < site.num_slices; slice++) {
+    for (int64_t slice = first_slice; slice < end_slice; slice++) {
       most_ranks = max64(most_ranks, work.rank_of(slice, block.segment));
       starts[slice] = all_columns;
       all_columns += ceil_div(site.out_features[slice], 2 * W) * 2 * W;
@@ -133,14 +134,15 @@ struct ShortRuns {
     Fetcher ahead = fetcher(block, most_ranks, following);
     const int32_t* pages = pages_of(block);
     for (int64_t first = 0; first < most_ranks; first += site.rows_per_page)
-      for (int64_t slice = 0; slice < site.num_slices; slice++) {
+      for (int64_t slice = first_slice; slice < end_slice; slice++) {
         const int64_t end = min64(site.rows_per_page, work.rank_of(slice, block.segment) - first);
         for (int64_t row = 0; row < end; row += kRankTile)
           ranks<MR>(block, slice, pages[first / site.rows_per_page], row, min64(kRankTile, end - row),
                     sums + starts[slice], all_columns, ahead);
       }
     Elem* out = static_cast<Elem*>(call.out) + block.start * call.out_stride;
-    for (int64_t slice = 0; slice < site.num_slices; slice++) {
+    for (int64_t slice = 0; slice < first_slice; slice++) out += site.out_features[slice];
+    for (int64_t slice = first_slice; slice < end_slice; slice++) {
       const float scaling = call.scalings[slice * step.num_segments + block.segment];
       if (work.rank_of(slice, block.segment) > 0)
         for (int64_t m = 0; m < MR; m++)
@@ -181,21 +183,23 @@ struct ShortRuns {
     });
   }
 
-  void operator()(int64_t index, int64_t following) const {
+  // All slices of a block, or one.
+  void operator()(int64_t index, int64_t following, int64_t slice) const {
     const pomona::RowBlock* next = following < step.num_blocks ? step.blocks + following : nullptr;
     const pomona::RowBlock& block = step.blocks[index];
+    const int64_t first = slice < 0 ? 0 : slice, end = slice < 0 ? site.num_slices : slice + 1;
     switch (block.num_rows) {
-      case 1: return run<1>(block, next);
-      case 2: return run<2>(block, next);
+      case 1: return run<1>(block, next, first, end);
+      case 2: return run<2>(block, next, first, end);
 #if defined(__AVX2__)
-      case 3: return run<3>(block, next);
-      case 4: return run<4>(block, next);
+      case 3: return run<3>(block, next, first, end);
+      case 4: return run<4>(block, next, first, end);
 #endif
 #if defined(__AVX512F__)
-      case 5: return run<5>(block, next);
-      case 6: return run<6>(block, next);
-      case 7: return run<7>(block, next);
-      case 8: return run<8>(block, next);
+      case 5: return run<5>(block, next, first, end);
+      case 6: return run<6>(block, next, first, end);
+      case 7: return run<7>(block, next, first, end);
+      case 8: return run<8>(block, next, first, end);
 #endif
     }
   }
@@ -227,13 +231,19 @@ void lora(const pomona::LoraCall& call, int num_threads, int phases) {
   for (int64_t i = 0; i < site.num_slices; i++)
     widest = max64(widest, site.out_features[i]), all_columns += site.out_features[i];
   const int64_t features = (phases & 1 ? site.num_slices * site.in_features : 0) + (phases & 2 ? all_columns : 0);
-  const int threads = threads_for(num_threads, step.num_blocks * step.max_rank * features / (2 * W));
+  int64_t num_rows = 0;
+  for (int64_t i = 0; i < step.num_blocks; i++) num_rows += step.blocks[i].num_rows;
+  // A weight takes a quarter of a cycle to arrive, and a vector of them a cycle or two for each row.
+  const int64_t cycles = step.max_rank * features * (step.num_blocks / 4 + num_rows * 3 / (2 * W) + 1);
+  const int threads = threads_for(num_threads, cycles);
   // Blocks stand in order of falling length. Short ones are done in one go where there are enough of them to share.
   int64_t num_long = step.num_blocks;
   if (phases == 3)
     while (num_long > 0 && step.blocks[num_long - 1].num_rows <= kFewRows) num_long--;
-  if (threads > 1 && step.num_blocks - num_long < 2 * threads) num_long = step.num_blocks;
-  const int64_t num_few = step.num_blocks - num_long;
+  // Few short runs are cut into slices, and left to the other way where even that keeps too few threads busy.
+  const bool is_cut = threads > 1 && step.num_blocks - num_long < 2 * threads;
+  if (is_cut && (step.num_blocks - num_long) * site.num_slices * 2 < threads) num_long = step.num_blocks;
+  const int64_t cut = is_cut ? site.num_slices : 1, num_few = (step.num_blocks - num_long) * cut;
   // Columns are cut only where there are few rows to share. No result depends on the cut.
   const int64_t num_pairs = num_long * site.num_slices;
   const int64_t cuts = max64(1, min64(ceil_div(8 * threads, max64(1, num_pairs)), ceil_div(widest, 4 * kColumnStep)));
@@ -246,7 +256,8 @@ void lora(const pomona::LoraCall& call, int num_threads, int phases) {
       num_shrinks + num_few, phases & 2 ? num_pairs * work.column_tiles : 0, threads,
       [&](int64_t item) {
         if (item < num_shrinks) return work.shrink(item, item + threads);
-        few(num_long + item - num_shrinks, num_long + item - num_shrinks + threads);
+        const int64_t index = item - num_shrinks;
+        few(num_long + index / cut, num_long + (index + threads) / cut, is_cut ? index % cut : -1);
       },
       [&](int64_t item) { work.expand(item); });
 }

@@ -61,12 +61,34 @@ INLINE void rotate(typename T::Elem* head, const float* cos, const float* sin, i
   }
 }
 
+// Where a token's keys (or values) go.
+template <class Elem>
+INLINE Elem* kv_at(void* cache, int64_t block_stride, const pomona::RopeCall& call, int64_t token) {
+  const int64_t slot = call.slots[token];
+  return static_cast<Elem*>(cache) + slot / call.block_size * block_stride +
+         slot % call.block_size * call.num_kv_heads * call.head_dim;
+}
+
+// The slots of decodes lie all over memory: asked for one by one, each would be waited for.
+template <class Elem>
+INLINE void fetch_slot(const pomona::RopeCall& call, int64_t token) {
+  const int64_t num_bytes = call.num_kv_heads * call.head_dim * sizeof(Elem);
+  const Elem* key = kv_at<Elem>(call.key_cache, call.key_block_stride, call, token);
+  const Elem* value = kv_at<Elem>(call.value_cache, call.value_block_stride, call, token);
+  for (int64_t at = 0; at < num_bytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(key) + at, 1, 3);
+    __builtin_prefetch(reinterpret_cast<const char*>(value) + at, 1, 3);
+  }
+}
+
 template <class T>
 void rope(const pomona::RopeCall& call, int num_threads) {
   using Elem = typename T::Elem;
   const int64_t dim = call.head_dim, half = dim / 2, kv_width = call.num_kv_heads * dim;
   const int64_t width = (call.num_heads + 2 * call.num_kv_heads) * dim;
   for_rows(call.num_tokens, width * 4 / W + 20, num_threads, [&](int64_t token) {
+    constexpr int64_t kSlotsAhead = 4;
+    if (call.value && token + kSlotsAhead < call.num_tokens) fetch_slot<Elem>(call, token + kSlotsAhead);
     Elem* key = static_cast<Elem*>(call.key) + token * call.key_stride;
     if (call.cos_sin) {
       const float* cos = call.cos_sin + call.positions[token] * dim;
@@ -75,12 +97,9 @@ void rope(const pomona::RopeCall& call, int num_threads) {
       for (int64_t h = 0; h < call.num_kv_heads; h++) rotate<T>(key + h * dim, cos, cos + half, half);
     }
     if (call.value) {
-      const int64_t slot = call.slots[token];
-      const int64_t block = slot / call.block_size, offset = slot % call.block_size * kv_width;
       const Elem* value = static_cast<const Elem*>(call.value) + token * call.value_stride;
-      memcpy(static_cast<Elem*>(call.key_cache) + block * call.key_block_stride + offset, key, kv_width * sizeof(Elem));
-      memcpy(static_cast<Elem*>(call.value_cache) + block * call.value_block_stride + offset, value,
-             kv_width * sizeof(Elem));
+      memcpy(kv_at<Elem>(call.key_cache, call.key_block_stride, call, token), key, kv_width * sizeof(Elem));
+      memcpy(kv_at<Elem>(call.value_cache, call.value_block_stride, call, token), value, kv_width * sizeof(Elem));
     }
   });
 }
