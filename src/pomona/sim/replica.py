@@ -1,0 +1,141 @@
+"""SimReplica: the real engine on the heap, turned as the real-time loop turns it.
+
+A turn takes in what arrived meanwhile, then steps; outputs are delivered when the step's seconds have passed. What
+arrives during a step waits for its end, as it does in driver/loop.py.
+"""
+
+from collections.abc import Callable
+
+from pomona.core.adapter import AdapterInfo
+from pomona.core.errors import PomonaError
+from pomona.core.ids import AdapterId, RequestId
+from pomona.core.output import EngineStats, RequestOutput
+from pomona.core.request import Request
+from pomona.engine.engine import Engine
+from pomona.sched.config import SchedulerConfig
+from pomona.sim.clock import EventHeap
+from pomona.sim.executor import SimExecutor
+
+Deliver = Callable[[list[RequestOutput]], None]
+"""Takes a turn's outputs, at the time when they are out; not called when there are none."""
+Reject = Callable[[Request, PomonaError], None]
+"""Takes a request that the engine refused, at the time when it did."""
+
+
+class SimReplica:
+    """One engine in virtual time.
+
+    Args:
+        config: limits of its scheduler.
+        executor: says how long steps take; of this replica alone.
+        heap: the clock.
+        deliver: where outputs go.
+        reject: where refused requests go.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, executor: SimExecutor, heap: EventHeap, deliver: Deliver, reject: Reject
+    ) -> None:
+        self.config = config
+        self.stats = EngineStats(num_kv_blocks=config.num_kv_blocks, num_adapter_pages=config.num_adapter_pages)
+        """As of the end of its last turn, which is all that anybody outside could know."""
+        self.busy_s = 0.0
+        """Seconds of all steps that have ended."""
+        self.in_flight: dict[RequestId, Request] = {}
+        """Requests that arrived and whose end has not been delivered, oldest first."""
+        self._engine = Engine(config, executor)
+        self._executor = executor
+        self._heap = heap
+        self._deliver = deliver
+        self._reject = reject
+        self._arrived: list[tuple[Request, AdapterInfo | None]] = []
+        self._to_abort: list[RequestId] = []
+        self._outputs: list[RequestOutput] = []
+        self._registered: set[AdapterId] = set()
+        # A turn is on the heap: about to begin, or under way.
+        self._is_turning = False
+        self._is_dead = False
+
+    @property
+    def is_idle(self) -> bool:
+        """True while it has nothing to do."""
+        return not self._is_turning
+
+    @property
+    def executor(self) -> SimExecutor:
+        """Says what the latest step had to do, and how long it took."""
+        return self._executor
+
+    def submit(self, request: Request, adapter: AdapterInfo | None = None) -> None:
+        """Let a request arrive now.
+
+        Args:
+            request: what is asked.
+            adapter: the adapter it names, which the replica registers when it meets it first.
+        """
+        assert not self._is_dead, "the dead take no requests"
+        self.in_flight[request.request_id] = request
+        self._arrived.append((request, adapter))
+        self._wake()
+
+    def abort(self, request_id: RequestId) -> None:
+        """Let the news arrive now that a client has gone; its last output follows at the next turn."""
+        self._to_abort.append(request_id)
+        self._wake()
+
+    def kill(self) -> list[Request]:
+        """Lose the replica now, and with it the step under way. Nothing more is delivered.
+
+        Returns:
+            The requests it had, oldest first: they end, or begin again elsewhere.
+        """
+        self._is_dead = True
+        lost, self.in_flight = list(self.in_flight.values()), {}
+        return lost
+
+    def _wake(self) -> None:
+        # Through the heap, so that all that arrives at one time is in one turn.
+        if not self._is_turning:
+            self._is_turning = True
+            self._heap.at(self._heap.now_s, self._begin)
+
+    def _begin(self) -> None:
+        if self._is_dead:
+            return
+        engine = self._engine
+        arrived, self._arrived = self._arrived, []
+        for request, adapter in arrived:
+            self._add(request, adapter)
+        to_abort, self._to_abort = self._to_abort, []
+        aborted = [output for request_id in to_abort if (output := engine.abort(request_id)) is not None]
+        step_s = 0.0
+        self._outputs = aborted
+        if engine.has_work:
+            self._outputs = aborted + engine.step(self._heap.now_s)
+            step_s = self._executor.last_step_s
+        self._heap.after(step_s, self._end)
+        self.busy_s += step_s
+
+    def _end(self) -> None:
+        if self._is_dead:
+            return
+        outputs, self._outputs = self._outputs, []
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self.in_flight[output.request_id]
+        self.stats = self._engine.stats()
+        if outputs:
+            self._deliver(outputs)
+        self._is_turning = False
+        if self._engine.has_work or self._arrived or self._to_abort:
+            self._wake()
+
+    def _add(self, request: Request, adapter: AdapterInfo | None) -> None:
+        try:
+            if adapter is not None and adapter.adapter_id not in self._registered:
+                self._engine.register_adapter(adapter)
+                self._registered.add(adapter.adapter_id)
+            self._engine.add(request)
+        except PomonaError as error:
+            del self.in_flight[request.request_id]
+            self._reject(request, error)

@@ -1,0 +1,97 @@
+"""StepWork: how much a step has to do, in the numbers that cost models are functions of.
+
+``WorkMeter`` follows the plans of one replica, whoever carries them out: the simulator, or the tensor runner that a
+profile is taken of. So a cost is fitted to exactly what it is later asked for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pomona.core.ids import AdapterId, RequestId
+from pomona.core.plan import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """One step. Rows are scheduled tokens; the context of a sequence is what has KV after the step."""
+
+    num_seqs: int = 0
+    num_rows: int = 0
+    num_decode_rows: int = 0
+    """Rows of sequences that compute one token."""
+    num_sampled: int = 0
+    """Rows that yield a token, and so pass the output layer."""
+    num_kv_tokens: int = 0
+    """KV positions read: the sum of the contexts."""
+    num_attended_pairs: int = 0
+    """(query, key) pairs of causal attention."""
+    num_adapter_rows: int = 0
+    """Rows with an adapter."""
+    num_adapters: int = 0
+    """Distinct adapters of the batch."""
+    sum_row_ranks: int = 0
+    """Rank of each row's adapter, summed over rows: Punica's and CaraServe's cost of computing."""
+    sum_adapter_ranks: int = 0
+    """Rank summed over distinct adapters: what must be read."""
+    max_rank: int = 0
+    """Largest rank of the batch: what padding kernels pay for every row."""
+    num_loads: int = 0
+    """Adapters copied to the device before the step."""
+    num_loaded_pages: int = 0
+
+    @property
+    def num_prefill_rows(self) -> int:
+        """Rows of sequences that compute several tokens."""
+        return self.num_rows - self.num_decode_rows
+
+
+class WorkMeter:
+    """Follows one replica's plans, in order.
+
+    Args:
+        lora_ranks: largest rank of every adapter that a plan may name; may grow later.
+    """
+
+    def __init__(self, lora_ranks: Mapping[AdapterId, int]) -> None:
+        self._lora_ranks = lora_ranks
+        self._adapter_of: dict[RequestId, AdapterId | None] = {}
+
+    def measure(self, plan: StepPlan) -> StepWork:
+        """The work of the next plan."""
+        adapter_of = self._adapter_of
+        for request_id in plan.released:
+            adapter_of.pop(request_id, None)
+        num_rows = num_decode_rows = num_sampled = num_kv_tokens = num_pairs = 0
+        rows_of: dict[AdapterId, int] = {}
+        for seq in plan.seqs:
+            num_new = seq.num_scheduled_tokens
+            if seq.start is not None:
+                adapter_of[seq.request_id] = seq.start.adapter_id
+            context = seq.num_computed_tokens + num_new
+            num_rows += num_new
+            num_kv_tokens += context
+            num_sampled += seq.is_sampled
+            if num_new == 1:
+                num_decode_rows += 1
+                num_pairs += context
+            else:
+                num_pairs += num_new * context - num_new * (num_new - 1) // 2
+            adapter_id = adapter_of[seq.request_id]
+            if adapter_id is not None:
+                rows_of[adapter_id] = rows_of.get(adapter_id, 0) + num_new
+        ranks = [(rows, self._lora_ranks[adapter_id]) for adapter_id, rows in rows_of.items()]
+        return StepWork(
+            num_seqs=len(plan.seqs),
+            num_rows=num_rows,
+            num_decode_rows=num_decode_rows,
+            num_sampled=num_sampled,
+            num_kv_tokens=num_kv_tokens,
+            num_attended_pairs=num_pairs,
+            num_adapter_rows=sum(rows_of.values()),
+            num_adapters=len(rows_of),
+            sum_row_ranks=sum(rows * lora_rank for rows, lora_rank in ranks),
+            sum_adapter_ranks=sum(lora_rank for _, lora_rank in ranks),
+            max_rank=max((lora_rank for _, lora_rank in ranks), default=0),
+            num_loads=len(plan.adapter_loads),
+            num_loaded_pages=sum(len(load.page_ids) for load in plan.adapter_loads),
+        )

@@ -1,0 +1,52 @@
+from pomona.core.ids import AdapterId, PageId, RequestId
+from pomona.core.plan import AdapterLoad, ScheduledSeq, SeqStart, StepPlan
+from pomona.core.request import SamplingParams
+from pomona.sim.step_work import StepWork, WorkMeter
+
+RANKS = {AdapterId("small"): 4, AdapterId("large"): 64}
+
+
+def begun(name, num_tokens, adapter=None, computed=0):
+    start = SeqStart(tuple(range(num_tokens)), num_tokens, SamplingParams(), adapter and AdapterId(adapter))
+    return ScheduledSeq(RequestId(name), computed, num_tokens - computed, is_sampled=True, start=start)
+
+
+def decode(name, computed):
+    return ScheduledSeq(RequestId(name), computed, 1, is_sampled=True)
+
+
+def test_an_empty_plan_is_no_work():
+    assert WorkMeter(RANKS).measure(StepPlan(1, ())) == StepWork()
+
+
+def test_a_mixed_batch_is_counted():
+    meter = WorkMeter(RANKS)
+    load = AdapterLoad(AdapterId("large"), (PageId(0), PageId(1)))
+    first = meter.measure(
+        StepPlan(1, (begun("a", 10), begun("b", 6, "small"), begun("c", 4, "large", 1)), adapter_loads=(load,))
+    )
+    assert first == StepWork(
+        num_seqs=3,
+        num_rows=19,
+        num_decode_rows=0,
+        num_sampled=3,
+        num_kv_tokens=20,
+        num_attended_pairs=55 + 21 + (2 + 3 + 4),
+        num_adapter_rows=9,
+        num_adapters=2,
+        sum_row_ranks=6 * 4 + 3 * 64,
+        sum_adapter_ranks=68,
+        max_rank=64,
+        num_loads=1,
+        num_loaded_pages=2,
+    )
+    second = meter.measure(StepPlan(2, (decode("a", 10), decode("b", 6)), released=(RequestId("c"),)))
+    assert (second.num_decode_rows, second.num_prefill_rows, second.num_kv_tokens) == (2, 0, 18)
+    assert (second.sum_row_ranks, second.sum_adapter_ranks, second.max_rank) == (4, 4, 4)
+
+
+def test_a_sequence_that_comes_back_is_known_by_its_new_start():
+    meter = WorkMeter(RANKS)
+    meter.measure(StepPlan(1, (begun("a", 3, "small"),)))
+    back = meter.measure(StepPlan(2, (begun("a", 5, "small"),), released=(RequestId("a"),)))
+    assert (back.num_adapter_rows, back.num_kv_tokens) == (5, 5)
