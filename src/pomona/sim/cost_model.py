@@ -22,5 +22,5 @@ class PerTokenCost:
     row_s: float = 0.0
 
     def seconds(self, work: StepWork) -> float:
-        """``step_s + row_s * rows``."""
-        return self.step_s + self.row_s * work.num_rows
+        """``step_s + row_s * rows``; nothing for a plan that only says what to forget."""
+        return self.step_s + self.row_s * work.num_rows if work.num_rows else 0.0

@@ -42,7 +42,7 @@ class SimExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         """Say what came out of the plan, and set ``last_work`` and ``last_step_s``."""
         self.last_work = self._meter.measure(plan)
-        self.last_step_s = self._cost_model.seconds(self.last_work) if plan.seqs or plan.adapter_loads else 0.0
+        self.last_step_s = self._cost_model.seconds(self.last_work)
         next_token = self._next_token
         return StepResult(
             step_id=plan.step_id,
