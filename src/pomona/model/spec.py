@@ -32,6 +32,8 @@ class Site(enum.Enum):
     GATE_UP = (Target.GATE, Target.UP)
     DOWN = (Target.DOWN,)
 
+    __hash__ = object.__hash__  # members are single; Enum's own is Python code, and every layer looks sites up
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
