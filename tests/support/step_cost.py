@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,8 +46,8 @@ class StepCost:
         """One line for each bound that is exceeded, with what to do about it."""
         assert set(most) <= {field.name for field in fields(self)}
         return [
-            f"{name} grew to {getattr(self, name)}, the bound is {bound}: find out what the step does more than before; "
-            f"if it is worth it, raise the bound in this test and say why in the commit"
+            f"{name} grew to {getattr(self, name)}, the bound is {bound}: find out what the step does more than "
+            "before; if it is worth it, raise the bound in this test and say why in the commit"
             for name, bound in most.items()
             if getattr(self, name) > bound
         ]
@@ -58,7 +57,7 @@ class _Operators(TorchDispatchMode):
     """Counts what torch dispatches."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_ops = Counter[str]()
         self.num_allocations = 0
         self.allocated_bytes = 0
@@ -79,7 +78,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
@@ -138,7 +137,7 @@ def counting_launches() -> Iterator[Counter[str]]:
             num_launches[getattr(launch.kernel, "__name__", "kernel")] += 1
         run(launch)
 
-    Launch.run = count  # type: ignore[method-assign]
+    Launch.run = count  # type: ignore[method-assign,assignment]
     try:
         yield num_launches
     finally:
