@@ -5,6 +5,7 @@ drains old ones. All keep between ``min_replicas`` and ``max_replicas``.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -177,7 +178,7 @@ def _within(config: AutoscalerConfig, wanted: int) -> int:
 
 def make_autoscaler(config: AutoscalerConfig) -> Autoscaler:
     """Build the policy of that name."""
-    policies = {
+    policies: dict[AutoscalerName, Callable[[AutoscalerConfig], Autoscaler]] = {
         "fixed": FixedSize,
         "light-load": LightLoad,
         "load-proportional": LoadProportional,

@@ -5,9 +5,12 @@ indices. ``LevelIndex`` keeps one tree per load, which answers "the least (or mo
 """
 
 import math
+import sys
 
 ABSENT = -math.inf
 """The number of an index that is not there."""
+ANY = -sys.float_info.max
+"""The bound that every index that is there meets."""
 
 
 class MaxTree:
@@ -39,9 +42,9 @@ class MaxTree:
             node >>= 1
 
     def first(self, at_least: float) -> int | None:
-        """The lowest index with such a number."""
+        """The lowest index with such a number; ``at_least`` is finite."""
         tree, node = self._tree, 1
-        if tree[1] < at_least or tree[1] == ABSENT:
+        if tree[1] < at_least:
             return None
         while node < self._num_leaves:
             node *= 2
@@ -50,9 +53,9 @@ class MaxTree:
         return node - self._num_leaves
 
     def last(self, at_least: float) -> int | None:
-        """The highest index with such a number."""
+        """The highest index with such a number; ``at_least`` is finite."""
         tree, node = self._tree, 1
-        if tree[1] < at_least or tree[1] == ABSENT:
+        if tree[1] < at_least:
             return None
         while node < self._num_leaves:
             node = 2 * node + 1

@@ -8,7 +8,7 @@ import random
 from typing import Protocol
 
 from pomona.core.ids import ReplicaId
-from pomona.router.max_tree import ABSENT, MaxTree
+from pomona.router.max_tree import ABSENT, ANY, MaxTree
 from pomona.router.snapshot import ReplicaState, RouteRequest
 
 
@@ -113,7 +113,7 @@ class LeastLoaded:
     def choose(self, request: RouteRequest) -> ReplicaId | None:
         """See ``RoutingPolicy``."""
         del request
-        index = self._loads.first(self._loads.largest)
+        index = self._loads.first(max(self._loads.largest, ANY))
         return None if index is None else ReplicaId(index)
 
 

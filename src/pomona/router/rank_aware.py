@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pomona.core.ids import ReplicaId
-from pomona.router.max_tree import ABSENT, LevelIndex, MaxTree
+from pomona.router.max_tree import ABSENT, ANY, LevelIndex, MaxTree
 from pomona.router.snapshot import ReplicaState, RouteRequest
 
 RankForm = Literal["sum", "max"]
@@ -72,7 +72,7 @@ class SumRankAware:
         max_decode_s = self._max_step_s - self._model.row_s - self._model.rank_row_s * request.lora_rank
         index = self._spare.first_of_lowest(-max_decode_s)
         if index is None:
-            index = self._spare.first_of_lowest(ABSENT)
+            index = self._spare.first_of_lowest(ANY)
         return None if index is None else ReplicaId(index)
 
 
@@ -105,13 +105,15 @@ class MaxRankAware:
         """See ``RoutingPolicy``."""
         best: tuple[bool, float, int, int] | None = None
         for rank, loads in self._loads.items():
-            index = loads.first(loads.largest)
+            index = loads.first(max(loads.largest, ANY))
             if index is not None:
                 cost = self.cost(request, round(-loads.largest), rank, index)
                 best = cost if best is None else min(best, cost)
         return None if best is None else ReplicaId(best[3])
 
-    def cost(self, request: RouteRequest, num_rows: int, max_lora_rank: int, index: int) -> tuple[bool, float, int, int]:
+    def cost(
+        self, request: RouteRequest, num_rows: int, max_lora_rank: int, index: int
+    ) -> tuple[bool, float, int, int]:
         """What replicas are compared by, smallest best: objective missed, cost in seconds, load, number."""
         model = self._model
         step_s = model.decode_s(num_rows + 1, 0, max(max_lora_rank, request.lora_rank))
