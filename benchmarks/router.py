@@ -1,8 +1,8 @@
 """What a routing decision costs: every policy at 10 to 10,000 replicas, under a steady stream of sends and ends.
 
-    python -m benchmarks.router --output benchmarks/results/router.jsonl
+    python -m benchmarks.router
 
-One row per policy and size: microseconds of a decision alone, and of a request's whole part in the router (choose, sent,
+One row per policy and size: microseconds of a decision, and of a request's whole part in the router (choose, sent,
 ended). The load is 16 requests per replica; a scan over all replicas is measured beside it.
 """
 
@@ -16,7 +16,7 @@ from collections import deque
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.results import environment
+from benchmarks import results
 from pomona.core.ids import AdapterId, ReplicaId
 from pomona.router.fleet import Fleet, PolicyName, RouterConfig
 from pomona.router.rank_aware import StepModel
@@ -96,11 +96,11 @@ def scan(num_replicas: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="append the rows to this file")
+    parser.add_argument("--output", type=Path, default=results.default_file("router"), help="append the rows to it")
     parser.add_argument("--decisions", type=int, default=4000, help="decisions per run")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     options = parser.parse_args()
-    setup = environment()
+    setup = results.setup()
     rows = []
     for num_replicas in options.sizes:
         cases = [(policy, "sum") for policy in get_args(PolicyName)] + [("rank-aware", "max")]
@@ -113,10 +113,8 @@ def main() -> None:
         )
         for row in rows[-len(cases) - 1 :]:
             print(json.dumps(row), file=sys.stderr)
-    if options.output:
-        with options.output.open("a") as file:
-            for row in rows:
-                file.write(json.dumps(row | setup) + "\n")
+    for row in rows:
+        results.append(options.output, setup | row)
     print(json.dumps(rows[-1]))
 
 

@@ -5,6 +5,7 @@ from that index. Equal calls, and an equal seed, give equal choices.
 """
 
 import random
+from collections import OrderedDict
 from typing import Protocol
 
 from pomona.core.ids import ReplicaId
@@ -76,11 +77,12 @@ class RoundRobin:
     """The replica that was chosen longest ago; new ones first, in the order they joined. O(1)."""
 
     def __init__(self) -> None:
-        self._order: dict[ReplicaId, None] = {}
+        # A plain dict would pass over the places of all that were moved before it finds the first.
+        self._order: OrderedDict[ReplicaId, None] = OrderedDict()
 
     def put(self, replica: ReplicaState) -> None:
         """See ``RoutingPolicy``."""
-        self._order.setdefault(replica.replica_id)
+        self._order.setdefault(replica.replica_id, None)
 
     def drop(self, replica_id: ReplicaId) -> None:
         """See ``RoutingPolicy``."""
@@ -91,8 +93,7 @@ class RoundRobin:
         del request
         replica_id = next(iter(self._order), None)
         if replica_id is not None:
-            del self._order[replica_id]
-            self._order[replica_id] = None
+            self._order.move_to_end(replica_id)
         return replica_id
 
 
