@@ -123,6 +123,22 @@ class _Held:
 
 
 @dataclass
+class _Launched:
+    """A step whose result is only shown when asked for."""
+
+    executor: "FakeExecutor"
+    done: StepResult
+
+    def result(self) -> StepResult:
+        assert self.executor.under_way.pop(0) == self.done.step_id, "results are asked for in order"
+        if self.executor.raises_in_result is not None:
+            error, self.executor.raises_in_result = self.executor.raises_in_result, None
+            self.executor.abandon()
+            raise error
+        return self.done
+
+
+@dataclass
 class FakeExecutor:
     """An executor that believes nothing: every plan is checked against what was sent before, and against the config."""
 
@@ -137,6 +153,12 @@ class FakeExecutor:
     """Sequences to report as failed in the next step that computes them."""
     raises: Exception | None = None
     """Raised by the next step, half way through it."""
+    raises_in_result: Exception | None = None
+    """Raised when the next result of a launched step is asked for."""
+    under_way: list[int] = field(default_factory=list)
+    """Steps launched whose results have not been asked for."""
+    num_overlapped: int = 0
+    """Steps launched while another was under way."""
     during_step: Callable[[], None] | None = None
     """Called once in the middle of the next step: what happens between ``schedule`` and ``update``."""
 
@@ -146,6 +168,7 @@ class FakeExecutor:
         self._forget()
 
     def _forget(self) -> None:
+        self.under_way.clear()
         self._held: dict[RequestId, _Held] = {}
         self._pages: dict[AdapterId, tuple[PageId, ...]] = {}
         self._slots = [b"garbage"] * (self.config.num_kv_blocks * self.config.block_size)
@@ -163,6 +186,19 @@ class FakeExecutor:
         """Become a new executor, as after a restart."""
         self._doubtful.update(self._held)
         self._forget()
+
+    def launch(self, plan: StepPlan) -> _Launched:
+        """Carry the step out at once, like a device that keeps order, and keep the result back."""
+        self.num_overlapped += len(self.under_way)
+        self.under_way.append(plan.step_id)
+        assert len(self.under_way) <= 2
+        return _Launched(self, self.execute(plan))
+
+    def abandon(self) -> None:
+        """Be in the middle of a step that raised."""
+        self._doubtful.update(self._held)
+        self._pages.clear()
+        self.under_way.clear()
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert plan.step_id > (self.plans[-1].step_id if self.plans else 0), "steps come in order"
@@ -184,8 +220,7 @@ class FakeExecutor:
             self._compute(entry, result)
             if self.raises is not None:
                 error, self.raises = self.raises, None
-                self._doubtful.update(self._held)
-                self._pages.clear()
+                self.abandon()
                 raise error
         return result
 
@@ -249,6 +284,8 @@ class FakeExecutor:
         held.num_computed = end
         if request_id in self.failing:
             result.failed[request_id] = self.failing.pop(request_id)
+            if entry.is_sampled:
+                held.token_ids.append(-1)  # a step planned ahead goes on with whatever was sampled
             return
         if sampling.prompt_logprobs is not None:
             told = held.token_ids[first + 1 : min(end + 1, held.start.num_prompt_tokens)]
@@ -302,13 +339,18 @@ class Ending:
 class EngineHarness:
     """An engine over a ``FakeExecutor``, with what it answered collected by request, and a clock that it advances."""
 
-    def __init__(self, **changes: object) -> None:
+    def __init__(self, *, overlap_steps: bool = False, **changes: object) -> None:
         self.config = make_config(**changes)
         self.executor = FakeExecutor(self.config)
-        self.engine = Engine(self.config, self.executor)
+        self.engine = Engine(self.config, self.executor, overlap_steps=overlap_steps)
         self.clock = ManualClock()
         self.requests: dict[RequestId, Request] = {}
         self.endings: dict[RequestId, Ending] = {}
+
+    @property
+    def alive(self) -> list[str]:
+        """Names of the requests that have not ended."""
+        return [str(name) for name, ending in self.endings.items() if ending.finish_reason is None]
 
     def add(self, request: Request) -> None:
         self.engine.add(request)

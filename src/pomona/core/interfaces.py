@@ -1,7 +1,7 @@
 """The seams: where the simulator, tests and other processes plug in."""
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import AdapterId, RequestId
@@ -15,6 +15,28 @@ class Executor(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out one step. Plans arrive in order of ``step_id``, one at a time."""
+        ...
+
+
+class LaunchedStep(Protocol):
+    """A step under way."""
+
+    def result(self) -> StepResult:
+        """Wait until the step has been carried out. Called once, in order of ``step_id``."""
+        ...
+
+
+@runtime_checkable
+class LaunchingExecutor(Executor, Protocol):
+    """An executor whose device works beside the caller, so that the next step can be prepared meanwhile."""
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Begin a step; up to two may be under way. ``execute`` is to launch and to wait.
+
+        Whatever order the device keeps, it must look as if the steps were carried out one after the other: a plan may
+        give away blocks and pages that the step before it still uses. A decode's token may be one that the step before
+        it samples; the executor holds it, the plan does not name it.
+        """
         ...
 
 

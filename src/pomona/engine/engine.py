@@ -2,14 +2,28 @@
 this very object.
 """
 
+from collections import deque
+from dataclasses import dataclass
+
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import AdapterId, RequestId
-from pomona.core.interfaces import Executor
+from pomona.core.interfaces import Executor, LaunchedStep, LaunchingExecutor
 from pomona.core.output import EngineStats, RequestOutput
+from pomona.core.plan import StepPlan, StepResult
 from pomona.core.request import Request
 from pomona.sched.adapter_slots import AdapterStatus
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A step of an executor that does not launch: carried out when it was asked for."""
+
+    done: StepResult
+
+    def result(self) -> StepResult:
+        return self.done
 
 
 class Engine:
@@ -19,18 +33,24 @@ class Engine:
         config: limits of the scheduler.
         executor: carries out the plans. It must accept a plan without sequences (there may be something to forget), and
             ignore released ids that it does not hold (after a failure they are sent once more).
+        overlap_steps: plan and launch the next step before the result of the one under way is awaited. A sequence that
+            turns out to have ended then has one row computed in vain. The executor must be a LaunchingExecutor.
     """
 
-    def __init__(self, config: SchedulerConfig, executor: Executor) -> None:
+    def __init__(self, config: SchedulerConfig, executor: Executor, *, overlap_steps: bool = False) -> None:
+        assert not overlap_steps or isinstance(executor, LaunchingExecutor), "overlap needs an executor that launches"
         self._scheduler = Scheduler(config)
         self._executor = executor
+        self._overlap_steps = overlap_steps
+        # Steps whose results have not been taken in, oldest first: at most one between calls of ``step``.
+        self._launched: deque[tuple[StepPlan, LaunchedStep]] = deque()
         # Terminal outputs of a step whose execution raised; whoever calls next gets them.
         self._undelivered: list[RequestOutput] = []
 
     @property
     def has_work(self) -> bool:
         """True while ``step`` has something to do or to deliver."""
-        return bool(self._undelivered) or self._scheduler.has_work
+        return bool(self._undelivered or self._launched) or self._scheduler.has_work
 
     def add(self, request: Request) -> None:
         """Accept a request; from now on it ends in exactly one terminal output.
@@ -47,7 +67,8 @@ class Engine:
         return self._scheduler.abort(request_id)
 
     def step(self, now_s: float) -> list[RequestOutput]:
-        """Schedule, execute, update. Does nothing when there is no work.
+        """Schedule, execute, update; with overlapped steps, the step scheduled is the one after the one whose result is
+        awaited. Does nothing when there is no work.
 
         Args:
             now_s: seconds on the clock of ``Request.arrival_s``; must not run backwards.
@@ -56,20 +77,32 @@ class Engine:
             News of every request that has some.
 
         Raises:
-            Exception: what ``executor.execute`` raised. Every request has then ended with FAIL, and ``fail_all`` or the
+            Exception: what the executor raised. Every request has then ended with FAIL, and ``fail_all`` or the
                 next ``step`` returns those outputs. Going on needs an executor that can still follow plans, the same
                 or a new one: no sequence, adapter or KV of before is relied on.
         """
         outputs, self._undelivered = self._undelivered, []
-        if not self._scheduler.has_work:
+        if not self._launched and not self._scheduler.has_work:
             return outputs
-        plan = self._scheduler.schedule(now_s)
         try:
-            result = self._executor.execute(plan)
+            if not self._launched:
+                self._launch(self._scheduler.schedule(now_s))
+            if self._overlap_steps and (ahead := self._scheduler.schedule_ahead(now_s)) is not None:
+                self._launch(ahead)
+            plan, launched = self._launched.popleft()
+            result = launched.result()
         except Exception as error:
+            self._launched.clear()
             self._undelivered = outputs + self._scheduler.fail_all(f"the model failed: {type(error).__name__}")
             raise
         return outputs + self._scheduler.update(plan, result, now_s)
+
+    def _launch(self, plan: StepPlan) -> None:
+        if self._overlap_steps:
+            assert isinstance(self._executor, LaunchingExecutor)
+            self._launched.append((plan, self._executor.launch(plan)))
+        else:
+            self._launched.append((plan, _Done(self._executor.execute(plan))))
 
     def fail_all(self, reason: str) -> list[RequestOutput]:
         """End every request with FAIL, for example because the executor died. Registered adapters stay registered.
@@ -78,6 +111,7 @@ class Engine:
             reason: fit to show to clients.
         """
         outputs, self._undelivered = self._undelivered, []
+        self._launched.clear()
         return outputs + self._scheduler.fail_all(reason)
 
     def register_adapter(self, info: AdapterInfo) -> None:

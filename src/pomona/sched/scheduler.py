@@ -6,6 +6,7 @@ ones. Pure: decisions depend on the order of calls and their arguments alone.
 """
 
 import operator
+from collections import deque
 
 from pomona.core.errors import InvalidRequestError, QueueFullError
 from pomona.core.ids import BlockId, RequestId
@@ -18,6 +19,7 @@ from pomona.sched.block_pool import BlockPool
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.fair_queue import FairQueue
 from pomona.sched.limits import check_request
+from pomona.sched.outputs import NO_LOGPROBS, logprobs_of, output_of
 from pomona.sched.prefix_cache import PrefixCache
 from pomona.sched.sequence import Sequence, SequenceState
 
@@ -25,12 +27,14 @@ _adapter_order = operator.attrgetter("adapter_order")
 
 
 class Scheduler:
-    """Call ``schedule`` and ``update`` in turn; ``add`` and ``abort`` at any time.
+    """Call ``schedule`` and ``update`` in turn; ``add`` and ``abort`` at any time. Between the two, ``schedule_ahead``
+    may plan one step more.
 
     Invariants: a running sequence is held by the executor, holds its blocks and pins its adapter; a waiting or ended
     one holds nothing. A sequence alone always fits the pool (checked by ``add``) and the oldest running one is never
     preempted, so every step makes progress. Tokens count as computed once scheduled, and blocks become findable
-    when the step's result arrives, so that a later step could be planned in between.
+    when the step's result arrives, so that a later step can be planned in between. What ends while a later plan names
+    it is given up at once: plans are carried out in order, so whatever gets its blocks writes to them afterwards.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -48,8 +52,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._released: list[RequestId] = []
         self._turn = AdapterTurn(self.adapters, config.adapter_wait_limit_s)
-        # The sequences of the plan whose result is outstanding, in plan order.
-        self._in_flight: list[Sequence] | None = None
+        # The plans whose results are outstanding, oldest first: their steps and sequences, in plan order.
+        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
         self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
         self._num_steps = 0
         self._num_preemptions = 0
@@ -103,18 +107,47 @@ class Scheduler:
         Args:
             now_s: the engine's clock; must not run backwards.
         """
-        assert self._in_flight is None, "update comes before the next schedule"
+        assert not self._in_flight, "update comes before the next schedule"
+        return self._plan(*self._choose(now_s))
+
+    def schedule_ahead(self, now_s: float) -> StepPlan | None:
+        """Plan the step after the one whose result is outstanding: its sampled tokens count as known, whatever they
+        are. Sequences that will end with LENGTH are left out.
+
+        Args:
+            now_s: the engine's clock; must not run backwards.
+
+        Returns:
+            None if there is nothing to compute yet, or the result has to be known first: a sequence would have to be
+            preempted, although some may have ended, or samples from all of its own tokens (penalties).
+        """
+        assert len(self._in_flight) == 1, "one step is planned ahead"
+        _, seqs = self._in_flight[0]
+        if any(seq.num_pending_tokens and seq.request.sampling.has_penalties for seq in seqs):
+            return None
+        num_free = self._pool.num_free
+        if num_free < len(self._running) and num_free < sum(seq.will_grow for seq in self._running):
+            return None
+        chosen, loads = self._choose(now_s)
+        return self._plan(chosen, loads) if chosen else None
+
+    def _choose(self, now_s: float) -> tuple[list[Sequence], list[AdapterLoad]]:
+        """Decide who computes what next, and which adapters that needs."""
         chosen: list[Sequence] = []
         num_preemptions = self._num_preemptions
         budget = self._schedule_running(chosen)
         loads: list[AdapterLoad] = []
         if self._num_preemptions == num_preemptions and len(self._queue) > 0:
             self._admit(now_s, budget, chosen, loads)
+        return chosen, loads
+
+    def _plan(self, chosen: list[Sequence], loads: list[AdapterLoad]) -> StepPlan:
+        """Write down what was decided."""
         # A stable sort: rows of one adapter stand together, base rows first, and in order of admission otherwise.
         chosen.sort(key=_adapter_order)
         released, self._released = tuple(self._released), []
-        self._in_flight = chosen
         self._num_steps += 1
+        self._in_flight.append((self._num_steps, chosen))
         return StepPlan(
             step_id=self._num_steps,
             seqs=tuple([seq.scheduled for seq in chosen]),
@@ -127,34 +160,34 @@ class Scheduler:
         """Take in a plan's result.
 
         Args:
-            plan: what ``schedule`` returned last.
+            plan: the oldest one whose result is outstanding.
             result: what the executor made of it.
             now_s: the engine's clock after the step.
 
         Returns:
             News of every sequence that has some, in plan order.
         """
-        seqs, self._in_flight = self._in_flight, None
-        assert seqs is not None, "no plan is outstanding"
-        assert plan.step_id == result.step_id == self._num_steps, "plans and results come in order"
+        step_id, seqs = self._in_flight.popleft()
+        assert plan.step_id == result.step_id == step_id, "plans and results come in order"
         outputs: list[RequestOutput] = []
         num_alive = len(self._seqs)
         failed, sampled = result.failed, result.sampled
         has_logprobs = bool(result.logprobs or result.prompt_logprobs)
         for entry, seq in zip(plan.seqs, seqs, strict=True):
             if seq.state is not SequenceState.RUNNING:
-                continue  # aborted while the step ran
+                continue  # aborted while the step ran, or ended in the step before it
             if failed and seq.request_id in failed:
                 outputs.append(self._fail(seq, failed[seq.request_id]))
                 continue
             num_computed = entry.num_computed_tokens + entry.num_scheduled_tokens
             if num_computed >= seq.next_publish_tokens:
                 self._cache.publish(seq, num_computed)
-            logprobs, prompt_logprobs = _logprobs_of(seq, entry, result) if has_logprobs else _NO_LOGPROBS
+            logprobs, prompt_logprobs = logprobs_of(seq, entry, result) if has_logprobs else NO_LOGPROBS
             if entry.is_sampled:
+                seq.num_pending_tokens -= 1
                 outputs.append(self._append(seq, sampled[seq.request_id], logprobs, prompt_logprobs))
             elif prompt_logprobs:
-                outputs.append(_output(seq, prompt_logprobs=prompt_logprobs))
+                outputs.append(output_of(seq, prompt_logprobs=prompt_logprobs))
         if len(self._seqs) < num_alive:
             self._running = [seq for seq in self._running if seq.state is SequenceState.RUNNING]
         return outputs
@@ -167,7 +200,7 @@ class Scheduler:
         """
         outputs = [self._end(seq, FinishReason.FAIL, reason) for seq in list(self._seqs.values())]
         self._running.clear()
-        self._in_flight = None
+        self._in_flight.clear()
         self._pool.forget_all()
         self.adapters.forget_all()
         return outputs
@@ -202,7 +235,9 @@ class Scheduler:
             if budget == 0:
                 break
             start = seq.num_computed_tokens
-            num_known = len(seq.token_ids)
+            num_known = len(seq.token_ids) + seq.num_pending_tokens
+            if num_known >= seq.max_tokens_total:
+                continue  # its last token is on the way
             num_tokens = num_known - start
             if num_tokens > 1:
                 num_tokens = min(num_tokens, max_chunk, budget)
@@ -218,6 +253,7 @@ class Scheduler:
             if start < seq.num_prompt_tokens:
                 self._num_prompt_tokens += min(end, seq.num_prompt_tokens) - start
             seq.num_computed_tokens = end
+            seq.num_pending_tokens += end == num_known
             seq.scheduled = ScheduledSeq(seq.request_id, start, num_tokens, end == num_known, new_block_ids)
             chosen.append(seq)
             budget -= num_tokens
@@ -233,6 +269,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
+        assert not self._in_flight, "nothing is preempted while results are outstanding"
         self._num_preemptions += 1
         self._leave_device(seq)
         seq.state = SequenceState.WAITING
@@ -291,6 +328,7 @@ class Scheduler:
         end = start + num_tokens
         self._num_prompt_tokens += max(0, min(end, seq.num_prompt_tokens) - start)
         seq.num_computed_tokens = end
+        seq.num_pending_tokens += end == num_known
         seq.scheduled = ScheduledSeq(
             seq.request_id, start, num_tokens, end == num_known, tuple(seq.block_ids), seq.start()
         )
@@ -334,7 +372,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> RequestOutput:
         self._conclude(seq)
-        return _output(seq, finish_reason=reason, error=error)
+        return output_of(seq, finish_reason=reason, error=error)
 
     def _conclude(self, seq: Sequence) -> None:
         """Make a sequence an ended one that holds nothing. The caller takes it off the list of running ones."""
@@ -358,39 +396,3 @@ class Scheduler:
         if seq.request.adapter_id is not None:
             self.adapters.unpin(seq.request.adapter_id)
         self._released.append(seq.request_id)
-
-
-_NO_LOGPROBS: tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs, ...]] = ((), ())
-
-
-def _logprobs_of(
-    seq: Sequence, entry: ScheduledSeq, result: StepResult
-) -> tuple[tuple[TokenLogprobs, ...], tuple[TokenLogprobs, ...]]:
-    """The sequence's part of a result: of its new token, and of those prompt tokens that were not sent before it was
-    preempted."""
-    new = result.logprobs.get(seq.request_id)
-    prompt = result.prompt_logprobs.get(seq.request_id, ())
-    if prompt:
-        num_sent_before = seq.num_prompt_logprobs_sent - entry.num_computed_tokens
-        assert num_sent_before >= 0, "a prompt token was skipped"
-        prompt = prompt[num_sent_before:]
-        seq.num_prompt_logprobs_sent += len(prompt)
-    return (new,) if new is not None else (), prompt
-
-
-def _output(
-    seq: Sequence,
-    *,
-    prompt_logprobs: tuple[TokenLogprobs, ...] = (),
-    finish_reason: FinishReason | None = None,
-    error: str | None = None,
-) -> RequestOutput:
-    """News of a sequence other than a token."""
-    return RequestOutput(
-        request_id=seq.request_id,
-        prompt_logprobs=prompt_logprobs,
-        finish_reason=finish_reason,
-        error=error,
-        num_cached_tokens=seq.num_cached_tokens,
-        first_scheduled_s=seq.first_scheduled_s,
-    )

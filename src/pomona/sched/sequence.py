@@ -39,6 +39,7 @@ class Sequence:
         "next_publish_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
         "num_prompt_logprobs_sent",
         "num_prompt_tokens",
         "num_published_blocks",
@@ -66,6 +67,9 @@ class Sequence:
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self.num_computed_tokens = 0
         """Tokens whose KV exists once every step planned so far has been carried out."""
+        self.num_pending_tokens = 0
+        """Tokens that planned steps sample and whose results are outstanding: 0 or 1, or 2 if a step was planned
+        ahead."""
         self.scheduled: ScheduledSeq
         """Its part of the latest plan it was in; unset before the first."""
         self.block_ids: list[BlockId] = []
@@ -93,6 +97,11 @@ class Sequence:
     def was_admitted(self) -> bool:
         """True once it has been scheduled, even if it was preempted since."""
         return self.first_scheduled_s is not None
+
+    @property
+    def will_grow(self) -> bool:
+        """True when its next token, if it does not end before, needs another block."""
+        return self.num_slots < len(self.token_ids) + self.num_pending_tokens < self.max_tokens_total
 
     def start(self) -> SeqStart:
         """What an executor that does not hold the sequence must be told."""
