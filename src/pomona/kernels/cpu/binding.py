@@ -23,7 +23,7 @@ MAX_SLICES = 4
 MAX_HEAD_DIM = 256
 MAX_RANK = 1024
 
-_ABI = 2
+_ABI = 3
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
 
@@ -78,8 +78,8 @@ _SIGNATURES: dict[str, list[type]] = {
         *[c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p],
         *[c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float, c_void_p],
     ],
-    # dtype, num_threads, x, num_rows, x_stride, packed, bias, out, in_features, out_features, is_out_float
-    "pomona_gemm": [c_int, c_int, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
+    # dtype, num_threads, x, num_rows, x_stride, packed, scales, bias, out, in_features, out_features, is_out_float
+    "pomona_gemm": [c_int, c_int, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_int],
     # dtype, num_threads, x, residual, weight, out, num_outer, num_inner, outer_stride, inner_stride, features, eps
     "pomona_norm": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 5, c_float],
     # dtype, num_threads, query, key, value, key_cache, value_cache, positions, slots, cos_sin, num_tokens, num_heads,

@@ -8,24 +8,35 @@ import torch
 from torch import Tensor
 
 from pomona.kernels.cpu import binding
-from pomona.kernels.linear import GROUP, Layout, PackedWeight
+from pomona.kernels.linear import GROUP, Layout, PackedWeight, QuantizedWeight
 from pomona.kernels.reference import linear as reference
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor | QuantizedWeight) -> PackedWeight:
     """See ``kernels.linear.pack``."""
-    if weight.dtype not in binding.DTYPES:
+    dtype = weight.dtype
+    if dtype not in binding.DTYPES:
         return reference.pack(weight)
+    if isinstance(weight, Tensor):
+        return PackedWeight(_grouped(weight, dtype), Layout.GROUPED, weight.shape[1], weight.shape[0], dtype)
+    out_features, in_features = weight.values.shape
+    data = _grouped(weight.values, dtype)
+    scales = weight.scales.new_zeros(data.shape[0] * GROUP)
+    scales[:out_features] = weight.scales
+    return PackedWeight(data, Layout.GROUPED, in_features, out_features, dtype, scales)
+
+
+def _grouped(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[out_features, in_features] in the grouped layout for inputs of ``dtype``."""
     out_features, in_features = weight.shape
-    per_unit = 4 // weight.element_size()
+    per_unit = 4 // dtype.itemsize
     groups, units = -(-out_features // GROUP), -(-in_features // per_unit)
     padded = weight
     if (out_features, in_features) != (groups * GROUP, units * per_unit):
         padded = weight.new_zeros((groups * GROUP, units * per_unit))
         padded[:out_features, :in_features] = weight
     data = binding.new_on_huge_pages((groups, units, GROUP, per_unit), weight.dtype)
-    data.copy_(padded.view(groups, GROUP, units, per_unit).permute(0, 2, 1, 3))
-    return PackedWeight(data, Layout.GROUPED, in_features=in_features, out_features=out_features)
+    return data.copy_(padded.view(groups, GROUP, units, per_unit).permute(0, 2, 1, 3))
 
 
 def packed_linear(
@@ -35,7 +46,6 @@ def packed_linear(
     if packed.layout is not Layout.GROUPED:
         return reference.packed_linear(x, packed, bias, out_dtype=out_dtype)
     dtype = x.dtype
-    assert dtype is packed.data.dtype
     assert bias is None or (bias.dtype is dtype and bias.is_contiguous())
     num_rows, in_features = x.shape
     row_stride, column_stride = x.stride()
@@ -47,7 +57,8 @@ def packed_linear(
     if num_rows:
         binding.library().pomona_gemm(
             *(binding.DTYPES[dtype], torch.get_num_threads(), x.data_ptr(), num_rows, row_stride),
-            *(packed.data.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
+            *(packed.data.data_ptr(), None if packed.scales is None else packed.scales.data_ptr()),
+            *(None if bias is None else bias.data_ptr(), out.data_ptr()),
             *(in_features, out_features, out_dtype is torch.float32),
         )
     return out

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pomona.kernels.linear import PackedWeight, dense, unpack
+from pomona.kernels.linear import PackedWeight, QuantizedWeight, dense, unpack
 
 
-def pack(weight: Tensor) -> PackedWeight:
+def pack(weight: Tensor | QuantizedWeight) -> PackedWeight:
     """See ``kernels.linear.pack``."""
     return dense(weight)
 
@@ -17,7 +17,12 @@ def packed_linear(
 ) -> Tensor:
     """See ``kernels.linear.packed_linear``. A layout of another backend is undone first: right, but slow.
 
-    Torch has no product of another dtype than its inputs': a wider result is rounded to x's dtype all the same.
+    Torch has no product of another dtype than its inputs': a wider result is rounded to x's dtype all the same, unless
+    the weight is quantized. Then it is dequantized, in every call, and all is computed in float32.
     """
-    out = functional.linear(x, unpack(packed), bias)
+    weight = unpack(packed)
+    if packed.scales is not None:
+        wide = functional.linear(x.float(), weight, None if bias is None else bias.float())
+        return wide.to(out_dtype or x.dtype)
+    out = functional.linear(x, weight, bias)
     return out if out_dtype is None else out.to(out_dtype)

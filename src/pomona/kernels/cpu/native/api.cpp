@@ -37,7 +37,7 @@ int current_isa = best_isa();
 }  // namespace
 
 // Changes whenever a signature or structure does: binding.py refuses a library of another number.
-EXPORT int pomona_abi() { return 2; }
+EXPORT int pomona_abi() { return 3; }
 
 EXPORT int pomona_best_isa() { return best_isa(); }
 
@@ -80,10 +80,11 @@ EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* st
 }
 
 EXPORT void pomona_gemm(int dtype, int num_threads, const void* x, int64_t num_rows, int64_t x_stride,
-                        const uint32_t* packed, const void* bias, void* out, int64_t in_features, int64_t out_features,
-                        int is_out_float) {
-  const GemmCall call{x, num_rows, x_stride, packed, bias, out, out_features, in_features, out_features, is_out_float};
-  kernels->gemm[dtype](call, num_threads);
+                        const void* packed, const float* scales, const void* bias, void* out, int64_t in_features,
+                        int64_t out_features, int is_out_float) {
+  const GemmCall call{x,   num_rows,     x_stride,    packed,       scales,      bias,
+                      out, out_features, in_features, out_features, is_out_float};
+  (scales ? kernels->gemm_int8 : kernels->gemm)[dtype](call, num_threads);
 }
 
 EXPORT void pomona_norm(int dtype, int num_threads, const void* x, void* residual, const void* weight, void* out,

@@ -69,7 +69,8 @@ struct AttentionCall : AttentionStep {
 struct GemmCall {
   const void* x;
   int64_t num_rows, x_stride;
-  const uint32_t* packed;
+  const void* packed;
+  const float* scales;          // [out_features, rounded up to 16]: packed holds int8; null: it holds the dtype
   const void* bias;             // null: none
   void* out;
   int64_t out_stride, in_features, out_features;
@@ -114,6 +115,7 @@ struct Kernels {
   void (*lora[2])(const LoraCall&, int num_threads, int phases);
   void (*attention[2])(const AttentionCall&, int num_threads);
   void (*gemm[2])(const GemmCall&, int num_threads);
+  void (*gemm_int8[2])(const GemmCall&, int num_threads);
   void (*norm[2])(const NormCall&, int num_threads);
   void (*rope[2])(const RopeCall&, int num_threads);
   void (*silu_mul[2])(const ActivationCall&, int num_threads);

@@ -28,6 +28,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int8_t vb __attribute__((vector_size(W)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -154,6 +155,12 @@ struct Float32 {
   static INLINE void store(Elem* p, vf v) { store_floats(p, v); }
   static INLINE vf round(vf v) { return v; }
   static INLINE vf mul_add(vf acc, vu a, vu b) { return fma((vf)a, (vf)b, acc); }
+  // W units of int8 elements, exactly.
+  static INLINE vu widen_bytes(const int8_t* p) {
+    vb bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return (vu)__builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+  }
   // 2 W elements as two vectors, in whatever order is cheapest; store_two takes the same order.
   static INLINE void load_two(const Elem* p, vf* two) { two[0] = load(p), two[1] = load(p + W); }
   static INLINE void store_two(Elem* p, const vf* two) { store(p, two[0]), store(p + W, two[1]); }
@@ -196,6 +203,21 @@ struct BFloat16 {
 #else
     acc = fma((vf)(a << 16), (vf)(b << 16), acc);
     return fma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
+#endif
+  }
+  // A float32 that is a small integer has nothing in its lower half: its upper half is the same as bfloat16.
+  static INLINE vu widen_bytes(const int8_t* p) {
+#if defined(__AVX512BF16__)
+    const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i last = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)));
+    return (vu)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(last), _mm512_cvtepi32_ps(first));
+#else
+    vh bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    const vu pairs = __builtin_convertvector(bytes, vu);
+    const vf even = __builtin_convertvector((vi)(pairs << 24) >> 24, vf);
+    const vf odd = __builtin_convertvector((vi)(pairs << 16) >> 24, vf);
+    return ((vu)even >> 16) | (vu)odd;
 #endif
   }
 };

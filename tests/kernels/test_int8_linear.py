@@ -1,0 +1,203 @@
+"""int8 weights: every backend against the dequantized weight in float64, and what quantizing does to a weight."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pomona.kernels.cpu import binding
+from pomona.kernels.dispatch import backends_of, use_backend
+from pomona.kernels.linear import (
+    GROUP,
+    INT8_MAX,
+    Layout,
+    gather_rows,
+    is_served_as,
+    pack,
+    packed_linear,
+    quantize,
+    unpack,
+)
+from support.tolerances import TOLERANCES, assert_close
+
+DTYPES = list(TOLERANCES)
+CPU_DTYPES = [torch.float32, torch.bfloat16]
+ROWS = [1, 2, 7, 16, 133, 1024]
+SHAPES = [(64, 96), (37, 50), (1, 1), (4301, 33), (130, 1000), (576, 48)]
+"""(in_features, out_features): whole tiles, odd numbers of inputs, one of each, several panels, many groups."""
+
+
+def _weight(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of very different magnitude, and in each one weight far larger than the others."""
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    weight[:, in_features // 2] *= 5
+    return (weight * torch.logspace(-1, 0, out_features).unsqueeze(1)).to(dtype)
+
+
+def _expected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product = x.double() @ quantize(weight).dequantize().double().T
+    return product if bias is None else product + bias.double()
+
+
+@pytest.fixture(params=backends_of("linear"))
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    with use_backend(request.param):
+        yield
+
+
+finite_rows = st.lists(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3) | st.just([0.0, 0.0, 0.0]),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(rows=finite_rows, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_no_weight_moves_by_more_than_half_its_scale(rows: list[list[float]], dtype: torch.dtype) -> None:
+    weight = torch.tensor(rows).to(dtype)
+    quantized = quantize(weight)
+    error = (quantized.dequantize().double() - weight.double()).abs()
+    allowed = quantized.scales.double().unsqueeze(1) / 2
+    assert (error <= allowed * (1 + 1e-5)).all()
+    assert quantized.values.abs().max() <= INT8_MAX
+
+
+@given(rows=finite_rows)
+def test_a_weight_that_int8_holds_is_kept_and_its_sign_only_changes_signs(rows: list[list[float]]) -> None:
+    quantized = quantize(torch.tensor(rows))
+    assert torch.equal(quantize(-torch.tensor(rows)).values, -quantized.values)
+    again = quantize(quantized.dequantize())
+    assert torch.equal(again.values, quantized.values)
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_features, out_features", SHAPES)
+@pytest.mark.parametrize("num_rows", ROWS)
+def test_a_quantized_layer_multiplies_as_its_dequantized_weight_does(
+    num_rows: int, in_features: int, out_features: int, dtype: torch.dtype
+) -> None:
+    weight, bias = _weight(out_features, in_features, dtype), torch.randn(out_features).to(dtype)
+    x = torch.randn(num_rows, in_features + 3).to(dtype)[:, 1 : in_features + 1]
+    packed = pack(quantize(weight))
+    out = packed_linear(x, packed)
+    assert out.dtype is dtype
+    assert_close(out, _expected(x, weight))
+    assert_close(packed_linear(x, packed, bias), _expected(x, weight, bias))
+    logits = packed_linear(x, packed, out_dtype=torch.float32)
+    assert logits.dtype is torch.float32
+    torch.testing.assert_close(logits.double(), _expected(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("isa", binding.available_isas())
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_every_instruction_set_multiplies_the_same(dtype: torch.dtype, isa: str, num_threads: int) -> None:
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        stack.enter_context(use_backend("cpu"))
+        stack.enter_context(binding.use_isa(isa))
+        stack.callback(torch.set_num_threads, before)
+        torch.set_num_threads(num_threads)
+        for in_features, out_features in SHAPES:
+            weight, bias = _weight(out_features, in_features, dtype), torch.randn(out_features).to(dtype)
+            packed = pack(quantize(weight))
+            assert packed.layout is Layout.GROUPED
+            for num_rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 300):
+                x = torch.randn(num_rows, in_features).to(dtype)
+                assert_close(packed_linear(x, packed, bias), _expected(x, weight, bias))
+
+
+@pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
+@pytest.mark.parametrize("isa", binding.available_isas())
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("in_features", [96, 577, 5001])
+def test_a_row_is_the_same_bit_for_bit_in_any_batch(in_features: int, dtype: torch.dtype, isa: str) -> None:
+    with use_backend("cpu"), binding.use_isa(isa):
+        packed = pack(quantize(_weight(200, in_features, dtype)))
+        x = torch.randn(300, in_features).to(dtype)
+        together = packed_linear(x, packed)
+        for start, end in ((0, 1), (7, 9), (250, 263), (40, 300), (290, 298)):
+            assert torch.equal(packed_linear(x[start:end], packed), together[start:end])
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_features, out_features", SHAPES)
+def test_rows_and_the_whole_weight_come_back_dequantized(
+    in_features: int, out_features: int, dtype: torch.dtype
+) -> None:
+    weight = _weight(out_features, in_features, dtype)
+    packed = pack(quantize(weight))
+    assert torch.equal(unpack(packed), quantize(weight).dequantize())
+    row_ids = torch.randint(0, out_features, (9,))
+    rows = gather_rows(packed, row_ids)
+    assert rows.dtype is packed.dtype is dtype
+    assert torch.equal(rows, unpack(packed)[row_ids].to(dtype))
+    assert is_served_as(weight, packed)
+    assert not is_served_as(-weight, packed)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_inputs_are_not_quantized() -> None:
+    """One input a million times the others, which int8 inputs would round away."""
+    packed = pack(quantize(torch.ones(32, 64)))
+    x = torch.full((2, 64), 0.5)
+    x[:, 7] = 2.0**19
+    assert_close(packed_linear(x, packed), torch.full((2, 32), 2.0**19 + 63 * 0.5))
+
+
+@pytest.mark.usefixtures("_backend")
+@pytest.mark.parametrize("num_rows", [1, 20])
+def test_values_that_are_not_numbers_stay_so_and_reach_nothing_else(num_rows: int) -> None:
+    weight = torch.randn(40, 64)
+    weight[3, 5], weight[9, 5] = float("nan"), float("inf")
+    x = torch.randn(num_rows, 64)
+    is_bad = ~packed_linear(x, pack(quantize(weight))).isfinite().all(0)
+    assert is_bad.nonzero().flatten().tolist() == [3, 9]
+    x[0, 10] = float("nan")
+    is_bad = packed_linear(x, pack(quantize(torch.randn(40, 64)))).isnan().all(1)
+    assert is_bad.tolist() == [row == 0 for row in range(num_rows)]
+
+
+@pytest.mark.usefixtures("_backend")
+def test_a_row_of_zeros_gives_zeros() -> None:
+    weight = torch.randn(20, 32)
+    weight[4] = 0
+    assert torch.equal(packed_linear(torch.randn(3, 32), pack(quantize(weight)))[:, 4], torch.zeros(3))
+
+
+@pytest.mark.usefixtures("_backend")
+def test_no_rows_make_no_rows() -> None:
+    assert packed_linear(torch.randn(0, 16), pack(quantize(torch.randn(8, 16)))).shape == (0, 8)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), dtype=st.sampled_from(CPU_DTYPES))
+def test_any_shape_agrees_with_the_reference_and_every_output_is_written(data: st.DataObject, dtype: torch.dtype) -> None:
+    in_features, out_features = data.draw(st.integers(1, 700)), data.draw(st.integers(1, 130))
+    num_rows, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 2**32))
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(out_features, in_features, generator=generator) / in_features**0.5).to(dtype)
+    x = torch.randn(num_rows, in_features, generator=generator).to(dtype)
+    assert_close(packed_linear(x, pack(quantize(weight))), _expected(x, weight))
+
+
+def test_a_quantized_weight_takes_a_byte_per_weight_and_four_per_output() -> None:
+    packed = pack(quantize(torch.randn(10 * GROUP, 64, dtype=torch.bfloat16)))
+    assert packed.num_bytes == 10 * GROUP * (64 + 4)
+
+
+def test_large_weights_are_quantized_in_parts_as_small_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _weight(50, 20)
+    whole = quantize(weight)
+    monkeypatch.setattr("pomona.kernels.linear._ROWS_AT_ONCE", random.Random(0).randint(3, 9))
+    parts = quantize(weight)
+    assert torch.equal(parts.values, whole.values)
+    assert torch.equal(parts.scales, whole.scales)
