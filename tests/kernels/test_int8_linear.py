@@ -180,7 +180,9 @@ def test_no_rows_make_no_rows() -> None:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), dtype=st.sampled_from(CPU_DTYPES))
-def test_any_shape_agrees_with_the_reference_and_every_output_is_written(data: st.DataObject, dtype: torch.dtype) -> None:
+def test_any_shape_agrees_with_the_reference_and_every_output_is_written(
+    data: st.DataObject, dtype: torch.dtype
+) -> None:
     in_features, out_features = data.draw(st.integers(1, 700)), data.draw(st.integers(1, 130))
     num_rows, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 2**32))
     generator = torch.Generator().manual_seed(seed)

@@ -20,6 +20,7 @@ from pomona.core.plan import AdapterLoad
 from pomona.model.adapter_weights import AdapterLoader, AdapterWeights
 from pomona.model.decoder import Decoder
 from pomona.model.lora import LoraState, PageLayout
+from pomona.model.weights import Quantization
 from pomona.runner.adapter_pool import AdapterPool
 from pomona.runner.batch import AdapterRun
 from support.models import PagedSequences, load_decoder, load_transformers
@@ -106,8 +107,14 @@ def base_logits(base_path: Path, token_ids: list[int]) -> Tensor:
 class AdaptedDecoder:
     """A decoder with adapters resident in a page pool: the tensor side of serving, without a scheduler."""
 
-    def __init__(self, base_path: Path, dtype: torch.dtype = torch.float32, num_pages: int = 512) -> None:
-        self.decoder: Decoder = load_decoder(base_path, dtype)
+    def __init__(
+        self,
+        base_path: Path,
+        dtype: torch.dtype = torch.float32,
+        num_pages: int = 512,
+        quantization: Quantization = Quantization.NONE,
+    ) -> None:
+        self.decoder: Decoder = load_decoder(base_path, dtype, quantization)
         layout = PageLayout(self.decoder.spec, ROWS_PER_PAGE)
         self.loader = AdapterLoader(self.decoder.weights, layout, num_pages)
         self._pool = AdapterPool(layout, num_pages, dtype=dtype, device=torch.device("cpu"))

@@ -1,18 +1,21 @@
 """Tiny random Hugging Face checkpoints, and running them through transformers and through Pomona's decoder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.linear import quantize
 from pomona.model.decoder import Decoder
 from pomona.model.hf_config import read_spec
 from pomona.model.lora import LoraState
-from pomona.model.weights import load_weights
+from pomona.model.weights import Quantization, load_weights
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -99,10 +102,24 @@ def load_transformers(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model.eval()
 
 
-def load_decoder(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+def load_decoder(
+    path: Path, dtype: torch.dtype = torch.float32, quantization: Quantization = Quantization.NONE
+) -> Decoder:
     """The checkpoint as Pomona sees it, on the CPU."""
     spec = read_spec(path)
-    return Decoder(spec, load_weights(path, spec, dtype, torch.device("cpu")))
+    return Decoder(spec, load_weights(path, spec, dtype, torch.device("cpu"), quantization=quantization))
+
+
+def dequantized_checkpoint(path: Path, source: Path) -> Path:
+    """Write a float32 copy of a checkpoint with every matrix as int8 serves it, but an embedding of its own as it is."""
+    shutil.copytree(source, path)
+    tensors = load_file(path / "model.safetensors")
+    is_tied = read_spec(source).is_tied
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and (is_tied or "embed_tokens" not in name):
+            tensors[name] = quantize(tensor).dequantize()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 class PagedSequences:

@@ -79,14 +79,15 @@ def measure(llm: LLM, tasks: list[BundledTask]) -> list[Accuracy]:
     ]
 
 
-def run_accuracy(dtype: str, update: Path | None = None) -> None:
+def run_accuracy(dtype: str, quantization: str = "none", update: Path | None = None) -> None:
     """Measure and print: a table to stderr, one JSON line per adapter to stdout.
 
     Args:
         dtype: of weights and activations.
+        quantization: of the base's weights.
         update: a Markdown file whose table between the ``accuracy`` markers is replaced.
     """
-    found = measure(LLM(dtype=dtype), read_tasks())
+    found = measure(LLM(dtype=dtype, quantization=quantization), read_tasks())
     if update is not None:
         before, _, rest = update.read_text().partition(_BEGIN)
         _, _, after = rest.partition(_END)
@@ -94,7 +95,8 @@ def run_accuracy(dtype: str, update: Path | None = None) -> None:
     table = Table("adapter", "does", "exact with it", "base alone", box=None, header_style="bold")
     for row in found:
         table.add_row(row.adapter, row.description, f"{row.with_adapter:.0%}", f"{row.base_alone:.0%}")
-        sys.stdout.write(json.dumps({"bench": "accuracy", "dtype": dtype, **asdict(row)}) + "\n")
+        setup = {"bench": "accuracy", "dtype": dtype, "quantization": quantization}
+        sys.stdout.write(json.dumps({**setup, **asdict(row)}) + "\n")
     Console(stderr=True).print(table)
 
 

@@ -48,6 +48,7 @@ class BuildEngine:
             num_kv_blocks=loaded.capacity.num_kv_blocks,
             num_adapter_pages=loaded.capacity.num_adapter_pages,
             dtype=str(loaded.dtype).removeprefix("torch."),
+            quantization=config.quantization,
             eos_token_ids=loaded.spec.eos_token_ids,
             device=loaded.device_name,
         )
@@ -68,6 +69,7 @@ def runner_config(config: AppConfig, model_path: str) -> RunnerConfig:
     return RunnerConfig(
         model_path=model_path,
         dtype=config.dtype,
+        quantization=config.quantization,
         device=config.device,
         block_size=config.block_size,
         max_model_len=config.max_model_len,

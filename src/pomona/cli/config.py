@@ -46,6 +46,9 @@ class AppConfig(BaseSettings):
     allow_hub_adapters: bool = Field(default=False, description="Let the API load adapters from the Hugging Face hub.")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Weights and activations.")
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="Store the base's matrices as int8: half the memory of bfloat16. Adapters keep the dtype."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     max_model_len: int | None = Field(
         None, ge=1, description="Longest prompt + output, in tokens; default: the model's."

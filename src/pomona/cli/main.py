@@ -225,6 +225,7 @@ def bench_serve(
 @bench_app.command("accuracy")
 def bench_accuracy(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quantization: Annotated[str, typer.Option(help="none or int8.")] = "none",
     update: Annotated[Path | None, typer.Option(help="Markdown file whose accuracy table to replace.")] = None,
 ) -> None:
     """Count the exact answers of the bundled adapters on held-out words, and of the base without them.
@@ -237,7 +238,7 @@ def bench_accuracy(
     """
     from pomona.cli.accuracy import run_accuracy
 
-    run_accuracy(dtype, update)
+    run_accuracy(dtype, quantization, update)
 
 
 @bench_app.command("ceilings")

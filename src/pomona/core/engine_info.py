@@ -20,3 +20,5 @@ class EngineInfo:
     """For people: "cpu (16 threads, avx512)", "cuda:0 (NVIDIA H200)"."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end an answer, from the checkpoint's config; () if it names none."""
+    quantization: str = "none"
+    """Of the base's matrices: none or int8."""

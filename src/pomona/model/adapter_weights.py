@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pomona.core.adapter import EMBEDDING_NAME, HEAD_NAME, AdapterFiles, BaseModules, ModuleLora, ResolvedAdapter
 from pomona.core.errors import AdapterError
+from pomona.kernels.linear import is_served_as
 from pomona.model.adapter_modules import ModuleMap, map_modules, norm_size
 from pomona.model.adapter_state import AdapterState, parse_tensors
 from pomona.model.lora import AdapterExtras, PageLayout
@@ -279,8 +280,8 @@ class _Parts:
         for part in ("base.weight", "weight"):
             if self._state.has(name, part):
                 table = self._cast(self._state.take(name, part, self._table_shape), name)
-                base_table = self._base.embed_weight if name == EMBEDDING_NAME else self._base.lm_head_weight
-                return None if torch.equal(table, base_table.to(table.device)) else table
+                base_table = self._base.embed if name == EMBEDDING_NAME else self._base.lm_head
+                return None if is_served_as(table, base_table) else table
         return None
 
     def _share_tied_table(self) -> None:

@@ -2,9 +2,11 @@
 
 Reads safetensors (one file or shards) or, failing that, pytorch_model.bin without ever unpickling code. Each source
 tensor is copied straight from the mapped file into its place, so that memory never holds the model twice (a .bin of
-the old, unmappable kind costs its own size on top, one shard at a time).
+the old, unmappable kind costs its own size on top, one shard at a time). int8 weights are made of the serving dtype's,
+one matrix after the other.
 """
 
+import enum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +15,25 @@ import torch
 from torch import Tensor
 
 from pomona.core.errors import CheckpointError
-from pomona.kernels.linear import PackedWeight, dense, pack, unpack
+from pomona.kernels.linear import PackedWeight, dense, pack, quantize, unpack
 from pomona.model.checkpoint_files import TensorInfo, describe_tensors, find_files, read_tensors
 from pomona.model.spec import TARGET_NAMES, TARGET_PARENTS, ModelSpec, Site, Target
 
 _EMBED = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 _FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+class Quantization(enum.StrEnum):
+    """How matrices are stored: projections, lm_head, and with it a tied embedding.
+
+    Biases, norms and an embedding of its own, whose rows are only looked up, always keep the serving dtype.
+    """
+
+    NONE = "none"
+    """In the serving dtype."""
+    INT8 = "int8"
+    """A byte per weight and a scale per output, made when the checkpoint is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +73,17 @@ class DecoderWeights:
 
     @property
     def embed_weight(self) -> Tensor:
-        """[vocab_size, hidden_size] as in the checkpoint: a copy if the backend has a layout of its own."""
+        """[vocab_size, hidden_size] as served: a copy if the backend has a layout of its own, float32 if quantized."""
         return unpack(self.embed)
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """[vocab_size, hidden_size] as in the checkpoint: a copy if the backend has a layout of its own."""
+        """[vocab_size, hidden_size] as served: a copy if the backend has a layout of its own, float32 if quantized."""
         return unpack(self.lm_head)
 
     def target_weight(self, layer: int, target: Target) -> Tensor:
-        """One target's weight [out_features, in_features]: a view, or a copy if the backend has its own layout."""
+        """One target's weight [out_features, in_features] as served: a view, or a copy if the backend has a layout of
+        its own; float32 if quantized."""
         site, rows = _site_rows(self.spec, target)
         return unpack(self.layers[layer].sites[site])[rows]
 
@@ -137,20 +152,25 @@ def allocate_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def pack_weights(weights: DecoderWeights) -> DecoderWeights:
+def pack_weights(weights: DecoderWeights, quantization: Quantization = Quantization.NONE) -> DecoderWeights:
     """Lay dense weights out for their device's backend, one matrix after the other, so that at most one exists twice.
 
     Args:
         weights: in the dense layout; not to be used afterwards.
+        quantization: how to store them.
     """
+
+    def packed(weight: Tensor) -> PackedWeight:
+        return pack(quantize(weight) if quantization is Quantization.INT8 else weight)
+
     for layer in weights.layers:
         for site, weight in layer.sites.items():
-            layer.sites[site] = pack(unpack(weight))
+            layer.sites[site] = packed(unpack(weight))
     if weights.spec.is_tied:
-        table = pack(weights.embed_weight)
+        table = packed(weights.embed_weight)
         return replace(weights, embed=table, lm_head=table)
     # Rows of an embedding of its own are only ever looked up.
-    return replace(weights, lm_head=pack(weights.lm_head_weight))
+    return replace(weights, lm_head=packed(weights.lm_head_weight))
 
 
 def named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
@@ -178,6 +198,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    quantization: Quantization = Quantization.NONE,
 ) -> DecoderWeights:
     """Read a checkpoint.
 
@@ -187,6 +208,7 @@ def load_weights(
         dtype: the serving dtype, to which float32, float16 and bfloat16 sources are cast.
         device: where the weights go.
         progress: called with (bytes in place, bytes in total) after every tensor.
+        quantization: how to store the matrices.
 
     Raises:
         CheckpointError: no weights, an unreadable file, or a missing, unexpected or wrongly shaped tensor; nothing has
@@ -212,7 +234,7 @@ def load_weights(
                     progress(done, total)
         if has_spare_head:
             _check_spare_head(found, weights.embed_weight)
-        return pack_weights(weights)
+        return pack_weights(weights, quantization)
 
 
 def _check(

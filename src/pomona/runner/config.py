@@ -15,6 +15,8 @@ class RunnerConfig:
     """Local folder of a Hugging Face checkpoint."""
     dtype: str = "auto"
     """auto (the checkpoint's own; float32 instead of float16 on CPU), float32, bfloat16 or float16."""
+    quantization: str = "none"
+    """How the base's matrices are stored: none (in the serving dtype) or int8."""
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda, or cuda:N."""
     block_size: int = 16
@@ -40,6 +42,8 @@ class RunnerConfig:
         """Check what can be checked without the model."""
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype is {self.dtype!r}: must be auto, float32, bfloat16 or float16")
+        if self.quantization not in ("none", "int8"):
+            raise ConfigError(f"quantization is {self.quantization!r}: must be none or int8")
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "rows_per_page"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")

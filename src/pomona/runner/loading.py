@@ -14,7 +14,7 @@ from pomona.model.decoder import Decoder
 from pomona.model.hf_config import read_spec
 from pomona.model.lora import PageLayout
 from pomona.model.spec import ModelSpec
-from pomona.model.weights import DecoderWeights, load_weights
+from pomona.model.weights import DecoderWeights, Quantization, load_weights
 from pomona.runner.adapter_host import StagedAdapters
 from pomona.runner.adapter_pool import AdapterPool
 from pomona.runner.config import RunnerConfig
@@ -96,4 +96,5 @@ def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) 
         torch_dtype(config, spec, device),
         device,
         lambda done, total: report_progress(f"loading weights {100 * done // total}%"),
+        Quantization(config.quantization),
     )

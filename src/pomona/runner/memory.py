@@ -73,6 +73,7 @@ def plan_capacity(
 def _free_bytes(config: RunnerConfig, spec: ModelSpec, device: torch.device) -> int:
     if device.type != "cuda":
         return int(available_host_bytes() * _CPU_FRACTION)
+    torch.cuda.empty_cache()  # what packing the weights left behind
     free, total = torch.cuda.mem_get_info(device)
     reserve = _activation_bytes(config, spec)
     return int(total * config.gpu_memory_fraction) - (total - free) - reserve
