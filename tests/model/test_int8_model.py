@@ -1,4 +1,4 @@
-"""A model with int8 weights is the model whose checkpoint holds the dequantized ones, adapters of every kind included."""
+"""An int8 model is the model whose checkpoint holds the dequantized weights, adapters of every kind included."""
 
 from pathlib import Path
 from typing import Any

@@ -111,7 +111,7 @@ def load_decoder(
 
 
 def dequantized_checkpoint(path: Path, source: Path) -> Path:
-    """Write a float32 copy of a checkpoint with every matrix as int8 serves it, but an embedding of its own as it is."""
+    """Write a float32 copy of a checkpoint with its matrices as int8 serves them; an embedding of its own stays."""
     shutil.copytree(source, path)
     tensors = load_file(path / "model.safetensors")
     is_tied = read_spec(source).is_tied
