@@ -1,0 +1,92 @@
+"""Settings of a cluster simulation. What a replica can do and costs, how many there are, who chooses among them, and what
+goes wrong.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pomona.core.errors import ConfigError
+from pomona.metrics.slo import Slo
+from pomona.router.autoscale import AutoscalerConfig
+from pomona.router.fleet import RouterConfig
+from pomona.sched.config import SchedulerConfig
+from pomona.sim.cost_model import CostModel, PerTokenCost
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """How replicas are lost.
+
+    Raises:
+        ConfigError: a value is out of range, or the capacity's times do not ascend.
+    """
+
+    mean_life_s: float | None = None
+    """Mean of exponential times to failure of each replica; None never fails."""
+    capacity: tuple[tuple[float, int], ...] = ()
+    """(time in seconds, replicas that can be had from then on): spot availability. Too many are interrupted, drawn at
+    random."""
+    notice_s: float = 30.0
+    """Time between an interruption's notice and its execution."""
+    on_notice: Literal["move", "stay"] = "move"
+    """What happens to a replica's requests at the notice: they begin again elsewhere at once, or run on to the end."""
+    on_loss: Literal["restart", "fail"] = "restart"
+    """What happens to requests that a lost replica still had."""
+
+    def __post_init__(self) -> None:
+        """Check every range once."""
+        if self.mean_life_s is not None and not self.mean_life_s > 0.0:
+            raise ConfigError(f"mean_life_s is {self.mean_life_s}: must be positive")
+        if not self.notice_s >= 0.0:
+            raise ConfigError(f"notice_s is {self.notice_s}: must be at least 0")
+        last_s = 0.0
+        for place, (time_s, num_replicas) in enumerate(self.capacity):
+            if not time_s >= last_s:
+                raise ConfigError(f"capacity[{place}] is at {time_s} s: times must not be negative, and must ascend")
+            if num_replicas < 0:
+                raise ConfigError(f"capacity[{place}] is {num_replicas} replicas: must be at least 0")
+            last_s = time_s
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """A cluster.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    scheduler: SchedulerConfig
+    """Of every replica. Unless a prompt source says otherwise no two prompts begin alike, so the prefix cache finds
+    nothing, and simulations are faster without it."""
+    cost_model: CostModel = field(default_factory=PerTokenCost)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    autoscaler: AutoscalerConfig = field(default_factory=AutoscalerConfig)
+    num_replicas: int = 1
+    """Replicas that serve from the start."""
+    start_s: float = 60.0
+    """Time from asking for a further replica until it serves."""
+    losses: LossConfig = field(default_factory=LossConfig)
+    slo: Slo = field(default_factory=Slo)
+    counts_output_kv: bool = True
+    """The router counts a request's whole output as KV that it will need, not its prompt alone."""
+    consolidation_interval_s: float | None = None
+    """Time between rounds of moving requests off light replicas (Punica); None never moves."""
+    max_moves: int = 32
+    """Most requests moved in a round."""
+    sample_interval_s: float | None = None
+    """Time between samples of the fleet; None takes none."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every range once."""
+        if self.num_replicas < 1:
+            raise ConfigError(f"num_replicas is {self.num_replicas}: must be at least 1")
+        if not self.start_s >= 0.0:
+            raise ConfigError(f"start_s is {self.start_s}: must be at least 0")
+        if self.max_moves < 1:
+            raise ConfigError(f"max_moves is {self.max_moves}: must be at least 1")
+        for name in ("consolidation_interval_s", "sample_interval_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ConfigError(f"{name} is {value}: must be positive")

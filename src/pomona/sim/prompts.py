@@ -1,0 +1,74 @@
+"""Token ids of simulated prompts. What they say does not matter, only which prompts begin alike."""
+
+from functools import lru_cache
+from typing import Protocol
+
+from pomona.workload.spec import WorkloadRequest
+
+
+class PromptSource(Protocol):
+    """Makes prompts."""
+
+    def token_ids(self, number: int, request: WorkloadRequest, num_delivered: int) -> tuple[int, ...]:
+        """The prompt of a request, followed by the output tokens that were delivered before it began again."""
+        ...
+
+    def prefix_keys(self, number: int, request: WorkloadRequest) -> tuple[bytes, ...]:
+        """What a router may know of its beginning: see ``RouteRequest.prefix_keys``."""
+        ...
+
+
+@lru_cache(maxsize=8192)
+def _filler(num_tokens: int) -> tuple[int, ...]:
+    # Equal lengths share one tuple: most of a simulation's memory would be prompts otherwise.
+    return (0,) * num_tokens
+
+
+class UniquePrompts:
+    """No two prompts begin alike.
+
+    Args:
+        is_distinct: False makes all prompts of a length one object, for replicas without a prefix cache.
+    """
+
+    def __init__(self, *, is_distinct: bool = True) -> None:
+        self._is_distinct = is_distinct
+
+    def token_ids(self, number: int, request: WorkloadRequest, num_delivered: int) -> tuple[int, ...]:
+        """See ``PromptSource``."""
+        num_tokens = request.num_prompt_tokens + num_delivered
+        return (number, *_filler(num_tokens - 1)) if self._is_distinct else _filler(num_tokens)
+
+    def prefix_keys(self, number: int, request: WorkloadRequest) -> tuple[bytes, ...]:
+        """See ``PromptSource``."""
+        del number, request
+        return ()
+
+
+class SystemPrompts:
+    """Prompts of one adapter begin alike, with the system prompt that it was trained with.
+
+    Args:
+        num_shared_tokens: length of the system prompts; longer than a request's prompt, they fill it but for a token.
+        key_tokens: tokens per prefix key.
+    """
+
+    def __init__(self, num_shared_tokens: int, key_tokens: int) -> None:
+        self._num_shared_tokens = num_shared_tokens
+        self._key_tokens = key_tokens
+
+    def _num_shared(self, request: WorkloadRequest) -> int:
+        return min(self._num_shared_tokens, request.num_prompt_tokens - 1)
+
+    def token_ids(self, number: int, request: WorkloadRequest, num_delivered: int) -> tuple[int, ...]:
+        """See ``PromptSource``."""
+        num_shared = self._num_shared(request)
+        num_own = request.num_prompt_tokens + num_delivered - num_shared
+        index = -1 if request.adapter_index is None else request.adapter_index
+        return (index + 1,) * num_shared + (number, *_filler(num_own - 1))
+
+    def prefix_keys(self, number: int, request: WorkloadRequest) -> tuple[bytes, ...]:
+        """See ``PromptSource``."""
+        del number
+        num_keys = self._num_shared(request) // self._key_tokens
+        return tuple(f"{request.adapter_index}/{k}".encode() for k in range(num_keys))
