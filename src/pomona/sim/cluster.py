@@ -30,7 +30,7 @@ from pomona.workload.spec import WorkloadRequest
 class _Live:
     """A request that has not ended."""
 
-    __slots__ = ("number", "num_delivered", "num_restarts", "replica_id", "request_id", "route", "workload")
+    __slots__ = ("num_delivered", "num_restarts", "number", "replica_id", "request_id", "route", "workload")
 
     def __init__(self, number: int, workload: WorkloadRequest, route: RouteRequest) -> None:
         self.number = number
@@ -61,9 +61,7 @@ class ClusterSim:
         prompts: the token ids of prompts; by default no two prompts begin alike.
     """
 
-    def __init__(
-        self, config: ClusterConfig, adapters: AdapterPopulation, prompts: PromptSource | None = None
-    ) -> None:
+    def __init__(self, config: ClusterConfig, adapters: AdapterPopulation, prompts: PromptSource | None = None) -> None:
         self.config = config
         self.heap = EventHeap()
         self.ledger = Ledger()
@@ -317,6 +315,7 @@ class ClusterSim:
         record, stats = member.record, member.replica.stats
         record.busy_s = member.replica.busy_s
         record.num_steps = stats.num_steps
+        record.num_prompt_tokens = stats.num_prompt_tokens
         record.num_output_tokens = stats.num_output_tokens
         record.num_preemptions = stats.num_preemptions
         record.num_adapter_loads = stats.num_adapter_loads

@@ -1,5 +1,5 @@
-"""Settings of a cluster simulation. What a replica can do and costs, how many there are, who chooses among them, and what
-goes wrong.
+"""Settings of a cluster simulation: what a replica can do and costs, how many there are, who chooses among them, and
+what goes wrong.
 """
 
 from dataclasses import dataclass, field
@@ -28,8 +28,9 @@ class LossConfig:
     random."""
     notice_s: float = 30.0
     """Time between an interruption's notice and its execution."""
-    on_notice: Literal["move", "stay"] = "move"
-    """What happens to a replica's requests at the notice: they begin again elsewhere at once, or run on to the end."""
+    on_notice: Literal["move", "stay"] = "stay"
+    """What happens to a replica's requests at the notice: they begin again elsewhere at once, or run on to the end.
+    Beginning again costs the same prefill at either time, and some of those that stay are done by then."""
     on_loss: Literal["restart", "fail"] = "restart"
     """What happens to requests that a lost replica still had."""
 

@@ -196,6 +196,8 @@ class ReplicaRecord:
     num_ended: int = 0
     """Requests that ended there."""
     num_steps: int = 0
+    num_prompt_tokens: int = 0
+    """Prompt tokens computed: what the prefix cache found is not among them, what was recomputed is."""
     num_output_tokens: int = 0
     num_preemptions: int = 0
     num_adapter_loads: int = 0
