@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pomona.core.ids import RequestId
 from pomona.core.plan import ScheduledSeq, SeqStart
 from pomona.core.request import SamplingParams
-from pomona.runner.sampler import sample, token_logprobs, uniform
+from pomona.runner.sampler import Sampled, choose, token_logprobs, uniform
 from pomona.runner.sequences import SequenceTable
 
 VOCAB = 50
@@ -24,6 +24,10 @@ def make_table(*sampling: SamplingParams, prompt=(1, 2, 3), output=()):
         start = SeqStart((*prompt, *output), len(prompt), params, None)
         rows.append(table.update(ScheduledSeq(RequestId(str(index)), 0, 1, True, (), start)))
     return table, np.array(rows)
+
+
+def sample(logits: torch.Tensor, rows: np.ndarray, table: SequenceTable) -> Sampled:
+    return choose(logits, rows, table).sampled()
 
 
 def make_logits(num_rows=1, seed=0):

@@ -20,10 +20,11 @@ class TinyEngine:
 
     Args:
         checkpoint: a base model's folder.
+        overlap_steps: see Engine.
         settings: fields of RunnerConfig and SchedulerConfig; ``num_kv_blocks`` makes memory scarce.
     """
 
-    def __init__(self, checkpoint: Path, **settings: Any) -> None:
+    def __init__(self, checkpoint: Path, *, overlap_steps: bool = False, **settings: Any) -> None:
         defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "block_size": 4, "num_threads": 1}
         memory: dict[str, Any] = {"kv_cache_bytes": 8 * 2**20, "adapter_bytes": 4 * 2**20}
         chosen = {**defaults, **memory, **{name: settings[name] for name in settings if name in _RUNNER_FIELDS}}
@@ -40,6 +41,7 @@ class TinyEngine:
                 }
             ),
             self.loaded.runner,
+            overlap_steps=overlap_steps,
         )
         self.outputs: dict[RequestId, list[RequestOutput]] = {}
         self._now_s = 0.0

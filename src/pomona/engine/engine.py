@@ -3,7 +3,6 @@ this very object.
 """
 
 from collections import deque
-from dataclasses import dataclass
 
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import AdapterId, RequestId
@@ -14,16 +13,6 @@ from pomona.core.request import Request
 from pomona.sched.adapter_slots import AdapterStatus
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.scheduler import Scheduler
-
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """A step of an executor that does not launch: carried out when it was asked for."""
-
-    done: StepResult
-
-    def result(self) -> StepResult:
-        return self.done
 
 
 class Engine:
@@ -38,10 +27,12 @@ class Engine:
     """
 
     def __init__(self, config: SchedulerConfig, executor: Executor, *, overlap_steps: bool = False) -> None:
-        assert not overlap_steps or isinstance(executor, LaunchingExecutor), "overlap needs an executor that launches"
         self._scheduler = Scheduler(config)
         self._executor = executor
-        self._overlap_steps = overlap_steps
+        self._launcher: LaunchingExecutor | None = None
+        if overlap_steps:
+            assert isinstance(executor, LaunchingExecutor), "overlap needs an executor that launches"
+            self._launcher = executor
         # Steps whose results have not been taken in, oldest first: at most one between calls of ``step``.
         self._launched: deque[tuple[StepPlan, LaunchedStep]] = deque()
         # Terminal outputs of a step whose execution raised; whoever calls next gets them.
@@ -85,24 +76,26 @@ class Engine:
         if not self._launched and not self._scheduler.has_work:
             return outputs
         try:
-            if not self._launched:
-                self._launch(self._scheduler.schedule(now_s))
-            if self._overlap_steps and (ahead := self._scheduler.schedule_ahead(now_s)) is not None:
-                self._launch(ahead)
-            plan, launched = self._launched.popleft()
-            result = launched.result()
+            if self._launcher is not None:
+                plan, result = self._overlapped_step(self._launcher, now_s)
+            else:
+                plan = self._scheduler.schedule(now_s)
+                result = self._executor.execute(plan)
         except Exception as error:
             self._launched.clear()
             self._undelivered = outputs + self._scheduler.fail_all(f"the model failed: {type(error).__name__}")
             raise
         return outputs + self._scheduler.update(plan, result, now_s)
 
-    def _launch(self, plan: StepPlan) -> None:
-        if self._overlap_steps:
-            assert isinstance(self._executor, LaunchingExecutor)
-            self._launched.append((plan, self._executor.launch(plan)))
-        else:
-            self._launched.append((plan, _Done(self._executor.execute(plan))))
+    def _overlapped_step(self, executor: LaunchingExecutor, now_s: float) -> tuple[StepPlan, StepResult]:
+        """The result of the oldest step under way, once the one after it has been launched as well."""
+        if not self._launched:
+            plan = self._scheduler.schedule(now_s)
+            self._launched.append((plan, executor.launch(plan)))
+        if (ahead := self._scheduler.schedule_ahead(now_s)) is not None:
+            self._launched.append((ahead, executor.launch(ahead)))
+        plan, launched = self._launched.popleft()
+        return plan, launched.result()
 
     def fail_all(self, reason: str) -> list[RequestOutput]:
         """End every request with FAIL, for example because the executor died. Registered adapters stay registered.

@@ -1,7 +1,7 @@
-"""ModelRunner: the Executor made of tensors. It carries out plans; it decides nothing."""
+"""ModelRunner: the LaunchingExecutor made of tensors. It carries out plans; it decides nothing."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,13 +13,46 @@ from pomona.model.decoder import Decoder
 from pomona.model.lora import LoraState
 from pomona.runner.adapter_host import StagedAdapters
 from pomona.runner.adapter_pool import AdapterPool
-from pomona.runner.batch import DeviceBatch, build_batch
+from pomona.runner.batch import HostBatch, gather, to_device
 from pomona.runner.kv_cache import KVCache
-from pomona.runner.sampler import sample, token_logprobs
-from pomona.runner.sequences import SequenceTable
+from pomona.runner.sampler import Choice, choose, token_logprobs
+from pomona.runner.sequences import ExpectedTokens, SequenceTable
 
 _PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits are held at once: bounds memory at this many rows of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class LaunchedModelStep:
+    """A step of which everything has been asked of the device."""
+
+    step_id: int
+    table: SequenceTable
+    request_ids: list[RequestId] = field(default_factory=list)
+    """Of the sampled rows."""
+    sampling: tuple[Choice, ExpectedTokens] | None = None
+    """None if no row is sampled."""
+    prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+
+    @torch.inference_mode()
+    def result(self) -> StepResult:
+        """Wait for the step's tokens and record them in the table."""
+        if self.sampling is None:
+            return StepResult(step_id=self.step_id, prompt_logprobs=self.prompt_logprobs)
+        choice, expected = self.sampling
+        sampled = choice.sampled()
+        self.table.take_in(expected, sampled.token_ids)
+        pairs = zip(self.request_ids, sampled.token_ids.tolist(), sampled.is_finite, strict=True)
+        return StepResult(
+            step_id=self.step_id,
+            sampled={request_id: token_id for request_id, token_id, ok in pairs if ok},
+            logprobs={self.request_ids[index]: value for index, value in sampled.logprobs.items()},
+            prompt_logprobs=self.prompt_logprobs,
+            failed={
+                self.request_ids[index]: "the model produced logits that are not finite"
+                for index in np.flatnonzero(~sampled.is_finite)
+            },
+        )
 
 
 class ModelRunner:
@@ -53,45 +86,45 @@ class ModelRunner:
         self._table = table
         self._block_size = block_size
         self._device = device
+        # Tokens that the latest step sampled; those whose values the host lacks are read from here.
+        self._latest: Tensor | None = None
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry out one step: release, evict, load, forward, sample."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> "LaunchedModelStep":
+        """Begin a step: everything but to wait for its tokens. On a CPU all of it is done here.
+
+        Log-probabilities of prompt tokens are waited for.
+        """
         for request_id in plan.released:
             self._table.release(request_id)
         self._adapter_pool.apply(plan.adapter_evictions, plan.adapter_loads, self._staged.staged)
         if not plan.seqs:
-            return StepResult(step_id=plan.step_id)
-        batch = build_batch(plan, self._table, self._block_size, self._device)
-        lora = self._adapter_pool.state(batch.adapter_runs)
+            return LaunchedModelStep(plan.step_id, self._table)
+        host = gather(plan, self._table, self._block_size)
+        batch = to_device(host, self._device, self._latest)
+        lora = self._adapter_pool.state(host.adapter_runs)
         hidden = self._decoder.forward(batch.token_ids, batch.positions, self._kv_cache.layers, batch.attention, lora)
-        prompt_logprobs = self._prompt_logprobs(plan, batch, hidden, lora)
-        if not batch.sampled_seqs.size:
-            return StepResult(step_id=plan.step_id, prompt_logprobs=prompt_logprobs)
+        prompt_logprobs = self._prompt_logprobs(plan, host, hidden, lora)
+        if not host.sampled_seqs.size:
+            return LaunchedModelStep(plan.step_id, self._table, prompt_logprobs=prompt_logprobs)
         logits = self._decoder.logits(hidden[batch.sampled_rows], lora)
-        rows = batch.table_rows[batch.sampled_seqs]
-        sampled = sample(logits, rows, self._table)
-        self._table.append(rows, sampled.token_ids)
-        request_ids = [plan.seqs[index].request_id for index in batch.sampled_seqs]
-        return StepResult(
-            step_id=plan.step_id,
-            sampled={
-                request_id: token_id
-                for request_id, token_id, ok in zip(
-                    request_ids, sampled.token_ids.tolist(), sampled.is_finite, strict=True
-                )
-                if ok
-            },
-            logprobs={request_ids[index]: value for index, value in sampled.logprobs.items()},
+        rows = host.table_rows[host.sampled_seqs]
+        choice = choose(logits, rows, self._table)
+        self._latest = choice.token_ids
+        return LaunchedModelStep(
+            plan.step_id,
+            self._table,
+            request_ids=[plan.seqs[index].request_id for index in host.sampled_seqs],
+            sampling=(choice, self._table.expect(rows)),
             prompt_logprobs=prompt_logprobs,
-            failed={
-                request_ids[index]: "the model produced logits that are not finite"
-                for index in np.flatnonzero(~sampled.is_finite)
-            },
         )
 
     def _prompt_logprobs(
-        self, plan: StepPlan, batch: DeviceBatch, hidden: Tensor, lora: LoraState | None
+        self, plan: StepPlan, batch: HostBatch, hidden: Tensor, lora: LoraState | None
     ) -> dict[RequestId, tuple[TokenLogprobs, ...]]:
         """For sequences that asked: log-probabilities of the prompt tokens that this step's rows predict."""
         found: dict[RequestId, tuple[TokenLogprobs, ...]] = {}

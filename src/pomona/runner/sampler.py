@@ -5,6 +5,7 @@ number i is a hash of (seed, i), so the batch it shares never changes them.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 from pomona.core.plan import TokenLogprobs
 from pomona.core.request import SamplingParams
 from pomona.kernels.sample import greedy
+from pomona.runner.copies import Download, upload
 from pomona.runner.sequences import SequenceTable
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Next tokens of the sampled rows."""
+    """Next tokens of the sampled rows, on the host."""
 
     token_ids: NDArray[np.int64]
     """[num_rows]."""
@@ -29,27 +31,50 @@ class Sampled:
     """By row, for those that asked."""
 
 
-def sample(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Sampled:
-    """Choose the next token of every row.
+@dataclass(frozen=True)
+class Choice:
+    """Next tokens of the sampled rows, on the device."""
+
+    token_ids: Tensor
+    """int64 [num_rows]."""
+    download: Download
+    """token_ids, and whether each row's logits were finite: bool [num_rows]."""
+    raw: dict[int, tuple[Tensor, int]]
+    """By row, for those that asked for log-probabilities: logits [vocab_size] and the number of likeliest tokens."""
+
+    def sampled(self) -> Sampled:
+        """Wait for the tokens."""
+        token_ids, is_finite = cast(tuple[NDArray[np.int64], NDArray[np.bool_]], self.download.arrays())
+        logprobs = {
+            i: token_logprobs(logits, int(token_ids[i]), num_top)
+            for i, (logits, num_top) in self.raw.items()
+            if is_finite[i]
+        }
+        return Sampled(token_ids, is_finite, logprobs)
+
+
+def choose(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Choice:
+    """Choose the next token of every row, without waiting for the device.
 
     Args:
         logits: float32 [num_rows, vocab_size]; changed in place.
         rows: [num_rows], the sequences' rows in the table.
         table: sampling parameters and tokens so far.
     """
-    greedy_ids, finite = greedy(logits)
-    is_finite = finite.cpu().numpy()
+    token_ids, is_finite = greedy(logits)
     special = np.flatnonzero(~table.is_plain[rows])
     wanted = {int(i): _params(table, rows[i]).logprobs for i in special}
-    raw = {i: logits[i].clone() for i, num_top in wanted.items() if num_top is not None}
+    raw = {i: (logits[i].clone(), num_top) for i, num_top in wanted.items() if num_top is not None}
     for i in special:
         _edit(logits[int(i)], int(rows[i]), table)
     if special.size:
-        edited = torch.from_numpy(special).to(logits.device)
-        greedy_ids[edited] = greedy(logits[edited])[0]
-    token_ids = _choose(logits, greedy_ids, rows, table)
-    logprobs = {i: token_logprobs(raw[i], int(token_ids[i]), wanted[i] or 0) for i in raw if is_finite[i]}
-    return Sampled(token_ids=token_ids, is_finite=is_finite, logprobs=logprobs)
+        edited = upload(special, logits.device)
+        token_ids[edited] = greedy(logits[edited])[0]
+    random = np.flatnonzero(table.temperature[rows] > 0)
+    if random.size:
+        drawn = upload(random, logits.device)
+        token_ids[drawn] = _draw(logits[drawn], rows[random], table)
+    return Choice(token_ids, Download.of(token_ids, is_finite), raw)
 
 
 def _params(table: SequenceTable, row: int) -> SamplingParams:
@@ -62,7 +87,9 @@ def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
     """Apply penalties, bias and min_tokens to one row's logits [vocab_size], in place."""
     params = _params(table, row)
     num_tokens, num_prompt = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
-    tokens = torch.from_numpy(table.token_ids[row, :num_tokens]).to(logits.device)
+    tokens = upload(table.token_ids[row, :num_tokens], logits.device)
+    if params.has_penalties:
+        assert num_tokens == table.num_host_tokens[row], "penalties need all of the sequence's tokens on the host"
     if params.repetition_penalty != 1.0:
         seen = torch.unique(tokens)
         values = logits[seen]
@@ -79,16 +106,6 @@ def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
         logits[list(params.stop_token_ids)] = -torch.inf
 
 
-def _choose(logits: Tensor, token_ids: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> NDArray[np.int64]:
-    """The greedy ``token_ids``, with those of rows of positive temperature drawn instead."""
-    random = np.flatnonzero(table.temperature[rows] > 0)
-    if random.size:
-        picked = _draw(logits[torch.from_numpy(random).to(logits.device)], rows[random], table)
-        token_ids[torch.from_numpy(random).to(logits.device)] = picked
-    result: NDArray[np.int64] = token_ids.cpu().numpy()
-    return result
-
-
 def _draw(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Tensor:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds the row's uniform number.
 
@@ -96,26 +113,26 @@ def _draw(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Tens
     """
 
     def column(values: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(values[rows]).to(logits.device).unsqueeze(1)
+        return upload(values[rows], logits.device).unsqueeze(1)
 
     probs = torch.softmax(logits / column(table.temperature), dim=-1)
     vocab_size = probs.shape[1]
     is_filtered = ((table.top_k[rows] > 0) & (table.top_k[rows] < vocab_size)) | (table.top_p[rows] < 1.0)
     filtered = np.flatnonzero(is_filtered)
     if filtered.size:
-        index = torch.from_numpy(filtered).to(logits.device)
+        index = upload(filtered, logits.device)
         top_k = np.where(table.top_k[rows[filtered]] > 0, table.top_k[rows[filtered]], vocab_size)
         probs[index] = _keep_top(
             probs[index],
-            torch.from_numpy(top_k).to(logits.device).unsqueeze(1),
-            torch.from_numpy(table.top_p[rows[filtered]]).to(logits.device).unsqueeze(1),
+            upload(top_k, logits.device).unsqueeze(1),
+            upload(table.top_p[rows[filtered]], logits.device).unsqueeze(1),
         )
     if (table.min_p[rows] > 0).any():
         floor = probs.amax(dim=1, keepdim=True) * column(table.min_p)
         probs = probs.masked_fill(probs < floor, 0.0)
     cdf = probs.to(torch.float64).cumsum(dim=1)
     draws = uniform(table.seed[rows], (table.num_tokens[rows] - table.num_prompt_tokens[rows]).astype(np.uint64))
-    threshold = torch.from_numpy(draws).to(logits.device).unsqueeze(1) * cdf[:, -1:]
+    threshold = upload(draws, logits.device).unsqueeze(1) * cdf[:, -1:]
     # right=True skips tokens of probability zero. The clamp only matters for rows that are not finite.
     return torch.searchsorted(cdf, threshold, right=True).squeeze(1).clamp_(max=vocab_size - 1)
 

@@ -4,6 +4,8 @@ The plan names only what changed; everything the step needs is then gathered fro
 work per step is a few array operations, whatever the number of sequences.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +24,13 @@ class SequenceTable:
         self.num_blocks: NDArray[np.int32] = np.zeros(max_num_seqs, dtype=np.int32)
         self.token_ids: NDArray[np.int64] = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self.num_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
+        """Prompt and outputs, those included that a step under way samples."""
+        self.num_host_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
+        """Those of them whose values have come back, and are in ``token_ids``."""
+        self.sampled_index: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
+        """Place of the latest token among those that its step sampled."""
+        self.tenure: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
+        """Sequences that have had the row: tells whether it still belongs to the one it was given to."""
         self.num_prompt_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
         self.temperature: NDArray[np.float32] = np.zeros(max_num_seqs, dtype=np.float32)
         self.top_p: NDArray[np.float32] = np.ones(max_num_seqs, dtype=np.float32)
@@ -73,7 +82,8 @@ class SequenceTable:
         sampling = start.sampling
         self.num_blocks[row] = 0
         self.token_ids[row, :num_tokens] = start.token_ids
-        self.num_tokens[row] = num_tokens
+        self.num_tokens[row] = self.num_host_tokens[row] = num_tokens
+        self.tenure[row] += 1
         self.num_prompt_tokens[row] = start.num_prompt_tokens
         self.temperature[row] = sampling.temperature
         self.top_p[row] = sampling.top_p
@@ -90,7 +100,27 @@ class SequenceTable:
         self.sampling[row] = sampling
         self.adapter_ids[row] = start.adapter_id
 
-    def append(self, rows: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
-        """Record the tokens sampled for these rows."""
-        self.token_ids[rows, self.num_tokens[rows]] = token_ids
+    def expect(self, rows: NDArray[np.int64]) -> "ExpectedTokens":
+        """Count the tokens that a step samples for these rows, in this order; ``take_in`` is told their values."""
+        expected = ExpectedTokens(rows, self.num_tokens[rows], self.tenure[rows])
         self.num_tokens[rows] += 1
+        self.sampled_index[rows] = np.arange(len(rows))
+        return expected
+
+    def take_in(self, expected: "ExpectedTokens", token_ids: NDArray[np.int64]) -> None:
+        """Record the values of expected tokens, except those of sequences that are gone."""
+        rows, positions = expected.rows, expected.positions
+        is_held = self.tenure[rows] == expected.tenures
+        if not is_held.all():
+            rows, positions, token_ids = rows[is_held], positions[is_held], token_ids[is_held]
+        self.token_ids[rows, positions] = token_ids
+        self.num_host_tokens[rows] = positions + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedTokens:
+    """Tokens under way, as arrays over the sampled rows."""
+
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    tenures: NDArray[np.int64]
