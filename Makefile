@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml $(wildcard setup.py) $(wildcard src/pomona/kernels/cpu/native/*)
 
-.PHONY: demo test check format docs bench bench-serve bench-peers train clean help
+.PHONY: demo test check format docs bench bench-quick bench-serve bench-peers train clean help
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,11 +32,20 @@ docs: $(VENV)/.installed-dev  ## Regenerate docs/reference.
 
 bench: $(VENV)/.installed-dev  ## Measure ceilings, ops, steps, jobs and server; rows and tables are written.
 	$(BIN)/python -m benchmarks.ceilings
-	$(BIN)/python benchmarks/kernels/bench_ops.py --threads "$$(nproc)" >> "benchmarks/results/$$(date -u +%F)-ops.jsonl"
+	$(BIN)/python -m benchmarks.kernels.bench_ops
 	$(BIN)/python -m benchmarks.step --profile
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.server
 	$(BIN)/python -m benchmarks.report
+
+bench-quick: $(VENV)/.installed-dev  ## Every measuring command at tiny sizes, into a temporary folder: does it work?
+	$(BIN)/python -m benchmarks.ceilings --quick
+	$(BIN)/python -m benchmarks.kernels.bench_ops --quick
+	$(BIN)/python -m benchmarks.step --quick --profile
+	$(BIN)/python -m benchmarks.engine --quick
+	$(BIN)/python -m benchmarks.server --quick
+	$(BIN)/python -m benchmarks.peers.run --quick
+	$(BIN)/python -m benchmarks.report --quick
 
 bench-serve: $(VENV)/.installed-dev  ## Load-test the bundled model: four adapter popularities against the base alone.
 	$(BIN)/pomona bench serve --spawn

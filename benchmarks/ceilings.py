@@ -4,6 +4,7 @@ python -m benchmarks.ceilings            # measures and appends to benchmarks/re
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,13 @@ def from_row(row: dict[str, Any], dtype: str = "bfloat16") -> Ceilings:
     return Ceilings(flops_per_s=1e9 * peaks[f"{dtype}_gflop_per_s"], bytes_per_s=1e9 * peaks["read_gb_per_s"])
 
 
-def current(console: Console) -> Ceilings:
-    """Ceilings of this machine: from the newest results file if it is of the same hardware, else measured now."""
+def current(console: Console, *, is_quick: bool = False) -> Ceilings:
+    """Ceilings of this machine: from the newest results file if it is of the same hardware, else measured now.
+
+    Args:
+        console: told when they must be measured.
+        is_quick: tiny sizes suffice.
+    """
     path = results.latest("ceilings")
     rows = [row for row in results.read(path) if row["hardware"] == results.hardware()] if path else []
     clean = [row for row in rows if row["is_clean"]] or rows
@@ -46,19 +52,18 @@ def current(console: Console) -> Ceilings:
     from pomona.cli.ceilings import CeilingsConfig, measure
 
     console.print("no ceilings of this machine in benchmarks/results: measuring them, for this run only")
-    return from_row(measure(CeilingsConfig(num_runs=3, run_s=0.2)))
+    small = CeilingsConfig(num_runs=1, run_s=0.01, is_small=True)
+    return from_row(measure(small if is_quick else CeilingsConfig(num_runs=3, run_s=0.2)))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=results.default_file("ceilings"))
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--accept-noise", action="store_true", help="do not wait for a quiet machine")
-    arguments = parser.parse_args()
+    results.add_arguments(parser, "ceilings", repeats=None)
+    arguments = results.parse(parser, "ceilings", words)
     console = Console()
     if not arguments.accept_noise:
         meter.wait_until_quiet()
-    run(arguments.output, console, is_small=arguments.small)
+    run(arguments.output, console, is_small=arguments.quick)
 
 
 if __name__ == "__main__":

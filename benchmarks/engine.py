@@ -1,7 +1,7 @@
 """What adapters cost the whole job: output tokens per second of each popularity against the base alone.
 
     python -m benchmarks.engine             # both shapes, 32 requests, 128 in, 64 out; 5 minutes on two cores
-    python -m benchmarks.engine --shape tiny --repeats 1 --accept-noise --output /tmp/try.jsonl
+    python -m benchmarks.engine --quick     # a tiny model, once, to see that it works
 
 Two engines in one process, one without adapters (``base``) and one with all 32 loaded, take turns in every repetition,
 so that the tax, 1 - throughput / base throughput of the same repetition, is not a difference between two afternoons.
@@ -9,8 +9,8 @@ so that the tax, 1 - throughput / base throughput of the same repetition, is not
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -87,17 +87,15 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
                 progress.advance(task)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--batch", default="b32-128-64", help="which batch of the workload; default b32-128-64")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--settings", default="{}", help="JSON object of settings of LLM")
-    parser.add_argument("--output", type=Path, default=results.default_file("engine"))
-    parser.add_argument("--accept-noise", action="store_true", help="do not wait for a quiet machine")
-    arguments = parser.parse_args()
+    results.add_arguments(parser, "engine")
+    arguments = results.parse(parser, "engine", words)
     console = Console(soft_wrap=True)
-    limits = ceilings.current(console)
+    limits = ceilings.current(console, is_quick=arguments.quick)
     for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b"):
         run_shape(SHAPES[name], arguments, limits, console)
 

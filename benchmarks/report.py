@@ -2,23 +2,23 @@
 
     python -m benchmarks.report            # rewrites docs/benchmarks/ and the marked parts of docs/performance.md
     python -m benchmarks.report --check    # fails if they are not what the results say
+    python -m benchmarks.report --quick    # the same pages from rows of --quick runs, beside them: to see that it works
 
-Of each kind of results the newest file counts. Marked parts stand between ``<!-- generated: NAME -->`` and
-``<!-- end -->``.
+Of each kind of results the newest file counts, and in it the program that was measured last. Marked parts
+stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 """
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import floors, results, tables
+from benchmarks import charts, floors, results, tables
 from benchmarks.results import RESULTS, ROOT, Row, of_kind
 
 DOCS = ROOT / "docs"
 PERFORMANCE = "performance.md"
 _MARKED = re.compile(r"(<!-- generated: (?P<name>[a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_CHART_BATCH = "b32-128-64"
 
 
 class Report:
@@ -34,8 +34,8 @@ class Report:
     def _rows(self, what: str, kind: str | None = None) -> list[Row]:
         path = results.latest(what, self._folder)
         rows = results.read(path) if path else []
-        if what != "peers" and rows:  # a file may hold several commits of a day; the last one counts
-            rows = [row for row in rows if row.get("commit") == rows[-1].get("commit")]
+        if what != "peers":
+            rows = results.of_last_program(rows)
         return rows if kind is None else list(of_kind(rows, kind))
 
     def files(self, performance: str) -> Iterator[tuple[str, str]]:
@@ -45,6 +45,9 @@ class Report:
             performance: docs/performance.md as it is; only its marked parts change.
         """
         yield from self._peer_files()
+        for what, kind, chart in _CHARTS:
+            for shape, rows in self._by_shape(what, kind):
+                yield f"benchmarks/{_chart_name(what, shape)}", chart(rows, shape)
         yield "benchmarks/step.md", self._page("The engine's step", "step", self._step_sections())
         yield "benchmarks/engine.md", self._page("What adapters cost", "engine", self._engine_sections())
         yield "benchmarks/ops.md", self._page("Ops", "ops", self._op_sections())
@@ -60,11 +63,11 @@ class Report:
         return head + where + f"- Rows: `benchmarks/results/{path.name}`\n" + "".join(sections)
 
     def _peer_files(self) -> Iterator[tuple[str, str]]:
-        rows = tables.of_one_commit(self._rows("peers", "peer"))
+        rows = tables.of_one_program(self._rows("peers", "peer"))
         for shape in dict.fromkeys(row["shape"] for row in rows):
             here = [row for row in rows if row["shape"] == shape]
-            if any(row["cell"].startswith(f"{_CHART_BATCH}/") for row in here):
-                yield f"benchmarks/{_chart_name(shape)}", tables.peer_chart(here, shape, _CHART_BATCH)
+            for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in here):
+                yield f"benchmarks/{_chart_name('peers', shape, batch)}", charts.peer_chart(here, shape, batch)
         yield "benchmarks/peers.md", self._page("Pomona beside other systems", "peers", self._peer_sections(rows))
 
     def _peer_sections(self, rows: list[Row]) -> Iterator[str]:
@@ -73,11 +76,11 @@ class Report:
         yield f"\n{tables.noise_text(rows)}\n{tables.versions_table(rows)}"
         for shape in dict.fromkeys(row["shape"] for row in rows):
             here = [row for row in rows if row["shape"] == shape]
-            yield f"\n## {shape}\n\n![Throughput]({_chart_name(shape)})\n\n"
-            yield "Ratios are of medians. LoRA tax: 1 − throughput / own base-only throughput.\n\n"
+            yield f"\n## {shape}\n\nRatios are of medians. LoRA tax: 1 − throughput / own base-only throughput.\n\n"
             yield tables.peer_ratios(here)
             for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in here):
-                yield f"\n### {shape}: {tables.batch_title(batch)}\n"
+                title = tables.batch_title(batch)
+                yield f"\n### {shape}: {title}\n\n![{title}]({_chart_name('peers', shape, batch)})\n"
                 for field, title, form in _PEER_METRICS:
                     yield f"\n{title}:\n\n{tables.peer_metric(here, batch, field, form)}"
         found = self._rows("peers", "agreement")
@@ -93,7 +96,8 @@ class Report:
 
     def _step_sections(self) -> Iterator[str]:
         for shape, rows in self._by_shape("step", "step"):
-            yield f"\n## {shape}\n\n{tables.noise_text(rows)}\n{tables.step_table(rows)}"
+            yield f"\n## {shape}\n\n{tables.noise_text(rows)}\n![Steps]({_chart_name('step', shape)})\n\n"
+            yield f"{tables.step_table(rows)}\n### {shape}: a large rank among small ones\n\n{tables.rank_table(rows)}"
         for row in self._rows("step", "step_profile"):
             yield f"\n## Where a decode step goes: {row['shape']}, {row['batch']} sequences, {row['mix']}\n\n"
             yield "By Python's profiler, its own cost included; native code counts for the function that calls it.\n\n"
@@ -104,17 +108,14 @@ class Report:
             for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in rows):
                 here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
                 title = f"{shape}: {tables.batch_title(batch)}"
-                yield f"\n## {title}\n\n{tables.noise_text(here)}\n{tables.job_table(here)}"
+                yield f"\n## {title}\n\n{tables.noise_text(here)}\n![Tax]({_chart_name('engine', shape)})\n\n"
+                yield tables.job_table(here)
 
     def _op_sections(self) -> Iterator[str]:
-        rows = self._rows("ops")
-        for model in dict.fromkeys(row["model"] for row in rows):
-            lines = [
-                [f"{row['op']}: {row['case']}", row["backend"], f"{row['median_us']:.1f}", f"{row['floor_us']:.1f}"]
-                for row in rows
-                if row["model"] == model
-            ]
-            yield f"\n## {model}\n\n" + tables.table(["op", "backend", "median µs", "floor µs"], lines)
+        for shape, rows in self._by_shape("ops", "op"):
+            yield f"\n## {shape}\n\nPer call; weights of all layers are distinct, so that they come from memory. "
+            yield f"The ratio is of the first backend to the floor.\n\n{tables.noise_text(rows)}\n"
+            yield f"![Roofline]({_chart_name('ops', shape)})\n\n{tables.op_table(rows)}"
 
     def _parts(self) -> dict[str, str]:
         """The marked parts of docs/performance.md."""
@@ -123,14 +124,24 @@ class Report:
         return {
             "ceilings": (tables.setup_text([row]) + "\n" if row else "") + tables.ceilings_table(row),
             "floors": floors.floors_text(row),
+            "ops": self._pictures("ops", "op"),
             "steps": self._joined(tables.step_table, "step", "step"),
+            "ranks": self._joined(tables.rank_table, "step", "step"),
             "jobs": self._joined(tables.job_table, "engine", "job"),
             "server": self._joined(tables.server_table, "server", "server"),
         }
 
     def _joined(self, render: Callable[[list[Row]], str], what: str, kind: str) -> str:
-        found = [f"{shape}:\n\n{render(rows)}" for shape, rows in self._by_shape(what, kind)]
+        has_chart = any(what == charted for charted, _, _ in _CHARTS) and render is not tables.rank_table
+        found = []
+        for shape, rows in self._by_shape(what, kind):
+            picture = f"![{shape}](benchmarks/{_chart_name(what, shape)})\n\n" if has_chart else ""
+            found.append(f"{shape}:\n\n{picture}{render(rows)}")
         return "\n".join(found) or "No results yet.\n"
+
+    def _pictures(self, what: str, kind: str) -> str:
+        found = [f"![{shape}](benchmarks/{_chart_name(what, shape)})" for shape, _ in self._by_shape(what, kind)]
+        return "\n\n".join(found) or "No results yet.\n"
 
 
 _PEER_METRICS = (
@@ -142,8 +153,16 @@ _PEER_METRICS = (
 )
 
 
-def _chart_name(shape: str) -> str:
-    return f"peers-{shape}.svg"
+_CHARTS: tuple[tuple[str, str, Callable[[list[Row], str], str]], ...] = (
+    ("ops", "op", charts.op_chart),
+    ("step", "step", charts.step_chart),
+    ("engine", "job", charts.tax_chart),
+)
+"""Kind of results, kind of rows, the chart of a shape."""
+
+
+def _chart_name(*words: str) -> str:
+    return f"{'-'.join(words)}.svg"
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
@@ -166,17 +185,22 @@ def stale(docs: Path, report: Report) -> dict[str, str]:
     return found
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if something is stale")
-    arguments = parser.parse_args()
-    changed = stale(DOCS, Report())
+    parser.add_argument("--quick", action="store_true", help="rows of --quick runs, into a folder beside them")
+    arguments = parser.parse_args(words)
+    docs = results.quick_folder() / "docs" if arguments.quick else DOCS
+    if arguments.quick:
+        docs.mkdir(parents=True, exist_ok=True)
+        (docs / PERFORMANCE).write_text((DOCS / PERFORMANCE).read_text())
+    changed = stale(docs, Report(results.quick_folder() if arguments.quick else RESULTS))
     if arguments.check and changed:
         raise SystemExit(f"stale, run `python -m benchmarks.report`: {', '.join(changed)}")
     for name, content in changed.items():
-        (DOCS / name).parent.mkdir(parents=True, exist_ok=True)
-        (DOCS / name).write_text(content)
-        print(f"wrote docs/{name}")
+        (docs / name).parent.mkdir(parents=True, exist_ok=True)
+        (docs / name).write_text(content)
+        print(f"wrote {docs.name}/{name}")
 
 
 if __name__ == "__main__":

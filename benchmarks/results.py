@@ -3,13 +3,17 @@
 Files are dated and only appended to: benchmarks/results/YYYY-MM-DD-WHAT.jsonl.
 """
 
+import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +28,38 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
+def _git(*words: str) -> str:
+    """What a git command says; raises OSError or SubprocessError."""
+    command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _is_dirty(*paths: str) -> bool:
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", *paths))
+
+
 def commit() -> str:
     """The commit of this checkout, with ``-dirty`` if the program (src, benchmarks) has changed since."""
-    git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks/*.py", "setup.py"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        head = _git("rev-parse", "HEAD")
+        return f"{head}-dirty" if _is_dirty("src", "benchmarks/*.py", "setup.py") else head
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return f"{head}-dirty" if changed else head
+
+
+def program() -> str:
+    """What was measured, by content: digest of the package, how it is built, and what it depends on.
+
+    Rows of one program belong together even if commits to docs, tests or reports lie between them. With ``-dirty`` if
+    there are changes that are not committed.
+    """
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    try:
+        trees = _git("rev-parse", "HEAD:src/pomona", "HEAD:setup.py")
+        mark = "-dirty" if _is_dirty("src/pomona", "setup.py") else ""
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return hashlib.sha256(f"{trees} {dependencies}".encode()).hexdigest()[:16] + mark
 
 
 def _cpuinfo(key: str) -> str:
@@ -69,10 +91,11 @@ def _command() -> str:
 
 
 def setup(**settings: Any) -> Row:
-    """What every row of one invocation shares: when, which commit, on what, by which command."""
+    """What every row of one invocation shares: when, which program and commit, on what, by which command."""
     return {
         "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "program": program(),
         "hardware": hardware(),
         "python": platform.python_version(),
         "command": _command(),
@@ -80,9 +103,38 @@ def setup(**settings: Any) -> Row:
     }
 
 
-def default_file(what: str) -> Path:
-    """Today's file of a kind of results."""
-    return RESULTS / f"{today()}-{what}.jsonl"
+def quick_folder() -> Path:
+    """Where rows of ``--quick`` runs go: they show that everything works and mean nothing else."""
+    return Path(tempfile.gettempdir()) / "pomona-bench-quick"
+
+
+def add_arguments(parser: argparse.ArgumentParser, what: str, *, repeats: int | None = 5) -> None:
+    """The options that all measuring commands share.
+
+    Args:
+        parser: gets them.
+        what: kind of results.
+        repeats: default; None if the command has no repetitions.
+    """
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, help=f"default: {repeats}")
+    parser.add_argument("--output", type=Path, help=f"default: today's benchmarks/results/DATE-{what}.jsonl")
+    parser.add_argument("--accept-noise", action="store_true", help="do not wait for a quiet machine, repeat nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, once, rows into a temporary folder: to see that it works"
+    )
+
+
+def parse(parser: argparse.ArgumentParser, what: str, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line with the options of ``add_arguments``; ``--quick`` is spelled out."""
+    arguments = parser.parse_args(words)
+    if arguments.quick:
+        arguments.accept_noise = True
+        arguments.repeats = 1
+        arguments.shape = ["tiny"]
+    folder = quick_folder() if arguments.quick else RESULTS
+    arguments.output = arguments.output or folder / f"{today()}-{what}.jsonl"
+    return arguments
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -97,6 +149,11 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def of_last_program(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the program that was measured last; a file may hold several."""
+    return [row for row in rows if row["program"] == rows[-1]["program"]]
 
 
 def latest(what: str, folder: Path = RESULTS) -> Path | None:

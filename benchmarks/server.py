@@ -1,7 +1,7 @@
 """What HTTP, text and processes add to the engine: many concurrent streams, seen by the client and by the engine.
 
     python -m benchmarks.server                             # 256 streams of 64 tokens on the 135M shape
-    python -m benchmarks.server --shape tiny --streams 8 --accept-noise --output /tmp/try.jsonl
+    python -m benchmarks.server --quick                     # 8 streams of a tiny model, to see that it works
 
 The engine notes when each step ended, the client when each token arrived; both clocks are the same. CPU time per token
 is that of the server's process, the engine's own apart. Linux.
@@ -175,22 +175,27 @@ def measure(shape: ModelShape, arguments: argparse.Namespace) -> Iterator[dict[s
         yield {**row_of(run, times_s, ticks), **asdict(noise), "is_clean": noise.is_clean, "settings": settings}
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="repeatable; default: smollm2-135m")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--popularity", action="append", help="repeatable; default: base and zipf-1.5")
     parser.add_argument("--num-threads", type=int, default=None, help="of the engine; default: all cores")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=results.default_file("server"))
-    parser.add_argument("--accept-noise", action="store_true", help="do not wait for a quiet machine")
-    arguments = parser.parse_args()
+    results.add_arguments(parser, "server", repeats=3)
+    arguments = results.parse(parser, "server", words)
     arguments.popularity = arguments.popularity or ["base", "zipf-1.5"]
+    if arguments.quick:
+        arguments.streams, arguments.output_tokens = 8, 16
     console = Console(soft_wrap=True)
-    shape = SHAPES[arguments.shape]
+    for name in arguments.shape or ("smollm2-135m",):
+        run_shape(SHAPES[name], arguments, console)
+
+
+def run_shape(shape: ModelShape, arguments: argparse.Namespace, console: Console) -> None:
+    """Serve a shape and write a row per run."""
     assets.make(shape)
     setup = results.setup(shape=shape.name, prompt_tokens=arguments.prompt_tokens)
     for row in measure(shape, arguments):

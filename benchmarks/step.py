@@ -1,7 +1,7 @@
 """The engine's step beside its floor: decode steps of 1, 8 and 32 sequences, and a step full of prompts.
 
     python -m benchmarks.step                          # both shapes of the comparison; 10 minutes on two cores
-    python -m benchmarks.step --shape tiny --repeats 1 --accept-noise --output /tmp/try.jsonl
+    python -m benchmarks.step --quick                  # a tiny model, once, to see that it works
     python -m benchmarks.step --profile                # also where the time goes, by function
 
 Mixes of adapters take turns, in every repetition anew. ``base`` is an engine that has no adapters; in ``idle`` all are
@@ -16,13 +16,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import assets, ceilings, meter, results, workload
+from benchmarks import assets, ceilings, meter, results, tables, workload
 from benchmarks.roofline import Ceilings, SequenceWork, step_cost
 from benchmarks.shapes import SHAPES, ModelShape
 from pomona.cli.build import engine_builder
@@ -65,8 +64,8 @@ def mixes(batch: int) -> list[Mix]:
             found.append(Mix(popularity, names))
     if batch > 1:
         small = [workload.adapter_name(index, 4) for index in range(batch)]
-        found.append(Mix("all r4", tuple(small)))
-        found.append(Mix("r128 among r4", (workload.adapter_name(0, 128), *small[1:])))
+        found.append(Mix(tables.ALL_SMALL, tuple(small)))
+        found.append(Mix(tables.ONE_LARGE, (workload.adapter_name(0, 128), *small[1:])))
     return found
 
 
@@ -261,17 +260,15 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
                 results.append(arguments.output, {**setup, **profile, "functions": functions})
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--batch", type=int, action="append", help="repeatable; default: 1, 8, 32")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=results.default_file("step"))
-    parser.add_argument("--accept-noise", action="store_true", help="do not wait for a quiet machine")
+    results.add_arguments(parser, "step")
     parser.add_argument("--profile", action="store_true", help="also where decode steps of 32 spend their time")
-    arguments = parser.parse_args()
+    arguments = results.parse(parser, "step", words)
     console = Console(soft_wrap=True)
-    limits = ceilings.current(console)
+    limits = ceilings.current(console, is_quick=arguments.quick)
     for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b"):
         run_shape(SHAPES[name], arguments, limits, console)
 

@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.chart import Bar, Series, grouped_bars
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.results import Row, of_kind
 from benchmarks.workload import POPULARITIES
 
 POMONA = "pomona"
+ALL_SMALL, ONE_LARGE = "all r4", "r128 among r4"
+"""Mixes of ``benchmarks.step`` that differ in one adapter's rank."""
 NONE = "–"
 
 
@@ -50,10 +51,10 @@ def sample(rows: Iterable[Row], field: str, **match: object) -> Sample | None:
     return Sample(values, bool(clean)) if values else None
 
 
-def of_one_commit(rows: Sequence[Row]) -> list[Row]:
-    """Without our own system's rows of earlier commits than the last one's: a file may hold several."""
-    ours = [row["commit"] for row in rows if row["system"] == POMONA]
-    return [row for row in rows if row["system"] != POMONA or row["commit"] == ours[-1]]
+def of_one_program(rows: Sequence[Row]) -> list[Row]:
+    """Without our own system's rows of earlier programs than the last one's: a file may hold several."""
+    ours = [row["program"] for row in rows if row["system"] == POMONA]
+    return [row for row in rows if row["system"] != POMONA or row["program"] == ours[-1]]
 
 
 def ordered(values: Iterable[str], order: Sequence[str]) -> list[str]:
@@ -73,7 +74,8 @@ def batch_title(batch: str) -> str:
     return f"{count} request{'' if count == '1' else 's'}, {prompt} in, {output} out"
 
 
-def _label(system: str) -> str:
+def label_of(system: str) -> str:
+    """A system's name in tables and charts."""
     return SYSTEMS[system].label if system in SYSTEMS else system
 
 
@@ -84,7 +86,10 @@ def peer_metric(rows: Sequence[Row], batch: str, field: str, form: str) -> str:
     lines = []
     for system in ordered((row["system"] for row in here), list(SYSTEMS)):
         found = [sample(here, field, system=system, popularity=popularity) for popularity in popularities]
-        lines.append([_label(system), *(one.text(form) if one else NONE for one in found)])
+        cells = [one.text(form) if one else NONE for one in found]
+        if "idle" in popularities and system in SYSTEMS and SYSTEMS[system].is_idle_base:
+            cells[popularities.index("idle")] = "as base"
+        lines.append([label_of(system), *cells])
     return table(["", *popularities], lines)
 
 
@@ -123,18 +128,6 @@ def peer_ratios(rows: Sequence[Row]) -> str:
     return table(header, lines)
 
 
-def peer_chart(rows: Sequence[Row], shape: str, batch: str) -> str:
-    """Throughput of one batch: popularities side by side, a color per system."""
-    here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
-    popularities = ordered((row["popularity"] for row in here), POPULARITIES)
-    series = []
-    for system in ordered((row["system"] for row in here), list(SYSTEMS)):
-        found = [sample(here, "output_tokens_per_s", system=system, popularity=one) for one in popularities]
-        bars = tuple(None if one is None else Bar(one.median, min(one.values), max(one.values)) for one in found)
-        series.append(Series(_label(system), bars))
-    return grouped_bars(f"{shape}: {batch_title(batch)}", "output tok/s", popularities, series)
-
-
 def agreement_table(rows: Sequence[Row]) -> str:
     """How far each system's greedy tokens are those of the reference."""
     found = list(of_kind(rows, "agreement"))
@@ -143,7 +136,7 @@ def agreement_table(rows: Sequence[Row]) -> str:
         mine = [row for row in found if row["system"] == system]
         first = statistics.fmean(row["same_first_token"] for row in mine)
         prefix = statistics.fmean(row["mean_common_prefix"] for row in mine)
-        lines.append([_label(system), f"{first:.1%}", f"{prefix:.1f}", str(len(mine))])
+        lines.append([label_of(system), f"{first:.1%}", f"{prefix:.1f}", str(len(mine))])
     return table(["", "same first token", "tokens until the first difference", "runs"], lines)
 
 
@@ -165,7 +158,7 @@ def setup_text(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     lines = []
-    for key, name in (("hardware", "Hardware"), ("commit", "Commit"), ("command", "Command")):
+    for key, name in (("hardware", "Hardware"), ("program", "Program"), ("commit", "Commit"), ("command", "Command")):
         values = dict.fromkeys(_flat(row.get(key)) for row in rows)
         lines.append(f"- {name}: {'; '.join(values)}")
     dates = sorted({str(row["utc"])[:10] for row in rows})
@@ -187,7 +180,7 @@ def versions_table(rows: Sequence[Row]) -> str:
     for system in ordered((row["system"] for row in rows), list(SYSTEMS)):
         mine = [row for row in rows if row["system"] == system]
         settings = dict.fromkeys(_flat(row["settings"]) for row in mine)
-        lines.append([_label(system), _flat(mine[-1]["versions"]), "; ".join(settings) or NONE])
+        lines.append([label_of(system), _flat(mine[-1]["versions"]), "; ".join(settings) or NONE])
     return table(["", "versions", "settings"], lines)
 
 
@@ -304,3 +297,45 @@ def profile_table(row: Row, num_lines: int = 12) -> str:
         for one in row["functions"][:num_lines]
     ]
     return table(["function", "calls per step", "own ms per step"], lines)
+
+
+def op_table(rows: Sequence[Row]) -> str:
+    """Ops of one shape beside their floors, a column per backend."""
+    backends = ordered((row["backend"] for row in rows), ("cpu", "triton", "reference"))
+    lines = []
+    for op, case in dict.fromkeys((row["op"], row["case"]) for row in rows):
+        here = [row for row in rows if (row["op"], row["case"]) == (op, case)]
+        floor_us = here[-1]["floor_us"]
+        found = [sample(here, "median_us", backend=backend) for backend in backends]
+        served = next((one for one in found if one is not None), None)
+        ratio = f"{served.median / floor_us:.2f}" if served and floor_us else NONE
+        cells = [one.text("{:.1f}") if one else NONE for one in found]
+        lines.append([f"{op}: {case}", f"{floor_us:.1f}" if floor_us else NONE, *cells, ratio])
+    return table(["op", "floor µs", *(f"{name} µs" for name in backends), "ratio"], lines)
+
+
+def rank_table(rows: Sequence[Row]) -> str:
+    """One adapter of rank 128 beside others of rank 4: what it adds to a decode step, measured and by the formulas."""
+    lines = []
+    for batch in sorted({row["batch"] for row in rows if row["mix"] == ALL_SMALL}):
+        here = [row for row in rows if row["batch"] == batch and row["phase"] == "decode"]
+        small, mixed = (sample(here, "step_ms", mix=mix) for mix in (ALL_SMALL, ONE_LARGE))
+        of_small, of_mixed = ([row for row in here if row["mix"] == mix] for mix in (ALL_SMALL, ONE_LARGE))
+        if small is None or mixed is None:
+            continue
+        extra = {field: of_mixed[-1][field] - of_small[-1][field] for field in ("bytes", "flops", "floor_ms")}
+        padded_mb = batch * 128 / (128 - 4) * extra["bytes"] / 1e6
+        lines.append(
+            [
+                f"{batch} sequences",
+                f"{small.text('{:.2f}')}",
+                f"{mixed.text('{:.2f}')}",
+                f"{mixed.median - small.median:+.2f}",
+                f"{extra['floor_ms']:.2f}",
+                f"{extra['bytes'] / 1e6:.1f}",
+                f"{extra['flops'] / 1e9:.3f}",
+                f"{padded_mb:.0f}",
+            ]
+        )
+    header = ["", "all rank 4, ms", "one of rank 128, ms", "difference, ms", "by the formulas, ms"]
+    return table([*header, "extra MB", "extra GFLOP", "MB if all were padded to 128"], lines)

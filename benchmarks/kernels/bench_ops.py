@@ -1,26 +1,31 @@
 """Times every op of every backend beside its floor: bytes / bandwidth or FLOPs / peak, whichever is longer.
 
-    python benchmarks/kernels/bench_ops.py --model smol --ops lora,attention --threads 2
+    python -m benchmarks.kernels.bench_ops                                  # both shapes, all threads; 15 minutes
+    python -m benchmarks.kernels.bench_ops --shape smollm2-135m --ops lora,attention --threads 2
+    python -m benchmarks.kernels.bench_ops --quick                          # a tiny model, to see that it works
 
-One JSON line per op, shape and backend; a table on stderr. Ceilings are measured in the same run. With one thread the
-clock is the thread's own CPU time, so that a busy neighbour costs little; with more it is wall-clock time. Each number
-is the least of many short runs, with the median beside it.
+A row per op, case and backend. Ceilings are measured in the same run. With one thread the clock is the thread's own CPU
+time, so that a busy neighbour costs little; with more it is wall-clock time. Each number is the least of many short
+runs, with the median beside it.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any
 
 import torch
-from cases import Case, attention_cases, linear_cases, lora_cases, make_spec, row_cases
+from rich.console import Console
 
+from benchmarks import meter, results
+from benchmarks.kernels.cases import Case, attention_cases, linear_cases, lora_cases, make_spec, row_cases
+from benchmarks.shapes import SHAPES, ModelShape
 from pomona.kernels.cpu import binding
 from pomona.kernels.dispatch import backends_of, use_backend
+from pomona.kernels.linear import pack, packed_linear
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DECODE_SEGMENTS = {
@@ -42,13 +47,17 @@ MIXES = {
     "chunk 512 of 4096": [(512, 4096)],
 }
 
+MIN_RUNS = 3
+MAX_ATTEMPTS = 3
+"""A measurement that others disturbed is made again, so often at most; the last one counts."""
+
 
 def measure(run: Callable[[], None], seconds: float, clock: Callable[[], float]) -> tuple[float, float]:
     """(least, median) seconds of one call of ``run``."""
     run()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
+    while time.perf_counter() < end or len(times) < MIN_RUNS:
         start = clock()
         run()
         times.append(clock() - start)
@@ -57,8 +66,6 @@ def measure(run: Callable[[], None], seconds: float, clock: Callable[[], float])
 
 def ceilings(dtype: torch.dtype, seconds: float, clock: Callable[[], float]) -> tuple[float, float]:
     """(bytes per second of reading memory, FLOPs per second of a large product), the best of torch's and our own."""
-    from pomona.kernels.linear import pack, packed_linear
-
     big = torch.ones(64 << 20)
     bandwidth = big.numel() * 4 / measure(lambda: big.sum(), seconds, clock)[0]
     x, weight = torch.randn(1024, 1024).to(dtype), torch.randn(2048, 1024).to(dtype)
@@ -67,13 +74,15 @@ def ceilings(dtype: torch.dtype, seconds: float, clock: Callable[[], float]) -> 
     return bandwidth, 2 * 1024 * 1024 * 2048 / min(measure(run, seconds, clock)[0] for run in runs)
 
 
-def all_cases(ops: set[str], model: str, dtype: torch.dtype) -> Iterator[Case]:
+def all_cases(ops: set[str], shape: ModelShape, dtype: torch.dtype) -> Iterator[Case]:
     """Cases of the chosen ops, made one after the other: their weights are large."""
-    spec = make_spec(model)
+    spec = make_spec(shape)
     if "lora" in ops:
-        yield from lora_cases(spec, dtype, DECODE_SEGMENTS, lora_rank=16)
-        yield from lora_cases(spec, dtype, PREFILL_SEGMENTS, lora_rank=16)
-        yield from lora_cases(spec, dtype, {"decode 1 row": [1]}, lora_rank=128)
+        yield from lora_cases(spec, dtype, DECODE_SEGMENTS, ranks=[16] * 32)
+        yield from lora_cases(spec, dtype, PREFILL_SEGMENTS, ranks=[16] * 8)
+        yield from lora_cases(spec, dtype, {"decode 1 row": [1]}, ranks=[128])
+        yield from lora_cases(spec, dtype, {"decode 32 distinct": [1] * 32}, ranks=[4] * 32)
+        yield from lora_cases(spec, dtype, {"decode 32 distinct": [1] * 32}, ranks=[128] + [4] * 31)
     if "attention" in ops:
         yield from attention_cases(spec, dtype, MIXES)
     if "linear" in ops:
@@ -82,57 +91,101 @@ def all_cases(ops: set[str], model: str, dtype: torch.dtype) -> Iterator[Case]:
         yield from row_cases(spec, dtype, (1, 32, 512))
 
 
-def main() -> None:
-    """Measure and print."""
+def default_backends() -> list[str]:
+    """Those that run on this machine as they would in production."""
+    return [name for name in backends_of("lora") if name != "triton" or torch.cuda.is_available()]
+
+
+def runs_of(case: Case, backends: Sequence[str]) -> dict[str, Callable[[], None]]:
+    """What to time for a case, by backend. The reference of a dense layer is torch on the weight as it was given."""
+    runs = {name: case.run for name in backends if not (case.op == "linear" and name == "reference")}
+    if case.before is not None and "reference" in backends:
+        runs["reference"] = case.before
+    return runs
+
+
+def row_of(case: Case, backend: str, seconds: tuple[float, float], limits: tuple[float, float]) -> dict[str, Any]:
+    """Measured and least possible time of one call.
+
+    Args:
+        case: what ran.
+        backend: which implementation.
+        seconds: (least, median) of all its calls.
+        limits: (bytes per second, FLOPs per second).
+    """
+    least_us, median_us = (1e6 * value / case.num_calls for value in seconds)
+    return {
+        "kind": "op",
+        "op": case.op,
+        "case": case.name,
+        "backend": backend,
+        "us": least_us,
+        "median_us": median_us,
+        "floor_us": 1e6 * max(case.num_bytes / limits[0], case.flops / limits[1]),
+        "bytes": case.num_bytes,
+        "flops": case.flops,
+    }
+
+
+def run_shape(shape: ModelShape, arguments: argparse.Namespace, console: Console) -> None:
+    """Time all cases of a shape."""
+    dtype = DTYPES[arguments.dtype]
+    clock = time.thread_time if arguments.threads == 1 else time.perf_counter
+    if not arguments.accept_noise:
+        meter.wait_until_quiet()
+    limits = ceilings(dtype, arguments.seconds, clock)
+    setup = results.setup(
+        shape=shape.name,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        clock=clock.__name__,
+        isa=arguments.isa or (binding.available_isas() or ("none",))[-1],
+        bandwidth_gb_per_s=limits[0] / 1e9,
+        peak_gflop_per_s=limits[1] / 1e9,
+        torch=torch.__version__,
+    )
+    backends = [name for name in arguments.backends.split(",") if name] or default_backends()
+    for case in all_cases(set(arguments.ops.split(",")), shape, dtype):
+        for name, run in runs_of(case, backends).items() if arguments.only in case.name else ():
+            for _ in range(1 if arguments.accept_noise else MAX_ATTEMPTS):
+                with use_backend(name), meter.Meter() as others:
+                    seconds = measure(run, arguments.seconds, clock)
+                noise = others.disturbance
+                if noise.is_clean:
+                    break
+            row = {**row_of(case, name, seconds, limits), **asdict(noise), "is_clean": noise.is_clean}
+            results.append(arguments.output, {**setup, **row})
+            ratio = f"{row['us'] / row['floor_us']:8.2f} x floor" if row["floor_us"] else ""
+            console.print(
+                f"{'ok ' if noise.is_clean else 'BAD'} {shape.name} {case.op:12} {case.name:40} {name:9} "
+                f"{row['us']:10.1f} us (median {row['median_us']:10.1f}) {ratio}",
+                highlight=False,
+            )
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure and write rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("smol", "qwen"), default="smol")
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--ops", default="lora,attention,linear,rows")
-    parser.add_argument("--backends", default="", help="comma-separated; all by default")
+    parser.add_argument("--backends", default="", help="comma-separated; default: all that run here")
     parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=results.hardware()["cores"], help="default: all")
     parser.add_argument("--isa", choices=binding.ISAS, default=None, help="instruction set of the cpu backend")
-    parser.add_argument("--seconds", type=float, default=0.3, help="per measurement")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_grad_enabled(False)
-    dtype = DTYPES[args.dtype]
-    clock = time.thread_time if args.threads == 1 else time.perf_counter
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    with binding.use_isa(args.isa) if args.isa else nullcontext():
-        bandwidth, peak = ceilings(dtype, args.seconds, clock)
-        setup = {
-            "model": args.model,
-            "dtype": args.dtype,
-            "threads": args.threads,
-            "clock": clock.__name__,
-            "isa": args.isa or (binding.available_isas() or ("none",))[-1],
-            "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-            "peak_gflop_s": round(peak / 1e9, 1),
-            "torch": torch.__version__,
-            "commit": commit.stdout.strip(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        print(json.dumps(setup), file=sys.stderr)
-        for case in all_cases(set(args.ops.split(",")), args.model, dtype):
-            if args.only not in case.name:
-                continue
-            floor_us = 1e6 * max(case.num_bytes / bandwidth, case.flops / peak)
-            names = [name for name in args.backends.split(",") if name] or list(backends_of("lora"))
-            runs = {name: case.run for name in names if not (case.op == "linear" and name == "reference")}
-            if case.before is not None and "reference" in names:
-                runs["reference"] = case.before
-            for name, run in runs.items():
-                with use_backend(name):
-                    least, median = measure(run, args.seconds, clock)
-                us, median_us = 1e6 * least / case.num_calls, 1e6 * median / case.num_calls
-                row = {"op": case.op, "case": case.name, "backend": name, "us": round(us, 2)}
-                row |= {"median_us": round(median_us, 2), "floor_us": round(floor_us, 2)}
-                row |= {"bytes": case.num_bytes, "flops": case.flops, **setup}
-                print(json.dumps(row), flush=True)
-                ratio = f"{us / floor_us:8.2f} x floor" if floor_us else ""
-                line = f"{case.op:12} {case.name:40} {name:9} {us:10.1f} us (median {median_us:10.1f}) {ratio}"
-                print(line, file=sys.stderr, flush=True)
+    parser.add_argument("--seconds", type=float, default=0.3, help="per measurement; default: 0.3")
+    results.add_arguments(parser, "ops", repeats=None)
+    arguments = results.parse(parser, "ops", words)
+    if arguments.quick:
+        arguments.seconds, arguments.backends = 0.001, arguments.backends or "cpu,reference"
+    before = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    try:
+        with torch.inference_mode(), binding.use_isa(arguments.isa) if arguments.isa else nullcontext():
+            for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b"):
+                run_shape(SHAPES[name], arguments, Console(soft_wrap=True))
+    finally:
+        torch.set_num_threads(before)
 
 
 if __name__ == "__main__":

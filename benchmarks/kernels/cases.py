@@ -1,4 +1,4 @@
-"""What bench_ops.py measures: each op at the shapes of one decoder layer, over as many layers as a model has.
+"""What bench_ops measures: each op at the shapes of one decoder layer, over as many layers as a model has.
 
 Weights and caches of all layers are distinct, so that they come from memory as in a real step and not from a cache.
 Bytes and FLOPs are what the op must move and compute, from the formulas, not what a backend happens to do.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import ModelShape
 from pomona.kernels.activation import silu_mul
 from pomona.kernels.attention import AttentionBatch, paged_attention, write_kv
 from pomona.kernels.linear import pack, packed_linear
@@ -40,25 +41,22 @@ class Case:
     """Weights read straight from memory instead: what a backend without preparation would call. Linear only."""
 
 
-def make_spec(name: str) -> ModelSpec:
-    """Dimensions of SmolLM2-135M ("smol") or Qwen2.5-0.5B ("qwen")."""
-    smol = (49152, 576, 1536, 30, 9, 3)
-    qwen = (151936, 896, 4864, 24, 14, 2)
-    vocab, hidden, intermediate, layers, heads, kv_heads = {"smol": smol, "qwen": qwen}[name]
+def make_spec(shape: ModelShape) -> ModelSpec:
+    """A shape's dimensions as the model's code takes them."""
     return ModelSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=64,
+        architecture=shape.architecture,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=shape.rms_norm_eps,
         rope=RopeSpec(),
-        is_tied=True,
-        sliding_windows=(None,) * layers,
+        is_tied=shape.is_tied,
+        sliding_windows=(None,) * shape.num_layers,
     )
 
 
@@ -91,50 +89,66 @@ def linear_cases(spec: ModelSpec, dtype: torch.dtype, rows: tuple[int, ...]) -> 
             yield Case("linear", label, run, used, moved * dtype.itemsize, flops, plain)
 
 
-def lora_cases(spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int]], lora_rank: int) -> Iterator[Case]:
-    """All four sites of every layer. ``segments`` maps a name to the rows of each adapter's run."""
+def lora_cases(spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int]], ranks: list[int]) -> Iterator[Case]:
+    """All four sites of every layer.
+
+    Args:
+        spec: the model.
+        dtype: of everything.
+        segments: name -> rows of each adapter's run.
+        ranks: of each adapter, at least as many as there are runs.
+    """
     layout = PageLayout(spec, ROWS_PER_PAGE)
-    pages_each = -(-lora_rank // ROWS_PER_PAGE)
-    most = max(len(runs) for runs in segments.values())
-    pool = torch.empty(most * pages_each, layout.page_elems, dtype=dtype).uniform_(-0.05, 0.05)
+    num_pages = [-(-lora_rank // ROWS_PER_PAGE) for lora_rank in ranks]
+    pool = torch.empty(sum(num_pages), layout.page_elems, dtype=dtype).uniform_(-0.05, 0.05)
+    order = torch.randperm(sum(num_pages), generator=torch.Generator().manual_seed(0)).int()
+    pages = [tuple(part.tolist()) for part in order.split(num_pages)]
     slices = {(layer, site): layout.slices(pool, layer, site) for layer in range(spec.num_layers) for site in Site}
     widths = {site: [spec.target_shape(target) for target in site.value] for site in Site}
     for name, runs in segments.items():
         num_tokens = sum(runs)
         ends = [sum(runs[: i + 1]) for i in range(len(runs))]
         bounds = [(end - run, end) for run, end in zip(runs, ends, strict=True)]
-        order = torch.randperm(most * pages_each, generator=torch.Generator().manual_seed(0)).int()
-        tables = order[: len(runs) * pages_each].view(len(runs), pages_each).contiguous()
+        used = ranks[: len(runs)]
+        tables = torch.zeros(len(runs), max(num_pages[: len(runs)]), dtype=torch.int32)
+        for table, of_adapter in zip(tables, pages, strict=False):
+            table[: len(of_adapter)] = torch.tensor(of_adapter)
         batch = LoraBatch(
             starts=torch.tensor([start for start, _ in bounds], dtype=torch.int32),
             ends=torch.tensor(ends, dtype=torch.int32),
             page_tables=tables,
             host_rows=tuple(bounds),
-            host_pages=tuple(tuple(row) for row in tables.tolist()),
-            max_rank=lora_rank,
+            host_pages=tuple(pages[: len(runs)]),
+            max_rank=max(used),
         )
-        ranks = {site: _equal_ranks(len(site.value), len(runs), lora_rank) for site in Site}
+        ranks_of = {site: _same_in_all_slices(len(site.value), used) for site in Site}
         x = {site: torch.randn(num_tokens, widths[site][0][0]).to(dtype) for site in Site}
         out = {site: torch.zeros(num_tokens, sum(w for _, w in widths[site]), dtype=dtype) for site in Site}
 
-        def run(batch: LoraBatch = batch, ranks: dict = ranks, x: dict = x, out: dict = out) -> None:
+        def run(batch: LoraBatch = batch, ranks_of: dict = ranks_of, x: dict = x, out: dict = out) -> None:
             for (_, site), weights in slices.items():
-                lora(out[site], x[site], weights, ranks[site], batch)
+                lora(out[site], x[site], weights, ranks_of[site], batch)
 
         elems = sum(sum(spec.target_shape(target)) for target in Target)
         activations = sum(x[site].numel() + 2 * out[site].numel() for site in Site)
-        moved = (lora_rank * elems * len(runs) + activations) * dtype.itemsize
-        flops = 2 * num_tokens * lora_rank * elems
-        label = f"layer of 4 sites, {name}, rank={lora_rank}"
+        moved = (sum(used) * elems + activations) * dtype.itemsize
+        flops = 2 * sum(lora_rank * rows for lora_rank, rows in zip(used, runs, strict=True)) * elems
+        label = f"layer of 4 sites, {name}, rank {ranks_text(used)}"
         yield Case("lora", label, run, spec.num_layers, moved, flops)
 
 
-def _equal_ranks(num_slices: int, num_segments: int, lora_rank: int) -> LoraRanks:
+def ranks_text(ranks: list[int]) -> str:
+    """Such as "16", or "128 beside 31 of 4"."""
+    first, others = ranks[0], ranks[1:]
+    return str(first) if set(others) <= {first} else f"{first} beside {len(others)} of {others[0]}"
+
+
+def _same_in_all_slices(num_slices: int, ranks: list[int]) -> LoraRanks:
     return LoraRanks(
-        ranks=torch.full((num_slices, num_segments), lora_rank, dtype=torch.int32),
-        scalings=torch.ones(num_slices, num_segments),
-        host_ranks=((lora_rank,) * num_segments,) * num_slices,
-        host_scalings=((1.0,) * num_segments,) * num_slices,
+        ranks=torch.tensor([ranks] * num_slices, dtype=torch.int32),
+        scalings=torch.ones(num_slices, len(ranks)),
+        host_ranks=(tuple(ranks),) * num_slices,
+        host_scalings=((1.0,) * len(ranks),) * num_slices,
     )
 
 

@@ -13,10 +13,12 @@ from benchmarks import meter, workload
 from benchmarks.peers.systems import System
 from benchmarks.results import ROOT
 from benchmarks.shapes import ModelShape
-from benchmarks.workload import Popularity
+from benchmarks.workload import Cell, Popularity
 
 START_LIMIT_S = 900.0
 RUN_LIMIT_S = 1200.0
+_WARM_UP_OUTPUT_TOKENS = 3
+_WARM_UP_PROMPT_TOKENS = 8
 
 
 class SystemFailedError(Exception):
@@ -40,7 +42,8 @@ class SystemProcess:
         self.system = system
         self.settings = system.settings_for(popularity)
         self.num_loaded = system.num_loaded(popularity)
-        self.warmed_cells: set[str] = set()
+        self._warm_cells: set[str] = set()
+        self._warm_batches: set[str] = set()
         logs = workload.cache_dir() / "log"
         logs.mkdir(parents=True, exist_ok=True)
         self._log_path = logs / f"{shape.name}-{system.name}.log"
@@ -90,12 +93,28 @@ class SystemProcess:
         text = self._log_path.read_text(errors="replace")[-1500:]
         return text.replace(str(ROOT), ".").replace(str(Path.home()), "~")
 
-    def run(self, cell: str, num_output_tokens: int | None = None) -> dict[str, Any]:
+    def warm_up(self, cell: Cell) -> None:
+        """Run a cell so far that nothing happens for the first time when it counts.
+
+        Its adapters are loaded; and once per batch and prompt length whole prompts are computed, so that code is
+        compiled and memory touched. For further popularities of the same batch short prompts do.
+        """
+        batch = cell.name.partition("/")[0]
+        if cell.name not in self._warm_cells:
+            is_seen = batch in self._warm_batches
+            self.run(cell.name, _WARM_UP_OUTPUT_TOKENS, _WARM_UP_PROMPT_TOKENS if is_seen else None)
+        self._warm_cells.add(cell.name)
+        self._warm_batches.add(batch)
+
+    def run(
+        self, cell: str, num_output_tokens: int | None = None, num_prompt_tokens: int | None = None
+    ) -> dict[str, Any]:
         """Run a cell now.
 
         Args:
             cell: its name.
             num_output_tokens: fewer than the cell's own, to warm up.
+            num_prompt_tokens: only the first so many of each prompt, to warm up.
 
         Raises:
             SystemFailedError: no answer.
@@ -103,7 +122,8 @@ class SystemProcess:
         stdin = self._process.stdin
         assert stdin is not None
         try:
-            stdin.write(json.dumps({"cell": cell, "num_output_tokens": num_output_tokens}).encode() + b"\n")
+            limits = {"num_output_tokens": num_output_tokens, "num_prompt_tokens": num_prompt_tokens}
+            stdin.write(json.dumps({"cell": cell, **limits}).encode() + b"\n")
             stdin.flush()
         except BrokenPipeError as error:
             raise SystemFailedError(f"{self.system.name}: {self._log_tail()}") from error

@@ -1,13 +1,18 @@
 """Runs the comparison: every cell on every system in turn (A B C D, A B C D, ...), every repetition in new processes.
 
+    python -m benchmarks.peers.run --dry-run                         # what would be run, and how long it would take
     python -m benchmarks.peers.run                                   # all of it: hours
-    python -m benchmarks.peers.run --shape smollm2-135m --cells 'b32-128-64/*'
-    python -m benchmarks.peers.run --shape tiny --repeats 1 --accept-noise --output /tmp/try.jsonl
+    python -m benchmarks.peers.run --shape smollm2-135m --repeats 1  # one repetition of one model
+    python -m benchmarks.peers.run --shape qwen2.5-0.5b --cells 'b32-128-64/*' --cells 'b1-*'
+    python -m benchmarks.peers.run --system pomona --system vllm --cells '*/base' --cells '*/distinct'
+    python -m benchmarks.peers.run --quick                           # a tiny model, to see that it works
 
+A repetition starts each system once without adapters and once with all of them; all cells run in these two processes.
 While one system runs, the others are stopped. A run that other processes or the hypervisor disturbed is kept in the
-file, marked, and repeated. Started again with the same --output it goes on where it was; after a
-commit, Pomona's own runs are done again. For ratios of one run, give --output a new file: then all take turns.
-Needs ``python -m benchmarks.peers.setup`` first; Linux.
+file, marked, and repeated; a run longer than --repeat-below-s is long enough to be its own average and comes once.
+Started again with the same --output it goes on where it was; when the program has changed (src/pomona, setup.py, its
+dependencies; not docs, tests or reports), Pomona's own runs are done again. For ratios of one run, give --output a new
+file: then all take turns. Needs ``python -m benchmarks.peers.setup`` first; Linux.
 """
 
 import argparse
@@ -15,60 +20,25 @@ import fnmatch
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import meter, results, workload
+from benchmarks import assets, meter, results, workload
+from benchmarks.peers.plan import REPEAT_BELOW_S, Key, Task, by_cell, done_runs, expected_text, is_repeated, plan
 from benchmarks.peers.process import SystemFailedError, SystemProcess, key_of
-from benchmarks.peers.systems import SYSTEMS, System
+from benchmarks.peers.systems import SYSTEMS
 from benchmarks.results import Row
-from benchmarks.shapes import SHAPES, ModelShape
+from benchmarks.shapes import SHAPES
 from benchmarks.workload import Cell
 
-OURS = "pomona"
 REFERENCE = "transformers"
 """Whose tokens the others' are compared with."""
-WARM_UP_TOKENS = 4
 MAX_ATTEMPTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One run to do."""
-
-    repetition: int
-    shape: ModelShape
-    cell: Cell
-    system: System
-
-    @property
-    def key(self) -> tuple[int, str, str, str]:
-        """As found in a row."""
-        return self.repetition, self.shape.name, self.cell.name, self.system.name
-
-
-def plan(shapes: Sequence[ModelShape], cells: Sequence[Cell], systems: Sequence[System], repeats: int) -> list[Task]:
-    """Everything to run, in order: systems take turns within a cell."""
-    return [
-        Task(repetition, shape, cell, system)
-        for repetition in range(repeats)
-        for shape in shapes
-        for cell in cells
-        for system in systems
-    ]
-
-
-def done_keys(rows: Sequence[Row], commit: str) -> set[tuple[int, str, str, str]]:
-    """Keys of the tasks that have a clean run; of our own system, one of this commit."""
-    return {
-        (row["repetition"], row["shape"], row["cell"], row["system"])
-        for row in results.of_kind(rows, "peer")
-        if row["is_clean"] and (row["system"] != OURS or row["commit"] == commit)
-    }
 
 
 def summarize(run: Row, cell: Cell) -> Row:
@@ -103,6 +73,9 @@ class Comparison:
     console: Console
     accept_noise: bool = False
     quiet_limit_s: float = 120.0
+    repeat_below_s: float = REPEAT_BELOW_S
+    done: dict[Key, float] = field(default_factory=dict)
+    """As ``done_runs`` found them; runs are added."""
     _processes: dict[str, SystemProcess] = field(default_factory=dict)
     _tokens: dict[str, list[list[int]]] = field(default_factory=dict)
 
@@ -126,12 +99,12 @@ class Comparison:
             self._processes.popitem()[1].close()
 
     def run(self, task: Task) -> None:
-        """Run a task until a repetition is clean, or enough were tried."""
+        """Run a task until a repetition is clean, or enough were tried; nothing if it is long and was run before."""
+        if not is_repeated(task, self.done, self.repeat_below_s):
+            return
         try:
             process = self._process(task)
-            if task.cell.name not in process.warmed_cells:
-                process.run(task.cell.name, WARM_UP_TOKENS)
-                process.warmed_cells.add(task.cell.name)
+            process.warm_up(task.cell)
             for attempt in range(MAX_ATTEMPTS):
                 if self._attempt(task, process, attempt):
                     break
@@ -179,6 +152,8 @@ class Comparison:
         }
         results.append(self.output, {**self.setup, **row})
         self._tokens[task.system.name] = run["token_ids"]
+        if is_clean or self.accept_noise:
+            self.done[task.key] = run["wall_s"]
         self.console.print(
             f"{'ok ' if is_clean else 'BAD'} {task.shape.name} {task.cell.name:22} {task.system.name:13} "
             f"{row['output_tokens_per_s']:8.1f} tok/s  ttft {row['ttft_mean_s']:6.2f} s  "
@@ -198,18 +173,6 @@ class Comparison:
             found = {"kind": "agreement", **where, "same_first_token": first, "mean_common_prefix": prefix}
             results.append(self.output, {"utc": self.setup["utc"], **found})
         self._tokens.clear()
-
-
-def by_cell(tasks: Sequence[Task]) -> Iterator[list[Task]]:
-    """The tasks of one repetition of one cell at a time."""
-    group: list[Task] = []
-    for task in tasks:
-        if group and group[0].key[:3] != task.key[:3]:
-            yield group
-            group = []
-        group.append(task)
-    if group:
-        yield group
 
 
 def execute(tasks: Sequence[Task], comparison: Comparison, console: Console) -> None:
@@ -232,45 +195,59 @@ def execute(tasks: Sequence[Task], comparison: Comparison, console: Console) -> 
             comparison.close()
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
+    parser.add_argument(
+        "--shape", choices=SHAPES, action="append", help="repeatable; default: the two of the comparison"
+    )
     parser.add_argument("--cells", action="append", help="glob such as 'b32-128-64/*'; repeatable; default: all")
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="repeatable; default: all")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=results.default_file("peers"))
+    parser.add_argument(
+        "--repeat-below-s", type=float, default=REPEAT_BELOW_S, help="longer runs come once; default: 60"
+    )
     parser.add_argument("--quiet-limit-s", type=float, default=120.0, help="longest wait for a quiet machine")
-    parser.add_argument("--accept-noise", action="store_true", help="do not wait or repeat; for trying things out")
-    return parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run, and how long it would take")
+    results.add_arguments(parser, "peers", repeats=3)
+    arguments = results.parse(parser, "peers", words)
+    if arguments.quick:
+        arguments.cells = arguments.cells or ["b8-128-64/*"]
+        arguments.system = arguments.system or [system.name for system in SYSTEMS.values() if system.is_installed]
+    return arguments
 
 
-def main() -> None:
-    arguments = parse()
-    console = Console()
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = parse(words)
+    console = Console(soft_wrap=True)
     shapes = [SHAPES[name] for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b")]
     globs = arguments.cells or ["*"]
     cells = [cell for cell in workload.cells() if any(fnmatch.fnmatch(cell.name, glob) for glob in globs)]
-    names = arguments.system or list(SYSTEMS)
-    for shape in shapes:
-        workload.write(shape)
     setup = results.setup()
-    if setup["commit"].endswith("-dirty"):
-        console.print(
-            "the checkout has changes that are not committed: these rows cannot be reproduced", style="yellow"
-        )
-    done = done_keys(results.read(arguments.output), setup["commit"])
-    tasks = plan(shapes, cells, [SYSTEMS[name] for name in names], arguments.repeats)
-    left = [task for task in tasks if task.key not in done]
+    if setup["program"].endswith("-dirty"):
+        console.print("src has changes that are not committed: these rows cannot be reproduced", style="yellow")
+    done = done_runs(results.read(arguments.output), setup["program"])
+    tasks = plan(shapes, cells, [SYSTEMS[name] for name in arguments.system or SYSTEMS], arguments.repeats)
+    left = [task for task in tasks if task.key not in done and is_repeated(task, done, arguments.repeat_below_s)]
     console.print(f"{len(left)} of {len(tasks)} runs to do; rows go to {arguments.output}")
+    console.print(expected_text(left, done, arguments.repeat_below_s), highlight=False)
+    if arguments.dry_run:
+        return
+    for shape in shapes:
+        if arguments.quick:
+            assets.make(shape)
+        workload.write(shape)
     comparison = Comparison(
         arguments.output,
         setup,
         console,
         accept_noise=arguments.accept_noise,
         quiet_limit_s=arguments.quiet_limit_s,
+        repeat_below_s=arguments.repeat_below_s,
+        done=done,
     )
+    start_s = time.monotonic()
     execute(left, comparison, console)
+    console.print(f"took {(time.monotonic() - start_s) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

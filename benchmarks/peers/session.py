@@ -82,14 +82,22 @@ def by_adapter(requests: list[Request]) -> list[tuple[int | None, list[int]]]:
     return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
-def _requests(cell: dict[str, Any]) -> list[Request]:
-    return [Request(prompt, adapter) for prompt, adapter in zip(cell["prompts"], cell["assignment"], strict=True)]
+def run_cell(
+    runner: Runner, cell: dict[str, Any], num_output_tokens: int | None = None, num_prompt_tokens: int | None = None
+) -> dict[str, Any]:
+    """Run one cell and return its row: wall time, token times since the start, tokens.
 
-
-def run_cell(runner: Runner, cell: dict[str, Any], num_output_tokens: int | None = None) -> dict[str, Any]:
-    """Run one cell and return its row: wall time, token times since the start, tokens."""
+    Args:
+        runner: a loaded system.
+        cell: of the workload.
+        num_output_tokens: fewer, to warm up.
+        num_prompt_tokens: only so many of each prompt, to warm up.
+    """
     count = num_output_tokens or cell["num_output_tokens"]
-    requests = _requests(cell)
+    requests = [
+        Request(prompt[:num_prompt_tokens], adapter)
+        for prompt, adapter in zip(cell["prompts"], cell["assignment"], strict=True)
+    ]
     start = time.perf_counter()
     outcome = runner.run(requests, count)
     wall_s = time.perf_counter() - start
@@ -130,7 +138,7 @@ def main(load: Callable[[Work], Runner]) -> None:
     parser.add_argument("--cell", action="append", default=[])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--num-output-tokens", type=int, default=None, help="fewer, for trying it out")
-    parser.add_argument("--serve", action="store_true", help='read {"cell": NAME, "num_output_tokens": N} lines')
+    parser.add_argument("--serve", action="store_true", help='read {"cell": NAME} lines')
     arguments = parser.parse_args()
     content = json.loads(arguments.workload.read_text())
     out = os.fdopen(os.dup(1), "w")
@@ -150,4 +158,5 @@ def main(load: Callable[[Work], Runner]) -> None:
         for line in sys.stdin:
             command = json.loads(line)
             cell = content["cells"][command["cell"]]
-            answer({"cell": command["cell"], **run_cell(runner, cell, command.get("num_output_tokens"))})
+            limits = command.get("num_output_tokens"), command.get("num_prompt_tokens")
+            answer({"cell": command["cell"], **run_cell(runner, cell, *limits)})

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks import results, workload
-from benchmarks.peers.process import SystemFailedError, SystemProcess
-from benchmarks.peers.run import Comparison, Task, agreement, by_cell, done_keys, execute, plan, summarize
+from benchmarks.peers.plan import Task, by_cell, done_runs, expected_s, expected_text, is_repeated, plan
+from benchmarks.peers.process import SystemFailedError, SystemProcess, key_of
+from benchmarks.peers.run import Comparison, agreement, execute, main, summarize
 from benchmarks.peers.session import Request, by_adapter
 from benchmarks.peers.systems import SYSTEMS, Environment, System
 from benchmarks.shapes import TINY
@@ -43,18 +44,76 @@ def test_systems_take_turns_within_every_cell_of_every_repetition():
     tasks = plan([TINY], cells()[:2], list(SYSTEMS.values()), repeats=2)
     names = [task.system.name for task in tasks]
     assert names == list(SYSTEMS) * 4
+    idle = plan([TINY], [dataclasses.replace(CELL, popularity="idle")], list(SYSTEMS.values()), repeats=1)
+    assert [task.system.name for task in idle] == ["pomona", "transformers", "vllm"], "llama.cpp would repeat base"
     groups = list(by_cell(tasks))
     assert [len(group) for group in groups] == [len(SYSTEMS)] * 4
     assert [group[0].repetition for group in groups] == [0, 0, 1, 1]
 
 
-def test_only_clean_runs_are_done_and_our_own_only_of_this_commit():
-    row = {"kind": "peer", "repetition": 0, "shape": "tiny", "cell": CELL.name, "system": "vllm", "is_clean": True}
-    row |= {"commit": "old"}
-    assert done_keys([row], "new") == {Task(0, TINY, CELL, SYSTEMS["vllm"]).key}
-    assert done_keys([{**row, "is_clean": False}], "new") == set()
-    assert done_keys([{**row, "system": "pomona"}], "new") == set()
-    assert done_keys([{**row, "system": "pomona"}], "old") == {Task(0, TINY, CELL, SYSTEMS["pomona"]).key}
+def done_row(task: Task, **changes: object) -> dict[str, object]:
+    where = {"repetition": task.repetition, "shape": "tiny", "cell": task.cell.name, "system": task.system.name}
+    settings = task.system.settings_for(task.cell.popularity)
+    return {"kind": "peer", **where, "is_clean": True, "program": "old", "settings": settings, "wall_s": 7.0, **changes}
+
+
+def test_only_clean_runs_of_the_same_settings_are_done_and_our_own_only_of_this_program():
+    theirs, ours = Task(0, TINY, CELL, SYSTEMS["vllm"]), Task(0, TINY, CELL, SYSTEMS["pomona"])
+    assert done_runs([done_row(theirs)], "new") == {theirs.key: 7.0}
+    assert done_runs([done_row(theirs, is_clean=False)], "new") == {}
+    assert theirs.key not in done_runs([done_row(theirs, settings={"max_num_seqs": 1})], "new")
+    assert done_runs([done_row(ours)], "new") == {}
+    assert done_runs([done_row(ours, commit="another")], "old") == {ours.key: 7.0}
+
+
+def test_a_program_is_its_sources_its_build_and_its_dependencies(monkeypatch, tmp_path):
+    asked = []
+
+    def git(*words: str) -> str:
+        asked.append(words)
+        return "" if words[0] == "status" else "trees"
+
+    monkeypatch.setattr(results, "_git", git)
+    before = results.program()
+    assert asked == [
+        ("rev-parse", "HEAD:src/pomona", "HEAD:setup.py"),
+        ("status", "--porcelain", "--untracked-files=no", "--", "src/pomona", "setup.py"),
+    ]
+    assert results.program() == before
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["torch==0"]\n')
+    assert results.program() != before
+    monkeypatch.setattr(results, "_git", lambda *words: "M")
+    assert results.program().endswith("-dirty")
+
+
+def test_long_runs_come_once():
+    first, second = (Task(repetition, TINY, CELL, SYSTEMS["vllm"]) for repetition in (0, 1))
+    assert is_repeated(first, {}, 60.0)
+    assert is_repeated(second, {first.key: 59.0}, 60.0)
+    assert not is_repeated(second, {first.key: 61.0}, 60.0)
+
+
+def test_expected_time_is_that_of_earlier_runs_or_the_systems_usual_pace():
+    task = Task(1, TINY, CELL, SYSTEMS["transformers"])
+    assert 0 < expected_s(dataclasses.replace(task, cell=BASE), {}) < expected_s(task, {})
+    assert expected_s(task, {dataclasses.replace(task, repetition=0).key: 1234.0}) == 1234.0
+    tasks = plan([TINY], [BASE, CELL], list(SYSTEMS.values()), repeats=2)
+    text = expected_text(tasks, {task.key: 3600.0}, repeat_below_s=60.0)
+    assert text.startswith("expected, on two quiet server cores: 1 h ")
+    assert "tiny, repetition 1: 1 h " in text
+    assert "tiny, repetition 2: 1 min" in text, "what took an hour comes once"
+
+
+def test_a_process_computes_whole_prompts_once_per_batch_before_it_counts(small_work):
+    process = SystemProcess(echo(), TINY, "identical")
+    asked = []
+    run = process.run
+    process.run = lambda *words: asked.append(words) or run(*words)  # type: ignore[method-assign,func-returns-value]
+    for cell in (CELL, BASE, CELL):
+        process.warm_up(cell)
+    process.close()
+    assert asked == [(CELL.name, 3, None), (BASE.name, 3, 8)]
 
 
 def test_a_run_is_summarized_in_the_projects_definitions():
@@ -79,26 +138,25 @@ def test_systems_with_one_adapter_per_batch_serve_the_largest_group_first():
     assert by_adapter(requests) == [(1, [1, 2, 4]), (0, [0, 5]), (None, [3])]
 
 
-def test_a_system_with_slots_loads_only_the_adapters_a_popularity_uses():
-    vllm = SYSTEMS["vllm"]
-    found = {popularity: vllm.num_loaded(popularity) for popularity in workload.POPULARITIES}
-    assert found == {"base": 0, "idle": 1, "identical": 1, "uniform": 6, "zipf-1.5": 8, "distinct": 32}
-    assert SYSTEMS["llama.cpp"].num_loaded("uniform") == 32
-    assert "max_num_batched_tokens" in vllm.settings_for("identical")
-    assert "max_num_batched_tokens" not in vllm.settings_for("base")
+def test_a_repetition_needs_two_processes_of_each_system():
+    for system in SYSTEMS.values():
+        keys = {key_of(system, TINY, popularity) for popularity in workload.POPULARITIES}
+        assert [num_loaded for _, num_loaded, _ in sorted(keys)] == [0, workload.NUM_ADAPTERS]
+    assert "max_num_batched_tokens" in SYSTEMS["vllm"].settings_for("identical")
+    assert "max_num_batched_tokens" not in SYSTEMS["vllm"].settings_for("base")
 
 
 def test_a_comparison_runs_the_real_engine_writes_rows_and_goes_on_where_it_was(small_work, tmp_path):
     output = tmp_path / "rows.jsonl"
     tasks = plan([TINY], [CELL], [pomona()], repeats=1)
-    comparison = Comparison(output, {"utc": "now", "commit": "c"}, QUIET, accept_noise=True)
+    comparison = Comparison(output, {"utc": "now", "program": "p"}, QUIET, accept_noise=True)
     execute(tasks, comparison, QUIET)
     (row,) = results.read(output)
     assert (row["kind"], row["system"], row["cell"], row["num_loaded"]) == ("peer", "pomona", CELL.name, 2)
     assert row["output_tokens_per_s"] == pytest.approx(8 / row["wall_s"])
     assert row["memory_mib"] > 10
     assert {"own_pct", "other_pct", "steal_pct", "is_clean", "token_digest", "versions", "settings"} <= set(row)
-    assert done_keys([{**row, "is_clean": True}], "c") == {tasks[0].key}
+    assert done_runs([{**row, "is_clean": True}], "p") == {tasks[0].key: row["wall_s"]} == comparison.done
 
 
 def test_a_system_that_cannot_start_is_recorded_and_the_others_go_on(small_work, tmp_path):
@@ -159,3 +217,12 @@ def test_the_workload_file_names_adapters_and_their_requests(small_work):
     assert [adapter["name"] for adapter in content["adapters"]] == ["r16-00", "r16-01"]
     assert content["cells"][CELL.name]["assignment"] == [0, 0]
     assert content["cells"][BASE.name]["assignment"] == [None, None]
+
+
+def test_a_dry_run_says_how_much_there_is_to_do_and_does_nothing(tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    main(["--dry-run", "--shape", "smollm2-135m", "--repeats", "1", "--output", str(output)])
+    said = capsys.readouterr().out
+    assert "71 of 71 runs to do" in said
+    assert "expected, on two quiet server cores:" in said
+    assert not output.exists()

@@ -1,17 +1,25 @@
 """Tables and charts from rows, and that the committed docs are what the committed results say."""
 
 import itertools
+import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import results, tables
-from benchmarks.chart import Bar, Series, grouped_bars, nice_step
+from benchmarks.chart import Bar, Point, Series, grouped_bars, nice_step, roofline
 from benchmarks.report import DOCS, Report, fill, stale
 from benchmarks.results import Row
 
-SETUP = {"utc": "2026-01-02T03:04:05+00:00", "commit": "abc", "hardware": {"cpu": "A CPU", "cores": 2}, "command": "do"}
+SETUP = {
+    "utc": "2026-01-02T03:04:05+00:00",
+    "commit": "abc",
+    "program": "p",
+    "hardware": {"cpu": "A CPU", "cores": 2},
+    "command": "do",
+}
 LIMITS = {"peaks": {"bfloat16_gflop_per_s": 500.0, "float32_gflop_per_s": 200.0, "read_gb_per_s": 25.0}}
 
 
@@ -46,8 +54,13 @@ def peer_rows() -> list[Row]:
     ]
 
 
+STEPS = {"base": 6.0, "distinct": 9.0, tables.ALL_SMALL: 7.0, tables.ONE_LARGE: 7.5}
+
+
 def step_row(mix: str, step_ms: float) -> Row:
-    numbers = {"step_ms": step_ms, "floor_ms": 5.0, "bytes": 1e8, "flops": 1e9, "other_pct": 0.0, "steal_pct": 0.0}
+    is_large = mix == tables.ONE_LARGE
+    floor = {"floor_ms": 5.2, "bytes": 1.04e8, "flops": 1.1e9} if is_large else {"floor_ms": 5.0, "bytes": 1e8}
+    numbers = {"step_ms": step_ms, "flops": 1e9, **floor, "other_pct": 0.0, "steal_pct": 0.0}
     what = {"kind": "step", "shape": "tiny", "phase": "decode", "batch": 32, "mix": mix, "is_clean": True}
     return {**SETUP, **what, **numbers}
 
@@ -75,8 +88,11 @@ def ceilings_row() -> Row:
     return {**SETUP, **LIMITS, "kind": "ceilings", "is_clean": True, "ceilings": [{**gemm, "facts": facts}]}
 
 
-def op_row() -> Row:
-    return {"op": "lora", "case": "decode", "backend": "cpu", "model": "smol", "median_us": 9.5, "floor_us": 4.0}
+def op_row(backend: str = "cpu", median_us: float = 10.0) -> Row:
+    limits = {"peak_gflop_per_s": 500.0, "bandwidth_gb_per_s": 25.0, "threads": 2, "dtype": "bfloat16"}
+    what = {"kind": "op", "shape": "tiny", "op": "lora", "case": "decode", "backend": backend, "is_clean": True}
+    numbers = {"median_us": median_us, "floor_us": 4.0, "bytes": 1e5, "flops": 2e5, "other_pct": 0.0, "steal_pct": 0.0}
+    return {**SETUP, **limits, **what, **numbers}
 
 
 @pytest.fixture
@@ -86,11 +102,14 @@ def results_folder(tmp_path):
     agreement = {"kind": "agreement", "system": "vllm", "same_first_token": 0.5, "mean_common_prefix": 30.0}
     rows: dict[str, list[dict[str, Any]]] = {
         "peers": [*peer_rows(), agreement],
-        "step": [step_row("base", 6.0), step_row("distinct", 9.0), {**SETUP, **profile, "functions": functions}],
+        "step": [
+            *(step_row(mix, step_ms) for mix, step_ms in STEPS.items()),
+            {**SETUP, **profile, "functions": functions},
+        ],
         "engine": [job_row("base", 800.0, 1.0), job_row("distinct", 600.0, 1.25)],
         "server": [server_row()],
         "ceilings": [ceilings_row()],
-        "ops": [op_row()],
+        "ops": [op_row(), op_row("reference", 50.0)],
     }
     for what, of_kind in rows.items():
         for row in of_kind:
@@ -108,7 +127,10 @@ def test_every_page_can_be_made_from_sample_rows(results_folder):
     assert "| decode 32 | distinct | 100 | 1.00 | 5.00 | 9.00 | 1.80 |" in files["benchmarks/step.md"]
     assert "| `kernels.lora` | 8 | 1.25 |" in files["benchmarks/step.md"]
     assert "| distinct | 600 | 3.41 | 1.25 | 2.73 | 25.0% | 20.0% |" in files["benchmarks/engine.md"]
-    assert "| lora: decode | cpu | 9.5 | 4.0 |" in files["benchmarks/ops.md"]
+    assert "| lora: decode | 4.0 | 10.0 | 50.0 | 2.50 |" in files["benchmarks/ops.md"]
+    ranks = "| 32 sequences | 7.00 | 7.50 | +0.50 | 0.20 | 4.0 | 0.100 | 132 |"
+    assert ranks in files["benchmarks/step.md"]
+    assert ranks in files["performance.md"]
     assert "| 256 streams, base | 900 | 10.0 | 10.5 | 20.0 | 21.0 | 1.05 | 30 |" in files["performance.md"]
     assert "With 500 GFLOP/s and 25 GB/s" in files["performance.md"]
     assert "No results yet" not in "".join(files.values())
@@ -134,18 +156,28 @@ def test_a_row_nobody_else_was_measured_on_has_no_ratio():
     assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 600 | – | – | – | 25.0% |")
 
 
-def test_steps_of_earlier_commits_do_not_count(results_folder):
-    results.append(results_folder / "2026-01-02-step.jsonl", {**step_row("base", 7.0), "commit": "later"})
+def test_steps_of_earlier_programs_do_not_count(results_folder):
+    results.append(results_folder / "2026-01-02-step.jsonl", {**step_row("base", 7.0), "program": "later"})
     page = dict(Report(results_folder).files("x"))["benchmarks/step.md"]
     assert "1 repetitions, 1 clean." in page
     assert "| 7.00 |" in page
     assert "| 6.00 |" not in page
 
 
-def test_our_rows_of_earlier_commits_do_not_count():
-    rows = [{**peer_row("pomona", "base", 100.0), "commit": "old"}, *peer_rows()]
-    assert tables.of_one_commit(rows) == peer_rows()
-    assert tables.of_one_commit([peer_row("vllm", "base", 1.0)]) == [peer_row("vllm", "base", 1.0)]
+def test_our_rows_of_earlier_programs_do_not_count_but_those_of_other_commits_do():
+    rows = [{**peer_row("pomona", "base", 100.0), "program": "old"}, *peer_rows()]
+    assert tables.of_one_program(rows) == peer_rows()
+    assert tables.of_one_program([peer_row("vllm", "base", 1.0)]) == [peer_row("vllm", "base", 1.0)]
+    docs_changed = [*peer_rows(), {**peer_row("pomona", "base", 100.0), "commit": "def"}]
+    assert tables.of_one_program(docs_changed) == docs_changed
+
+
+def test_a_cell_that_is_the_base_s_work_for_a_system_says_so():
+    rows = [*peer_rows(), peer_row("pomona", "idle", 790.0), peer_row("llama.cpp", "base", 300.0)]
+    lines = tables.peer_metric(rows, "b32-128-64", "output_tokens_per_s", "{:.0f}").splitlines()
+    assert lines[0] == "|  | base | idle | distinct |"
+    assert "| 300 | as base | – |" in lines[3]
+    assert "as base" not in lines[2]
 
 
 def test_disturbed_repetitions_count_only_when_there_is_no_clean_one_and_are_marked():
@@ -188,11 +220,58 @@ def test_the_newest_file_of_a_kind_counts(tmp_path):
 
 def test_a_chart_is_well_formed_and_has_a_bar_per_measurement():
     series = [Series("A & B", (Bar(10, 9, 12), None)), Series("C", (Bar(5, 5, 5), Bar(7, 6, 8)))]
-    root = ElementTree.fromstring(grouped_bars("<title>", "tok/s", ["one", "two"], series))
+    root = ElementTree.fromstring(grouped_bars("<title>", "what", "tok/s", ["one", "two"], series))
     titles = [element.text for element in root.iter() if element.tag.endswith("title")]
     assert titles == ["10 (9 to 12)", "5 (5 to 5)", "7 (6 to 8)"]
     heights = [float(element.get("height", 0)) for element in root.iter() if element.find("{*}title") is not None]
     assert heights[0] == pytest.approx(2 * heights[1], rel=0.01)
+
+
+def test_charts_have_titles_labelled_axes_and_a_dark_scheme(results_folder):
+    files = dict(Report(results_folder).files((DOCS / "performance.md").read_text()))
+    axes = {
+        "peers-tiny-b32-128-64.svg": {"popularity of adapters", "output tokens per second"},
+        "step-tiny.svg": {"sequences in the step, adapters", "milliseconds"},
+        "engine-tiny.svg": {"popularity of adapters", "throughput lost, % of base only"},
+        "ops-tiny.svg": {"FLOPs per byte moved", "GFLOP/s"},
+    }
+    made = {name.removeprefix("benchmarks/"): text for name, text in files.items() if name.endswith(".svg")}
+    assert made.keys() == axes.keys()
+    for name, labels in axes.items():
+        texts = {element.text for element in ElementTree.fromstring(made[name]).iter() if element.tag.endswith("text")}
+        assert labels <= texts
+        assert any(text.startswith("tiny: ") for text in texts if text)
+        assert "prefers-color-scheme:dark" in made[name]
+        assert any(f"]({folder}{name})" in page for page in files.values() for folder in ("", "benchmarks/")), name
+
+
+def test_every_chart_that_a_page_shows_is_made(results_folder):
+    files = dict(Report(results_folder).files((DOCS / "performance.md").read_text()))
+    shown = [(page, name) for page, text in files.items() for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)]
+    assert shown
+    for page, name in shown:
+        assert str(Path(page).parent / name) in files
+
+
+def test_a_tax_below_zero_hangs_below_the_line():
+    series = [Series("tax", (Bar(10.0, 10.0, 10.0), Bar(-5.0, -5.0, -5.0)))]
+    root = ElementTree.fromstring(grouped_bars("t", "x", "%", ["a", "b"], series))
+    above, below = [element for element in root.iter() if element.find("{*}title") is not None]
+    zero = float(above.get("y", 0)) + float(above.get("height", 0))
+    assert float(below.get("y", 0)) == pytest.approx(zero, abs=0.2)
+    assert float(above.get("height", 0)) == pytest.approx(2 * float(below.get("height", 0)), rel=0.01)
+
+
+def test_points_of_a_roofline_lie_where_the_roof_says():
+    on_slope, on_top = Point("slow", 1.0, 25e9), Point("fast", 1000.0, 500e9)
+    root = ElementTree.fromstring(roofline("t", 500e9, 25e9, {"op": [on_slope, on_top]}))
+    (line,) = [element for element in root.iter() if element.tag.endswith("polyline")]
+    corners = [tuple(map(float, pair.split(","))) for pair in (line.get("points") or "").split()]
+    circles = [element for element in root.iter() if element.tag.endswith("circle")]
+    slow, fast = [(float(circle.get("cx", 0)), float(circle.get("cy", 0))) for circle in circles]
+    (x0, y0), (x1, y1), (_, top) = corners
+    assert slow[1] == pytest.approx(y0 + (y1 - y0) * (slow[0] - x0) / (x1 - x0), abs=0.3)
+    assert fast[1] == pytest.approx(top, abs=0.1)
 
 
 @pytest.mark.parametrize("top", [0.03, 0.9, 1.0, 4.2, 10.0, 99.0, 512.0, 6400.0])
@@ -204,5 +283,5 @@ def test_ticks_are_round_and_reach_the_top_with_few_of_them(top):
 
 def test_a_rows_setup_says_where_when_and_how_without_naming_this_machines_folders():
     row = results.setup(extra=1)
-    assert {"utc", "commit", "hardware", "python", "command", "extra"} <= set(row)
+    assert {"utc", "commit", "program", "hardware", "python", "command", "extra"} <= set(row)
     assert str(results.ROOT) not in str(row)

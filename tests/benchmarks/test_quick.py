@@ -1,0 +1,67 @@
+"""Every measuring command end to end at tiny sizes, and the pages that come of its rows. The numbers mean nothing."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks import ceilings, engine, report, results, server, step
+from benchmarks.kernels import bench_ops
+from benchmarks.peers import run as peers
+
+
+@pytest.fixture
+def quick(tiny_cache, tmp_path, monkeypatch):
+    """The folder of quick rows; one thread."""
+    monkeypatch.setattr(results, "quick_folder", lambda: tmp_path)
+    monkeypatch.setenv("POMONA_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(before)
+
+
+def _check(
+    command: Callable[[list[str]], None], words: list[str], what: str, pages: dict[str, str], quick, capsys
+) -> None:
+    command(["--quick", *words])
+    path = results.latest(what, quick)
+    assert path is not None
+    rows = results.read(path)
+    assert rows
+    assert {row["program"] for row in rows} == {results.program()}
+    report.main(["--quick"])
+    capsys.readouterr()
+    for name, title in pages.items():
+        assert title in (quick / "docs" / name).read_text()
+
+
+def test_ceilings_are_measured_and_shown(quick, capsys):
+    _check(
+        ceilings.main, [], "ceilings", {"performance.md": "Floors are computed from the best medians"}, quick, capsys
+    )
+
+
+def test_steps_are_timed_and_shown(quick, capsys):
+    pages = {"benchmarks/step.md": "| decode 8 | r128 among r4 |", "benchmarks/step-tiny.svg": "tiny: decode step"}
+    _check(step.main, ["--batch", "8", "--profile"], "step", pages, quick, capsys)
+
+
+def test_ops_are_timed_and_shown(quick, capsys):
+    pages = {"benchmarks/ops.md": "rank 128 beside 31 of 4", "benchmarks/ops-tiny.svg": "tiny: ops under the roof"}
+    _check(bench_ops.main, ["--threads", "1"], "ops", pages, quick, capsys)
+
+
+def test_jobs_are_timed_and_shown(quick, capsys):
+    pages = {"benchmarks/engine.md": "| zipf-1.5 |", "benchmarks/engine-tiny.svg": "tiny: LoRA tax"}
+    _check(engine.main, [], "engine", pages, quick, capsys)
+
+
+@pytest.mark.slow
+def test_the_server_is_measured_and_shown(quick, capsys):
+    _check(server.main, [], "server", {"performance.md": "8 streams, base"}, quick, capsys)
+
+
+@pytest.mark.slow
+def test_systems_are_compared_and_shown(quick, capsys):
+    pages = {"benchmarks/peers.md": "| Pomona |", "benchmarks/peers-tiny-b8-128-64.svg": "tiny: 8 requests"}
+    _check(peers.main, ["--system", "pomona"], "peers", pages, quick, capsys)
