@@ -5,7 +5,12 @@
     │   └── PromptTooLongError   prompt, or prompt and max_tokens, exceed the context       (400)
     ├── ModelNotFoundError       no such base or adapter name, for this tenant             (404)
     ├── QueueFullError           the bounded queue is full; try again later                (429)
+    ├── RateLimitError           a limit on requests, tokens or concurrency is reached     (429)
+    │   └── QuotaExceededError       the month's budget is spent                           (429)
     ├── EngineUnavailableError   the model process died or is restarting                   (503)
+    ├── DatabaseUnavailableError the accounts database or its journal cannot be written    (503)
+    ├── AccountNotFoundError     no such tenant, key or adapter                            (404)
+    ├── AccountConflictError     it exists already, or is in use                           (409)
     ├── AdapterError             an adapter could not be read, or does not fit             (422)
     │   ├── AdapterNotFoundError     nothing at that source                                (404)
     │   ├── AdapterForbiddenError    the source lies outside what the operator allowed     (403)
@@ -57,8 +62,37 @@ class QueueFullError(PomonaError):
     """The waiting queue is at its limit; the request was never admitted."""
 
 
+class RateLimitError(PomonaError):
+    """A limit of the tenant, its key or the adapter is reached; nothing was admitted.
+
+    Args:
+        message: names the limit and its value.
+        retry_after_s: seconds until the same request can succeed; None if it never can.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaExceededError(RateLimitError):
+    """The month's budget is spent."""
+
+
 class EngineUnavailableError(PomonaError):
     """The model process is not answering: it died, is restarting, or is shutting down."""
+
+
+class DatabaseUnavailableError(PomonaError):
+    """The database of accounts does not answer, or usage can no longer be written down."""
+
+
+class AccountNotFoundError(PomonaError):
+    """No tenant, key or other account record of that name."""
+
+
+class AccountConflictError(PomonaError):
+    """It exists already, or something else depends on it."""
 
 
 class AdapterError(PomonaError):

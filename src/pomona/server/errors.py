@@ -1,5 +1,6 @@
 """One table: exception -> HTTP status and OpenAI's error body. No other module knows status codes of errors."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +23,10 @@ class BodyTooLargeError(core.PomonaError):
 
 class AuthenticationError(core.PomonaError):
     """No API key, or a wrong one."""
+
+
+class ForbiddenError(core.PomonaError):
+    """The API key is right, but not for this."""
 
 
 class RequestFailedError(core.PomonaError):
@@ -58,6 +63,11 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     core.PromptTooLongError: _Row(400, _INVALID, "context_length_exceeded"),
     core.ModelNotFoundError: _Row(404, _INVALID, "model_not_found", param="model"),
     core.QueueFullError: _Row(429, "rate_limit_error", "queue_full", retry_after_s=1),
+    core.RateLimitError: _Row(429, "rate_limit_error", "rate_limit_exceeded"),
+    core.QuotaExceededError: _Row(429, "insufficient_quota", "insufficient_quota"),
+    core.DatabaseUnavailableError: _Row(503, _SERVER, "accounts_unavailable", retry_after_s=5),
+    core.AccountNotFoundError: _Row(404, _INVALID, "not_found"),
+    core.AccountConflictError: _Row(409, _INVALID, "conflict"),
     core.EngineUnavailableError: _Row(503, _SERVER, "engine_unavailable", retry_after_s=5),
     core.AdapterError: _Row(422, _INVALID, "adapter_invalid", param="source"),
     core.AdapterNotFoundError: _Row(404, _INVALID, "adapter_source_not_found", param="source"),
@@ -68,6 +78,7 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     BodyError: _Row(400, _INVALID, "invalid_json"),
     BodyTooLargeError: _Row(413, _INVALID, "body_too_large"),
     AuthenticationError: _Row(401, _INVALID, "invalid_api_key"),
+    ForbiddenError: _Row(403, _INVALID, "insufficient_permissions"),
     RequestFailedError: _Row(500, _SERVER, "request_failed"),
     RequestAbortedError: _Row(503, _SERVER, "request_aborted", retry_after_s=1),
 }
@@ -93,7 +104,8 @@ def error_body(error: core.PomonaError) -> bytes:
 def error_response(error: core.PomonaError) -> Response:
     """Return the whole HTTP answer for an error."""
     row = _row_of(error)
-    headers = {} if row.retry_after_s is None else {"retry-after": str(row.retry_after_s)}
+    retry_after_s = error.retry_after_s if isinstance(error, core.RateLimitError) else row.retry_after_s
+    headers = {} if retry_after_s is None else {"retry-after": str(math.ceil(retry_after_s))}
     if row.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(error_body(error), row.status, headers, "application/json")

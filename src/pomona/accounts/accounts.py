@@ -1,0 +1,150 @@
+"""Accounts: everything about tenants that a server process needs, started and stopped as one."""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from typing import ParamSpec, Self, TypeVar
+
+from pomona.accounts import clock
+from pomona.accounts.authenticator import Authenticator
+from pomona.accounts.config import AccountsConfig
+from pomona.accounts.database import Database
+from pomona.accounts.journal import Start
+from pomona.accounts.ledger import Entry, Ledger
+from pomona.accounts.limiter import Limiter, Scope
+from pomona.accounts.principal import Limits, Principal
+from pomona.accounts.shares import OwnedAdapter, ShareStore
+from pomona.accounts.tenants import TenantStore
+from pomona.accounts.usage import UsageStore
+from pomona.core.errors import DatabaseUnavailableError
+
+_LOGGER = logging.getLogger(__name__)
+_MAINTENANCE_S = 1.0
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+class Accounts:
+    """Tenants, limits and the ledger of one server process. Belongs to one event loop.
+
+        async with Accounts(config) as accounts: ...
+
+    Args:
+        config: settings.
+
+    Raises:
+        ConfigError: the database's driver is not installed.
+    """
+
+    def __init__(self, config: AccountsConfig) -> None:
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        process_id = secrets.token_hex(8)
+        self.config = config
+        self.database = Database(config.url)
+        self.tenants = TenantStore(self.database)
+        self.usage = UsageStore(self.database)
+        self.shares = ShareStore(self.database)
+        self.authenticator = Authenticator(self.database, self.tenants, config)
+        self.limiter = Limiter(self.database, config, process_id)
+        self.ledger = Ledger(self.database, config, process_id, self.limiter.budgets.note)
+        self._adapters: Mapping[str, OwnedAdapter] = {}
+        self._adapter_limits: Mapping[str, Limits] = {}
+        self._are_facts_stale = True
+        self._tasks: list[asyncio.Task[None]] = []
+        self.authenticator.on_change(self._forget_facts)
+
+    async def __aenter__(self) -> Self:
+        """Bring the tables up to date, take over what dead processes left, and begin to follow changes.
+
+        Raises:
+            DatabaseUnavailableError: the database does not answer.
+        """
+        await self.database.run(self.database.migrate)
+        await self.ledger.adopt()
+        await self.facts()
+        for work in (self.authenticator.watch(), self.ledger.run(), self._maintain()):
+            self._tasks.append(asyncio.create_task(work))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Write down everything and stop."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await self.limiter.maintain()
+        except DatabaseUnavailableError as error:
+            _LOGGER.warning("%s", error)
+        await self.ledger.close()
+        await asyncio.to_thread(self.database.close)
+
+    async def change(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        """Change identities, limits, prices or shares in the database; this process knows of it on return."""
+        try:
+            return await self.database.run(work, *args, **kwargs)
+        finally:
+            self.authenticator.forget_all()
+            await self.facts()
+
+    @property
+    def adapters(self) -> Mapping[str, OwnedAdapter]:
+        """Adapters that belong to tenants, by qualified name, as they were when ``facts`` was last awaited."""
+        return self._adapters
+
+    async def facts(self) -> None:
+        """Read who owns which adapter and the adapters' limits again, if anything has changed."""
+        while self._are_facts_stale:
+            self._are_facts_stale = False
+            try:
+                self._adapters = await self.database.run(self.shares.adapters)
+                self._adapter_limits = await self.database.run(self.tenants.adapter_limits)
+            except DatabaseUnavailableError:
+                self._are_facts_stale = True
+                raise
+
+    def scopes(self, principal: Principal, adapter: str) -> list[Scope]:
+        """Return whoever has limits for a request of this principal for this adapter (qualified name)."""
+        assert principal.tenant_id is not None, "administrators make no requests"
+        every = (
+            Scope("tenant", principal.tenant_id, principal.tenant_limits),
+            Scope("key", principal.root_id, principal.key_limits),
+            Scope("adapter", adapter, self._adapter_limits.get(adapter, _NO_LIMITS)),
+        )
+        return [scope for scope in every if not scope.limits.is_empty]
+
+    def begin(
+        self, principal: Principal, request_id: str, adapter: str, adapter_id: str, num_input_tokens: int, n: int
+    ) -> Entry:
+        """Open the ledger's line of a request; see ``Ledger.begin``."""
+        assert principal.tenant_id is not None, "administrators make no requests"
+        start = Start(
+            number=0,
+            slot=0,
+            request_id=request_id,
+            tenant_id=principal.tenant_id,
+            key_id=principal.key_id,
+            root_id=principal.root_id,
+            adapter=adapter,
+            adapter_id=adapter_id,
+            input_tokens=num_input_tokens,
+            started_s=clock.now_s(),
+        )
+        return self.ledger.begin(start, n)
+
+    def _forget_facts(self) -> None:
+        self._are_facts_stale = True
+        self.ledger.forget_prices()
+
+    async def _maintain(self) -> None:
+        while True:
+            await asyncio.sleep(_MAINTENANCE_S)
+            try:
+                await self.limiter.maintain()
+            except DatabaseUnavailableError as error:
+                _LOGGER.warning("%s", error)
+
+
+_NO_LIMITS = Limits()

@@ -1,0 +1,167 @@
+"""The database: connections, transactions, migrations, and a few threads that wait for it instead of the event loop."""
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import alembic.command
+import alembic.config
+import sqlalchemy
+from sqlalchemy import event
+from sqlalchemy.engine import Connection
+from sqlalchemy.orm import Session
+
+from pomona.accounts.tables import RevisionRow
+from pomona.core.errors import ConfigError, DatabaseUnavailableError
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_NUM_THREADS = 4
+_SQLITE_WAIT_S = 2.0
+_POSTGRESQL_WAIT_S = 3
+_MIGRATION_LOCK = 0x706F6D6F6E61
+"""Any number that nobody else locks in this database."""
+_UNAVAILABLE = (
+    sqlalchemy.exc.OperationalError,
+    sqlalchemy.exc.InterfaceError,
+    sqlalchemy.exc.TimeoutError,
+    sqlalchemy.exc.InternalError,
+)
+
+
+class Database:
+    """One SQL database: SQLite or PostgreSQL. Methods may be called from any thread.
+
+    Args:
+        url: for SQLAlchemy, with the driver.
+
+    Raises:
+        ConfigError: the driver is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.is_sqlite = url.startswith("sqlite")
+        if self.is_sqlite:
+            options: dict[str, Any] = {"connect_args": {"timeout": _SQLITE_WAIT_S, "check_same_thread": False}}
+        else:
+            limits = f"-c statement_timeout={_POSTGRESQL_WAIT_S * 1000} -c lock_timeout={_POSTGRESQL_WAIT_S * 1000}"
+            options = {
+                "connect_args": {"connect_timeout": _POSTGRESQL_WAIT_S, "options": limits},
+                "pool_size": _NUM_THREADS,
+                "pool_pre_ping": True,
+                "pool_timeout": _POSTGRESQL_WAIT_S,
+            }
+        try:
+            self._engine = sqlalchemy.create_engine(url, **options)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"database_url: {error.name} is not installed: pip install 'pomona[postgresql]'"
+            ) from error
+        except sqlalchemy.exc.ArgumentError as error:
+            raise ConfigError("database_url: not a database URL") from error
+        if self.is_sqlite:
+            event.listen(self._engine, "connect", _set_up_sqlite)
+            event.listen(self._engine, "begin", _begin_sqlite)
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="pomona-database")
+        self.down_since_s: float | None = None
+        """Monotonic time of the first failure since the last success; None while the database answers."""
+
+    def migrate(self) -> None:
+        """Bring the tables to this version's form; processes that start together wait for each other.
+
+        Raises:
+            DatabaseUnavailableError: the database does not answer.
+        """
+        config = alembic.config.Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.write() as connection:
+            if not self.is_sqlite:
+                connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+            config.attributes["connection"] = connection
+            alembic.command.upgrade(config, "head")
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Open a transaction that only reads.
+
+        Raises:
+            DatabaseUnavailableError: the database does not answer.
+        """
+        with self._connection(is_write=False) as connection, connection.begin():
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Open a transaction; it is committed at the end of the block, or rolled back if the block raises.
+
+        Raises:
+            DatabaseUnavailableError: the database does not answer; nothing was changed.
+        """
+        with self._connection(is_write=True) as connection, connection.begin():
+            yield connection
+
+    @contextlib.contextmanager
+    def session(self, *, is_write: bool = False, is_change: bool = False) -> Iterator[Session]:
+        """Open a transaction on the models.
+
+        Args:
+            is_write: it may change something.
+            is_change: it changes what processes keep in their caches: they will look again.
+        """
+        with self.write() if is_write or is_change else self.read() as connection:
+            with Session(connection, join_transaction_mode="rollback_only", expire_on_commit=False) as session:
+                yield session
+                session.flush()
+            if is_change:
+                connection.execute(sqlalchemy.update(RevisionRow).values(value=RevisionRow.value + 1))
+
+    async def run(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        """Run blocking work in a thread. A caller that is cancelled does not stop it."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
+
+    def revision(self) -> int:
+        """Return how often identities, limits, prices and shares have been changed."""
+        with self.read() as connection:
+            return int(connection.execute(sqlalchemy.select(RevisionRow.value)).scalar_one())
+
+    def close(self) -> None:
+        """Wait for what is under way and close all connections."""
+        self._threads.shutdown()
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _connection(self, *, is_write: bool) -> Iterator[Connection]:
+        try:
+            with self._engine.connect() as connection:
+                yield connection.execution_options(pomona_write=is_write)
+        except _UNAVAILABLE as error:
+            if self.down_since_s is None:
+                self.down_since_s = time.monotonic()
+            raise DatabaseUnavailableError(_reason(error)) from error
+        self.down_since_s = None
+
+
+def _set_up_sqlite(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # transactions are begun by ``_begin_sqlite``, not by the driver
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later could fail in between; one that says so at once only waits.
+    is_write = connection.get_execution_options().get("pomona_write", True)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+
+def _reason(error: Exception) -> str:
+    """Say what happened, without the statement, its parameters or the URL."""
+    origin = getattr(error, "orig", None) or error
+    first_line = str(origin).strip().partition("\n")[0]
+    return f"the accounts database does not answer: {type(origin).__name__}: {first_line}"

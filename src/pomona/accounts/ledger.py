@@ -1,0 +1,267 @@
+"""The ledger: exactly one row of usage per accepted request, whoever dies when.
+
+A request is written into this process's journal before the engine sees it, its tokens are counted there before the
+client sees them, and its end is written there in the same turn of the event loop in which it ends. From the journal
+rows go to the database in groups, keyed by request id, so that a group sent twice changes nothing; a journal is removed
+only after the commit. Journals of processes that have died are taken over by whoever starts, or looks, next.
+"""
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from pomona.accounts import clock
+from pomona.accounts.config import AccountsConfig
+from pomona.accounts.database import Database
+from pomona.accounts.journal import Journal, Start, Usage, dead_journals
+from pomona.accounts.usage_rows import Prices, Spending, insert_usage, read_prices
+from pomona.core.errors import DatabaseUnavailableError
+from pomona.core.output import RequestOutput
+
+_LOGGER = logging.getLogger(__name__)
+_SHIP_INTERVAL_S: Final = 0.2
+_ROUNDS_PER_ADOPTION: Final = 150
+_RETRY_S: Final = 1.0
+_GROUP: Final = 500
+JOURNAL_FOLDER: Final = "journal"
+
+
+class Entry:
+    """One request's line, from its acceptance to its end. Belongs to the event loop.
+
+    Args:
+        ledger: where it will be written.
+        start: as it was written.
+        choices_per_prompt: of the request; the first choice of each prompt says what of the prompt was cached.
+    """
+
+    __slots__ = ("_cached_tokens", "_choices_per_prompt", "_engine_s", "_first_s", "_ledger", "output_tokens", "start")
+
+    def __init__(self, ledger: "Ledger", start: Start, choices_per_prompt: int) -> None:
+        self._ledger = ledger
+        self._choices_per_prompt = choices_per_prompt
+        self._first_s: dict[int, float] = {}
+        self._engine_s = 0.0
+        self._cached_tokens = 0
+        self.start = start
+        self.output_tokens = 0
+        """Counted so far, over all choices."""
+
+    def note(self, index: int, output: RequestOutput, now_s: float) -> None:
+        """Count one output of choice ``index`` that the engine has reported, before anything is made of it.
+
+        Args:
+            index: of the choice.
+            output: of the engine.
+            now_s: on the engine's clock.
+        """
+        if index not in self._first_s and output.first_scheduled_s is not None:
+            self._first_s[index] = output.first_scheduled_s
+            if index % self._choices_per_prompt == 0:
+                self._cached_tokens += output.num_cached_tokens
+        self.output_tokens += len(output.new_token_ids)
+        self._ledger.advance(self.start, self.output_tokens, self._cached_tokens)
+        if output.finish_reason is not None:
+            self.end_choice(index, now_s)
+
+    def end_choice(self, index: int, now_s: float) -> None:
+        """Note that a choice has left the engine."""
+        first_s = self._first_s.pop(index, None)
+        if first_s is not None:
+            self._engine_s += max(0.0, now_s - first_s)
+            self._first_s[index] = now_s
+
+    def close(self, outcome: str, now_s: float) -> None:
+        """Write the row: the request has ended. Once.
+
+        Args:
+            outcome: finish, abort, fail or reject.
+            now_s: on the engine's clock.
+        """
+        for index in list(self._first_s):
+            self.end_choice(index, now_s)
+        start = self.start
+        usage = Usage(
+            number=start.number,
+            request_id=start.request_id,
+            tenant_id=start.tenant_id,
+            key_id=start.key_id,
+            root_id=start.root_id,
+            adapter=start.adapter,
+            adapter_id=start.adapter_id,
+            input_tokens=0 if outcome == "reject" else start.input_tokens,
+            cached_tokens=self._cached_tokens,
+            output_tokens=self.output_tokens,
+            engine_s=self._engine_s,
+            outcome=outcome,
+            started_s=start.started_s,
+            ended_s=clock.now_s(),
+        )
+        self._ledger.finish(start, usage)
+
+
+class Ledger:
+    """Writes the ledger. Belongs to one event loop.
+
+    Args:
+        database: migrated.
+        config: where the journal lies, and what to do without the database.
+        process_id: of this server process; never used before.
+        on_spending: called on the event loop with the new sums of every group that has arrived in the database.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        config: AccountsConfig,
+        process_id: str,
+        on_spending: Callable[[list[Spending]], None],
+    ) -> None:
+        self._database = database
+        self._config = config
+        self._folder = config.data_dir / JOURNAL_FOLDER
+        self._journal = Journal(self._folder, process_id)
+        self._on_spending = on_spending
+        self._position = (0, 0)
+        self._num_written = 0
+        self._num_synced = 0
+        self._unwritten: list[tuple[Start, Usage]] = []
+        self._prices: Prices | None = None
+        self._shipping = asyncio.Lock()
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have begun and not ended."""
+        return self._journal.num_open
+
+    @property
+    def num_journal_bytes(self) -> int:
+        """Bytes of the journal that still wait for something."""
+        return self._journal.num_bytes
+
+    def check(self) -> None:
+        """Ask whether a request may be accepted now.
+
+        Raises:
+            DatabaseUnavailableError: the database is down and the operator wants no requests then, or too much waits.
+        """
+        if self._config.when_database_is_down == "refuse" and self._database.down_since_s is not None:
+            raise DatabaseUnavailableError("The accounts database is down; requests are refused until it is back.")
+        if self._journal.num_bytes > self._config.max_journal_bytes:
+            raise DatabaseUnavailableError("Too much usage waits for the accounts database.")
+
+    def begin(self, start: Start, choices_per_prompt: int) -> Entry:
+        """Write down that a request is accepted; only then may the engine see it.
+
+        Args:
+            start: what is known; number and slot are given here.
+            choices_per_prompt: of the request.
+
+        Raises:
+            DatabaseUnavailableError: it cannot be written, or see ``check``.
+        """
+        self.check()
+        self._num_written += 1
+        return Entry(self, self._journal.start(start), choices_per_prompt)
+
+    def advance(self, start: Start, output_tokens: int, cached_tokens: int) -> None:
+        """Count for a request, in case this process dies."""
+        self._journal.advance(start, output_tokens, cached_tokens, clock.now_s())
+
+    def finish(self, start: Start, usage: Usage) -> None:
+        """Write a request's end."""
+        self._num_written += 1
+        try:
+            self._journal.finish(start, usage)
+        except DatabaseUnavailableError as error:
+            _LOGGER.error("%s; it will be tried again", error)
+            self._unwritten.append((start, usage))
+
+    def forget_prices(self) -> None:
+        """Read the prices again: they have changed."""
+        self._prices = None
+
+    async def run(self) -> None:
+        """Move rows to the disk and to the database, until cancelled."""
+        num_rounds = 0
+        while True:
+            await asyncio.sleep(_SHIP_INTERVAL_S)
+            num_rounds += 1
+            try:
+                await self.flush()
+                if num_rounds % _ROUNDS_PER_ADOPTION == 0:
+                    await self.adopt()
+            except DatabaseUnavailableError as error:
+                _LOGGER.warning("%s; usage waits in the journal (%d bytes)", error, self._journal.num_bytes)
+                await asyncio.sleep(_RETRY_S)
+            except OSError as error:
+                _LOGGER.error("The journal cannot be written: %s", error)
+                await asyncio.sleep(_RETRY_S)
+
+    async def flush(self) -> None:
+        """Move everything that has ended so far to the database.
+
+        Raises:
+            DatabaseUnavailableError: it does not answer; everything stays in the journal.
+        """
+        async with self._shipping:
+            while self._unwritten:
+                self._journal.finish(*self._unwritten[0])
+                del self._unwritten[0]
+            num_written = self._num_written
+            if num_written != self._num_synced:
+                await self._database.run(self._journal.sync)
+                self._num_synced = num_written
+            while True:
+                rows, position = await self._database.run(self._journal.read_from, self._position, _GROUP)
+                if not rows:
+                    return
+                self._on_spending(await self._insert(rows))
+                self._position = position
+                self._journal.forget_before(position)
+
+    async def adopt(self) -> int:
+        """Take over the journals of processes that have died; returns the number of rows in them.
+
+        Raises:
+            DatabaseUnavailableError: the database does not answer; the journals stay.
+        """
+        num_rows, spending = await self._database.run(self._adopt)
+        self._on_spending(spending)
+        return num_rows
+
+    async def close(self) -> None:
+        """Move the last rows; what the database does not take stays in the journal for the next start."""
+        try:
+            await self.flush()
+        except (DatabaseUnavailableError, OSError) as error:
+            _LOGGER.error("%s; usage stays in %s until the next start", error, self._journal.folder)
+            self._journal.close()
+            return
+        if self._journal.num_open:
+            self._journal.close()
+        else:
+            self._journal.remove()
+
+    async def _insert(self, rows: Sequence[Usage]) -> list[Spending]:
+        def insert() -> list[Spending]:
+            with self._database.write() as connection:
+                if self._prices is None:
+                    self._prices = read_prices(connection)
+                return insert_usage(connection, rows, self._prices)
+
+        return await self._database.run(insert)
+
+    def _adopt(self) -> tuple[int, list[Spending]]:
+        num_rows, spending = 0, []
+        with dead_journals(self._folder) as found:
+            for folder, rows in found:
+                if rows:
+                    with self._database.write() as connection:
+                        spending += insert_usage(connection, rows, read_prices(connection))
+                    _LOGGER.warning("Took over %d rows of usage from a server that died", len(rows))
+                num_rows += len(rows)
+                shutil.rmtree(folder)
+        return num_rows, spending

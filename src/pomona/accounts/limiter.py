@@ -1,0 +1,181 @@
+"""Admission: may this request begin, as far as limits go? All limits of tenant, key and adapter, or none of them."""
+
+import logging
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from pomona.accounts.buckets import Buckets, BucketState, RateLimit
+from pomona.accounts.budgets import Budgets
+from pomona.accounts.config import AccountsConfig
+from pomona.accounts.database import Database
+from pomona.accounts.principal import Limits
+from pomona.accounts.slots import Slots
+from pomona.core.errors import DatabaseUnavailableError, RateLimitError
+
+_LOGGER = logging.getLogger(__name__)
+_BUSY_RETRY_S: Final = 1.0
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Somebody or something that has limits."""
+
+    kind: str
+    """tenant, key or adapter."""
+    name: str
+    limits: Limits
+
+    def requests(self) -> RateLimit | None:
+        """Its limit on requests."""
+        per_minute = self.limits.requests_per_minute
+        return None if per_minute is None else RateLimit(f"{self.kind}:{self.name}:requests", per_minute)
+
+    def tokens(self) -> RateLimit | None:
+        """Its limit on tokens."""
+        per_minute = self.limits.tokens_per_minute
+        return None if per_minute is None else RateLimit(f"{self.kind}:{self.name}:tokens", per_minute)
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimitStates:
+    """The tightest limit on requests, and on tokens; None where there is none."""
+
+    requests: BucketState | None
+    tokens: BucketState | None
+
+
+class Admission:
+    """What an admitted request has taken; ``settle`` gives back what it did not use."""
+
+    __slots__ = ("_limiter", "_num_reserved", "_scopes", "_slots", "_tokens")
+
+    def __init__(self, limiter: "Limiter", scopes: Sequence[Scope], num_reserved: int) -> None:
+        self._limiter = limiter
+        self._scopes = scopes
+        self._num_reserved = num_reserved
+        self._tokens: list[RateLimit] = []
+        self._slots: list[str] = []
+
+    def settle(self, num_tokens: int) -> None:
+        """End the request. Once.
+
+        Args:
+            num_tokens: used, prompt and output. More than was reserved is owed, and refuses later requests.
+        """
+        for limit in self._tokens:
+            self._limiter.buckets.put(limit, self._num_reserved - num_tokens)
+        for name in self._slots:
+            self._limiter.slots.put(name)
+        for scope in self._scopes:
+            self._limiter.budgets.reserve((scope.kind, scope.name), -self._num_reserved)
+
+
+class Limiter:
+    """Checks and counts. Belongs to one event loop.
+
+    Args:
+        database: migrated.
+        config: what to do without the database.
+        process_id: of this server process, never used before.
+    """
+
+    def __init__(self, database: Database, config: AccountsConfig, process_id: str) -> None:
+        self._config = config
+        self.buckets = Buckets(database)
+        self.slots = Slots(database, process_id)
+        self.budgets = Budgets(database)
+
+    async def admit(self, scopes: Sequence[Scope], num_tokens: int) -> Admission:
+        """Take one request and its tokens from every limit, or nothing.
+
+        Args:
+            scopes: those that have limits.
+            num_tokens: the prompt's, and the output's as far as the client has bounded it.
+
+        Raises:
+            RateLimitError, QuotaExceededError: a limit is reached.
+            DatabaseUnavailableError: it does not answer, and the operator wants no requests then.
+        """
+        admission = Admission(self, scopes, num_tokens)
+        taken: list[tuple[RateLimit, int]] = []
+        try:
+            for scope in scopes:
+                await self._check_budget(scope, num_tokens)
+                for limit, amount, noun in ((scope.requests(), 1, "requests"), (scope.tokens(), num_tokens, "tokens")):
+                    if limit is not None:
+                        await self._take(limit, amount, f"The {scope.kind}'s limit of {limit.per_minute} {noun}")
+                        taken.append((limit, amount))
+                        if noun == "tokens":
+                            admission._tokens.append(limit)
+                await self._take_slot(scope, admission._slots)
+        except BaseException:
+            for limit, amount in taken:
+                self.buckets.put(limit, amount)
+            for name in admission._slots:
+                self.slots.put(name)
+            raise
+        for scope in scopes:
+            self.budgets.reserve((scope.kind, scope.name), num_tokens)
+        return admission
+
+    def states(self, scopes: Sequence[Scope]) -> RateLimitStates:
+        """Return what is left, for the headers of an answer."""
+        requests = [self.buckets.state(limit) for scope in scopes if (limit := scope.requests()) is not None]
+        tokens = [self.buckets.state(limit) for scope in scopes if (limit := scope.tokens()) is not None]
+        return RateLimitStates(_tightest(requests), _tightest(tokens))
+
+    async def maintain(self) -> None:
+        """Give back, renew, read again. Called every second.
+
+        Raises:
+            DatabaseUnavailableError: it does not answer.
+        """
+        await self.buckets.settle()
+        await self.slots.heartbeat()
+        await self.budgets.refresh()
+
+    async def _check_budget(self, scope: Scope, num_tokens: int) -> None:
+        async def check() -> None:
+            await self.budgets.check((scope.kind, scope.name), scope.limits, num_tokens)
+
+        await self._or_without_database(check, lambda: None)
+
+    async def _take(self, limit: RateLimit, amount: int, what: str) -> None:
+        async def take() -> float:
+            return await self.buckets.take(limit, amount)
+
+        wait_s = await self._or_without_database(take, lambda: self.buckets.take_without_database(limit, amount))
+        if math.isinf(wait_s):
+            raise RateLimitError(f"{what} a minute is smaller than this request, which needs {amount}.", None)
+        if wait_s > 0:
+            raise RateLimitError(f"{what} a minute is reached; try again in {wait_s:.1f} s.", wait_s)
+
+    async def _take_slot(self, scope: Scope, taken: list[str]) -> None:
+        limit = scope.limits.max_concurrency
+        if limit is None:
+            return
+        name = f"{scope.kind}:{scope.name}"
+
+        async def take() -> bool:
+            return await self.slots.take(name, limit)
+
+        if not await self._or_without_database(take, lambda: self.slots.take_without_database(name, limit)):
+            raise RateLimitError(f"The {scope.kind}'s limit of {limit} requests at once is reached.", _BUSY_RETRY_S)
+        taken.append(name)
+
+    async def _or_without_database(
+        self, work: Callable[[], Awaitable[_Result]], fallback: Callable[[], _Result]
+    ) -> _Result:
+        try:
+            return await work()
+        except DatabaseUnavailableError:
+            if self._config.when_database_is_down == "refuse":
+                raise
+            return fallback()
+
+
+def _tightest(states: Sequence[BucketState]) -> BucketState | None:
+    return min(states, key=lambda state: state.remaining, default=None)

@@ -1,0 +1,37 @@
+"""Every test of accounts runs on SQLite and on PostgreSQL."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pomona.accounts.config import AccountsConfig
+from pomona.accounts.database import Database
+from support.databases import PostgresServer, postgres_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    """None is the SQLite file in the data folder."""
+    if request.param == "sqlite":
+        return None
+    return request.getfixturevalue("postgres").create_database()
+
+
+@pytest.fixture
+def config(database_url: str | None, tmp_path: Path) -> AccountsConfig:
+    return AccountsConfig(data_dir=tmp_path, database_url=database_url, revision_poll_s=0.05)
+
+
+@pytest.fixture
+def database(config: AccountsConfig) -> Iterator[Database]:
+    database = Database(config.url)
+    database.migrate()
+    yield database
+    database.close()
