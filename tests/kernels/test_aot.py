@@ -40,7 +40,7 @@ def test_kernels_of_every_step_compile_without_spills(compute_capability: int, p
     programs = _compile(compute_capability, "hot", pytestconfig.cache.mkdir("triton"))
     assert {program["kernel"] for program in programs} == {
         *("shrink_kernel", "expand_kernel", "attend_kernel", "merge_kernel", "write_kv_kernel"),
-        *("rms_norm_kernel", "rope_kernel", "silu_mul_kernel"),
+        *("rms_norm_kernel", "rope_kernel", "silu_mul_kernel", "int8_row_kernel", "int8_tile_kernel"),
     }
     _check(programs, compute_capability)
 

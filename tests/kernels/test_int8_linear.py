@@ -154,6 +154,7 @@ def test_inputs_are_not_quantized() -> None:
 
 
 @pytest.mark.usefixtures("_backend")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in Triton's interpreter
 @pytest.mark.parametrize("num_rows", [1, 20])
 def test_values_that_are_not_numbers_stay_so_and_reach_nothing_else(num_rows: int) -> None:
     weight = torch.randn(40, 64)

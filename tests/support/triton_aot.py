@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.linear import QuantizedWeight, dense
 from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
 from pomona.kernels.triton.launch import Launch
 
@@ -170,11 +171,27 @@ def _row_launches(group: str) -> Iterator[tuple[str, Launch]]:
     yield "11008", silu_mul_launch(empty(64, 22016), empty(64, 11008))
 
 
+def _linear_launches(group: str) -> Iterator[tuple[str, Launch]]:
+    from pomona.kernels.triton.linear import int8_launch
+
+    sites = {"4096 to 11008": (4096, 11008), "896 to 151936": (896, 151936), "576 to 49152": (576, 49152)}
+    for site, (in_features, out_features) in sites.items():
+        weight = QuantizedWeight(
+            empty(out_features, in_features, dtype=torch.int8), empty(out_features, dtype=torch.float32), DTYPE
+        )
+        for num_tokens in (1, 16, 64, 4096):
+            if group == "all" or site == "4096 to 11008":
+                x, out = empty(num_tokens, in_features), empty(num_tokens, out_features)
+                bias = empty(out_features) if num_tokens == 16 else None
+                yield f"int8 {site}, {num_tokens} rows", int8_launch(x, dense(weight), bias, out)
+
+
 def launches(group: str) -> Iterator[tuple[str, Launch]]:
     """(case, launch) of a group."""
     yield from _lora_launches(group)
     yield from _attention_launches(group)
     yield from _row_launches(group)
+    yield from _linear_launches(group)
 
 
 def read_resources(ptx: str, compute_capability: int) -> tuple[int, int, int]:

@@ -20,11 +20,7 @@ OPS = ("activation", "attention", "linear", "lora", "norm", "rope", "sample")
 _MODULES: dict[str, dict[str, str]] = {
     "reference": {op: f"pomona.kernels.reference.{op}" for op in OPS},
     "cpu": {op: f"pomona.kernels.cpu.{op}" for op in OPS if binding.is_available()},
-    "triton": {
-        op: f"pomona.kernels.triton.{op}"
-        for op in OPS
-        if op not in ("linear", "sample") and availability.is_available()
-    },
+    "triton": {op: f"pomona.kernels.triton.{op}" for op in OPS if op != "sample" and availability.is_available()},
 }
 
 _PREFERENCES: dict[str, tuple[str, ...]] = {

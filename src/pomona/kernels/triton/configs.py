@@ -30,6 +30,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "rope": ("block_heads", "num_warps"),
     "write_kv": ("num_warps",),
     "silu_mul": ("block", "num_warps"),
+    "int8_linear": ("block_m", "block_n", "block_k", "num_warps", "num_stages"),
 }
 """What every entry of an op must have."""
 
@@ -43,6 +44,7 @@ BOUNDS: dict[str, tuple[str, ...]] = {
     "rope": ("head_dim",),
     "write_kv": ("kv_width",),
     "silu_mul": ("features",),
+    "int8_linear": ("num_tokens", "element_bytes"),
 }
 """What an op's entries may be bounded by: the names under which the op gives its shape to ``config_for``."""
 

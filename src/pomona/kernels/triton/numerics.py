@@ -23,6 +23,15 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen(values, dtype: tl.constexpr):
+    """int8 ``values`` as ``dtype``, exactly; compiled, that has a short way to bfloat16 which the interpreter lacks."""
+    if _INTERPRETED:
+        return round_to(values.to(tl.float32), dtype)
+    else:  # noqa: RET505 (what is constant must be a branch, or both sides are compiled)
+        return values.to(dtype)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b``. PRECISION says what becomes of float32 operands ("tf32", "tf32x3", "ieee")."""
     if _INTERPRETED:
