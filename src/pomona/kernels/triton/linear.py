@@ -31,7 +31,7 @@ def int8_launch(x: Tensor, packed: PackedWeight, bias: Tensor | None, out: Tenso
     config = config_for("int8_linear", x.device, num_tokens=num_tokens, element_bytes=x.element_size())
     block_n = config["block_n"]
     num_tiles = -(-packed.out_features // block_n)
-    constants = {
+    constants: dict[str, int | str] = {
         "IN_FEATURES": packed.in_features,
         "BLOCK_N": block_n,
         "BLOCK_K": config["block_k"],
