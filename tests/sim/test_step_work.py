@@ -30,8 +30,9 @@ def test_a_mixed_batch_is_counted():
         num_rows=19,
         num_decode_rows=0,
         num_sampled=3,
-        num_kv_tokens=20,
-        num_attended_pairs=55 + 21 + (2 + 3 + 4),
+        num_decode_kv_tokens=0,
+        num_prefill_kv_tokens=20,
+        num_prefill_pairs=55 + 21 + (2 + 3 + 4),
         num_adapter_rows=9,
         num_adapters=2,
         sum_row_ranks=6 * 4 + 3 * 64,
@@ -42,6 +43,7 @@ def test_a_mixed_batch_is_counted():
     )
     second = meter.measure(StepPlan(2, (decode("a", 10), decode("b", 6)), released=(RequestId("c"),)))
     assert (second.num_decode_rows, second.num_prefill_rows, second.num_kv_tokens) == (2, 0, 18)
+    assert (second.num_decode_kv_tokens, second.num_attended_pairs) == (18, 18)
     assert (second.sum_row_ranks, second.sum_adapter_ranks, second.max_rank) == (4, 4, 4)
 
 

@@ -21,10 +21,12 @@ class StepWork:
     """Rows of sequences that compute one token."""
     num_sampled: int = 0
     """Rows that yield a token, and so pass the output layer."""
-    num_kv_tokens: int = 0
-    """KV positions read: the sum of the contexts."""
-    num_attended_pairs: int = 0
-    """(query, key) pairs of causal attention."""
+    num_decode_kv_tokens: int = 0
+    """Contexts of the decode rows, summed: KV positions that each is read for one row."""
+    num_prefill_kv_tokens: int = 0
+    """Contexts of the other sequences, summed."""
+    num_prefill_pairs: int = 0
+    """(query, key) pairs of causal attention in the other sequences."""
     num_adapter_rows: int = 0
     """Rows with an adapter."""
     num_adapters: int = 0
@@ -44,6 +46,21 @@ class StepWork:
         """Rows of sequences that compute several tokens."""
         return self.num_rows - self.num_decode_rows
 
+    @property
+    def num_kv_tokens(self) -> int:
+        """KV positions read or written."""
+        return self.num_decode_kv_tokens + self.num_prefill_kv_tokens
+
+    @property
+    def num_attended_pairs(self) -> int:
+        """(query, key) pairs of causal attention; a decode row has as many as its context."""
+        return self.num_decode_kv_tokens + self.num_prefill_pairs
+
+    @property
+    def padded_row_ranks(self) -> int:
+        """Rows with an adapter times the largest rank: CaraServe's cost of kernels that pad (BGMV)."""
+        return self.num_adapter_rows * self.max_rank
+
 
 class WorkMeter:
     """Follows one replica's plans, in order.
@@ -61,7 +78,8 @@ class WorkMeter:
         adapter_of = self._adapter_of
         for request_id in plan.released:
             adapter_of.pop(request_id, None)
-        num_rows = num_decode_rows = num_sampled = num_kv_tokens = num_pairs = 0
+        num_rows = num_decode_rows = num_sampled = 0
+        num_decode_kv_tokens = num_prefill_kv_tokens = num_prefill_pairs = 0
         rows_of: dict[AdapterId, int] = {}
         for seq in plan.seqs:
             num_new = seq.num_scheduled_tokens
@@ -69,13 +87,13 @@ class WorkMeter:
                 adapter_of[seq.request_id] = seq.start.adapter_id
             context = seq.num_computed_tokens + num_new
             num_rows += num_new
-            num_kv_tokens += context
             num_sampled += seq.is_sampled
             if num_new == 1:
                 num_decode_rows += 1
-                num_pairs += context
+                num_decode_kv_tokens += context
             else:
-                num_pairs += num_new * context - num_new * (num_new - 1) // 2
+                num_prefill_kv_tokens += context
+                num_prefill_pairs += num_new * context - num_new * (num_new - 1) // 2
             adapter_id = adapter_of[seq.request_id]
             if adapter_id is not None:
                 rows_of[adapter_id] = rows_of.get(adapter_id, 0) + num_new
@@ -85,8 +103,9 @@ class WorkMeter:
             num_rows=num_rows,
             num_decode_rows=num_decode_rows,
             num_sampled=num_sampled,
-            num_kv_tokens=num_kv_tokens,
-            num_attended_pairs=num_pairs,
+            num_decode_kv_tokens=num_decode_kv_tokens,
+            num_prefill_kv_tokens=num_prefill_kv_tokens,
+            num_prefill_pairs=num_prefill_pairs,
             num_adapter_rows=sum(rows_of.values()),
             num_adapters=len(rows_of),
             sum_row_ranks=sum(rows * lora_rank for rows, lora_rank in ranks),

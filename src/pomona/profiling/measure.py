@@ -1,0 +1,133 @@
+"""Bringing an engine to a point and timing its steps there. Real time; the engine's own scheduler makes the batches."""
+
+import random
+import statistics
+import time
+from collections.abc import Iterator
+
+from pomona.core.adapter import AdapterInfo
+from pomona.core.ids import AdapterId, RequestId
+from pomona.core.interfaces import Executor
+from pomona.core.plan import StepPlan, StepResult
+from pomona.core.request import Request, SamplingParams
+from pomona.engine.engine import Engine
+from pomona.profiling.fit import Sample
+from pomona.profiling.points import NUM_DECODE_STEPS, NUM_PROMPT_STEPS, Point
+from pomona.sim.step_work import StepWork, WorkMeter
+
+
+class MeteredExecutor:
+    """Hands plans on, and knows what the latest one had to do."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.lora_ranks: dict[AdapterId, int] = {}
+        """Of every adapter that will be asked for; the caller fills it."""
+        self.last_work = StepWork()
+        self.last_metering_s = 0.0
+        """What finding that out took."""
+        self._executor = executor
+        self._meter = WorkMeter(self.lora_ranks)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Carry the plan out."""
+        start_s = time.perf_counter()
+        self.last_work = self._meter.measure(plan)
+        self.last_metering_s = time.perf_counter() - start_s
+        return self._executor.execute(plan)
+
+
+class PointMeter:
+    """Measures points on an idle engine.
+
+    Args:
+        engine: with nothing to do; nobody else uses it.
+        executor: the engine's.
+        adapters: all registered with the engine.
+        vocab_size: prompts are random ids below this.
+    """
+
+    def __init__(
+        self, engine: Engine, executor: MeteredExecutor, adapters: tuple[AdapterInfo, ...], vocab_size: int
+    ) -> None:
+        self._engine = engine
+        self._executor = executor
+        self._vocab_size = vocab_size
+        self._chance = random.Random(0)
+        self._num_requests = 0
+        for info in adapters:
+            executor.lora_ranks[info.adapter_id] = info.lora_rank
+
+    def measure(self, point: Point, point_index: int) -> list[Sample]:
+        """Samples of the point: of reaching it, of its decodes, and of its prompts beside them."""
+        samples: list[tuple[StepWork, float]] = []
+        num_output = NUM_DECODE_STEPS + NUM_PROMPT_STEPS + 2
+        decoding = [
+            self._add(point.num_context_tokens - 1, num_output, point.adapter_of(index))
+            for index in range(point.num_decodes)
+        ]
+        samples.extend(self._until_all_decode(set(decoding)))
+        if decoding:
+            samples.append(_median([self._step() for _ in range(NUM_DECODE_STEPS)]))
+        if point.num_prompts:
+            samples.append(_median([self._prompt_step(point) for _ in range(NUM_PROMPT_STEPS)]))
+        for request_id in decoding:
+            self._engine.abort(request_id)
+        self._rest()
+        return [Sample(work, seconds, point_index) for work, seconds in samples]
+
+    def warm_up(self, point: Point) -> None:
+        """Go through the motions, so that memory and kernels have been touched before anything counts."""
+        self.measure(point, 0)
+
+    def _prompt_step(self, point: Point) -> tuple[StepWork, float]:
+        adapters = point.adapters[: point.num_prompts]
+        if point.is_cold:
+            for info in adapters:
+                self._engine.retire_adapter(info.adapter_id)
+            self._rest()
+            self._engine.take_drained()
+            for info in adapters:
+                self._engine.register_adapter(info)
+        for index in range(point.num_prompts):
+            self._add(point.num_prompt_tokens, 1, point.adapter_of(index))
+        step = self._step()
+        while self._executor.last_work.num_prefill_rows:  # the scheduler made several steps of it: the first counts
+            self._step()
+        return step
+
+    def _until_all_decode(self, starting: set[RequestId]) -> Iterator[tuple[StepWork, float]]:
+        while starting:
+            start_s = time.perf_counter()
+            outputs = self._engine.step(time.monotonic())
+            seconds = time.perf_counter() - start_s - self._executor.last_metering_s
+            starting -= {output.request_id for output in outputs if output.new_token_ids}
+            yield self._executor.last_work, seconds
+
+    def _step(self) -> tuple[StepWork, float]:
+        start_s = time.perf_counter()
+        self._engine.step(time.monotonic())
+        return self._executor.last_work, time.perf_counter() - start_s - self._executor.last_metering_s
+
+    def _rest(self) -> None:
+        while self._engine.has_work:
+            self._engine.step(time.monotonic())
+
+    def _add(self, num_prompt_tokens: int, num_output_tokens: int, adapter: AdapterInfo | None) -> RequestId:
+        self._num_requests += 1
+        request_id = RequestId(f"profile-{self._num_requests}")
+        prompt = tuple(self._chance.randrange(self._vocab_size) for _ in range(max(num_prompt_tokens, 1)))
+        self._engine.add(
+            Request(
+                request_id,
+                prompt,
+                SamplingParams(max_tokens=num_output_tokens, temperature=0.0),
+                time.monotonic(),
+                adapter_id=adapter and adapter.adapter_id,
+            )
+        )
+        return request_id
+
+
+def _median(steps: list[tuple[StepWork, float]]) -> tuple[StepWork, float]:
+    """The work of the step in the middle, and the median of the seconds."""
+    return steps[len(steps) // 2][0], statistics.median(seconds for _, seconds in steps)

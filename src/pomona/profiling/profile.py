@@ -1,0 +1,118 @@
+"""Profiling: measure point after point until predictions no longer get better, then fit and write down."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pomona.core.errors import ConfigError
+from pomona.profiling.design import Design
+from pomona.profiling.fit import Fit, Sample, fit
+from pomona.profiling.measure import PointMeter
+from pomona.profiling.points import Point, seeds
+
+_MIN_POINTS = 10
+_PATIENCE = 6
+"""Points after which the expected error must have fallen."""
+_MIN_IMPROVEMENT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLimits:
+    """When to stop at the latest.
+
+    Raises:
+        ConfigError: a limit is not positive.
+    """
+
+    max_points: int = 60
+    max_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        for name in ("max_points", "max_seconds"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileProgress:
+    """How far a profile is."""
+
+    num_points: int
+    num_samples: int
+    elapsed_s: float
+    expected_error: float | None
+    """Of predictions anywhere in the candidates' range; None at first."""
+    point: Point
+    """The one measured last."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileOutcome:
+    """What was measured, and what became of it."""
+
+    fit: Fit
+    samples: tuple[Sample, ...]
+    num_points: int
+    elapsed_s: float
+    reason: str
+    """Why it stopped, for people."""
+
+
+def run_profile(
+    meter: PointMeter, points: Sequence[Point], limits: ProfileLimits, report: Callable[[ProfileProgress], None]
+) -> ProfileOutcome:
+    """Measure until the expected error no longer falls, or a limit is reached.
+
+    Args:
+        meter: measures.
+        points: what may be measured.
+        limits: when to stop at the latest.
+        report: called after every point.
+    """
+    start_s = time.monotonic()
+    design = Design(points)
+    samples: list[Sample] = []
+    errors: list[float] = []
+    waiting = list(seeds(points))
+    for point in waiting:
+        design.take(point)
+        meter.warm_up(point)
+    num_points, reason = 0, f"{limits.max_points} points"
+    current: Fit | None = None
+    while num_points < limits.max_points:
+        elapsed_s = time.monotonic() - start_s
+        if waiting:
+            point = waiting.pop(0)
+        else:
+            current = fit(samples)
+            errors.append(_expected_error(design, samples, current))
+            report(ProfileProgress(num_points, len(samples), elapsed_s, errors[-1], point))
+            if _has_settled(errors, num_points):
+                reason = "predictions no longer get better"
+                break
+            left_s = limits.max_seconds - elapsed_s
+            works = [sample.work for sample in samples]
+            chosen = design.choose(works, current.cost, left_s / 2) if left_s > 0 else None
+            if chosen is None:
+                reason = f"{limits.max_seconds:g} s"
+                break
+            point = chosen
+        samples.extend(meter.measure(point, num_points))
+        num_points += 1
+    return ProfileOutcome(fit(samples), tuple(samples), num_points, time.monotonic() - start_s, reason)
+
+
+def _expected_error(design: Design, samples: Sequence[Sample], current: Fit) -> float:
+    """Typical relative error of a prediction at a candidate: residuals as found by cross-validation, and more of it
+    the larger the candidate's leverage."""
+    leverages = design.leverages([sample.work for sample in samples], current.cost)
+    return float(current.error.p50 * np.sqrt(1.0 + np.minimum(leverages, 1e4)).mean())
+
+
+def _has_settled(errors: Sequence[float], num_points: int) -> bool:
+    if num_points < _MIN_POINTS or len(errors) <= _PATIENCE:
+        return False
+    return min(errors[-_PATIENCE:]) > (1.0 - _MIN_IMPROVEMENT) * min(errors[:-_PATIENCE])
