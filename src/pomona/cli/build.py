@@ -8,11 +8,16 @@ from pomona.cli.config import BUNDLED_MODEL, AppConfig
 from pomona.cli.hub import bundled_dir, checkpoint_dir
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import ConfigError
+from pomona.core.interfaces import Executor
 from pomona.driver.loop import EngineParts
 from pomona.engine.engine import Engine
 from pomona.runner.config import RunnerConfig
 from pomona.runner.loading import load_runner
 from pomona.sched.config import SchedulerConfig
+
+
+def _as_it_is(executor: Executor) -> Executor:
+    return executor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,8 @@ class BuildEngine:
 
     config: AppConfig
     model_path: str
+    wrap: Callable[[Executor], Executor] = _as_it_is
+    """Puts something between scheduler and runner, to watch."""
 
     def __call__(self, report_progress: Callable[[str], None] = lambda text: None) -> EngineParts:
         """Load the model and put a scheduler in front of it.
@@ -52,7 +59,7 @@ class BuildEngine:
             eos_token_ids=loaded.spec.eos_token_ids,
             device=loaded.device_name,
         )
-        return EngineParts(engine=Engine(limits, loaded.runner), adapter_host=loaded.adapters, info=info)
+        return EngineParts(engine=Engine(limits, self.wrap(loaded.runner)), adapter_host=loaded.adapters, info=info)
 
 
 def engine_builder(config: AppConfig) -> BuildEngine:

@@ -71,8 +71,31 @@ def demo(config: AppConfig) -> None:
     run_demo(config)
 
 
+def profile(
+    config: AppConfig,
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
+    max_seconds: Annotated[float, typer.Option(help="Stop measuring after this long.")] = 300.0,
+    max_points: Annotated[int, typer.Option(help="Stop measuring after so many batches.")] = 150,
+) -> None:
+    """Measure what a step costs here, by batch and adapters, and write it down for `pomona simulate`.
+
+    Stops when predictions no longer get better. Close other programs first.
+
+    Examples:
+
+        pomona profile --output pippin.json
+
+        pomona profile ./llama-3.2-1b --adapters-dir ./adapters --output llama.json
+    """
+    from pomona.cli.profile import run_profile_command
+    from pomona.profiling.profile import ProfileLimits
+
+    run_profile_command(config, ProfileLimits(max_points, max_seconds), output)
+
+
 app.command("serve")(with_settings(serve))
 app.command("demo")(with_settings(demo))
+app.command("profile")(with_settings(profile))
 
 
 @app.command()

@@ -39,6 +39,11 @@ class Engine:
         self._undelivered: list[RequestOutput] = []
 
     @property
+    def config(self) -> SchedulerConfig:
+        """Limits of the scheduler."""
+        return self._scheduler.config
+
+    @property
     def has_work(self) -> bool:
         """True while ``step`` has something to do or to deliver."""
         return bool(self._undelivered or self._launched) or self._scheduler.has_work

@@ -34,10 +34,6 @@ class Design:
         self._scale = np.maximum(self._rows.max(axis=0), 1e-12)
         self._is_left = np.ones(len(points), dtype=bool)
 
-    def take(self, point: Point) -> None:
-        """Note that a point is measured without having been chosen."""
-        self._is_left[self._points.index(point)] = False
-
     def choose(self, measured: Sequence[StepWork], cost: LinearCost, max_seconds: float) -> Point | None:
         """The most telling point per second, and mark it as taken; None if none is left.
 
@@ -64,4 +60,4 @@ class Design:
 
     def _weighted(self, rows: Floats, works: Sequence[StepWork], cost: LinearCost) -> Floats:
         predicted = np.array([max(cost.seconds(work), 1e-6) for work in works])
-        return rows / self._scale / predicted[:, None] * float(np.median(predicted))
+        return np.asarray(rows / self._scale / predicted[:, None])

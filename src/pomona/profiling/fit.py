@@ -19,6 +19,8 @@ from pomona.sim.step_work import StepWork
 Floats = NDArray[np.float64]
 
 _NUM_FOLDS = 8
+_AS_GOOD = 1.02
+"""Forms whose error is within this factor of the least predict alike."""
 _KNEES = (4, 8, 16, 32, 64, 128, 256)
 _RAMPS = (0, 1, 4, 16, 64, 256, 1024)
 _ALWAYS = (
@@ -56,7 +58,7 @@ class FormError:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The form that predicts best, fitted to everything."""
+    """The simplest form of those that predict best, fitted to everything."""
 
     cost: LinearCost
     error: FormError
@@ -75,9 +77,7 @@ def dense_forms() -> dict[str, list[CostTerm]]:
     for knee in _KNEES:
         forms[f"roofline, knee at {knee} rows"] = [*_linear("num_rows"), CostTerm("num_rows", 1.0, above=knee)]
     ends = [*_RAMPS[1:], math.inf]
-    forms["ramps"] = [
-        CostTerm("num_rows", 1.0, above=low, up_to=high) for low, high in zip(_RAMPS, ends, strict=True)
-    ]
+    forms["ramps"] = [CostTerm("num_rows", 1.0, above=low, up_to=high) for low, high in zip(_RAMPS, ends, strict=True)]
     return forms
 
 
@@ -102,7 +102,7 @@ def design_row(work: StepWork, terms: Sequence[CostTerm]) -> Floats:
 
 
 def fit(samples: Sequence[Sample]) -> Fit:
-    """Find the form that predicts held-out points best.
+    """Find the form that predicts held-out points best, and fit it to all.
 
     Args:
         samples: at least two points.
@@ -119,9 +119,12 @@ def fit(samples: Sequence[Sample]) -> Fit:
         p50, p90 = np.quantile(errors, (0.5, 0.9))
         error = FormError(dense, adapters, float(errors.mean()), float(p50), float(p90), float(errors.max()))
         tried.append((error, terms))
-    tried.sort(key=lambda item: item[0].mean)
-    best, terms = tried[0]
-    return Fit(fit_terms(samples, terms), best, tuple(error for error, _ in tried))
+    # The first, which is the simplest, of those that predict about as well as any.
+    least = min(error.mean for error, _ in tried)
+    best, terms = next(item for item in tried if item[0].mean <= _AS_GOOD * least + 1e-6)
+    return Fit(
+        fit_terms(samples, terms), best, tuple(sorted((error for error, _ in tried), key=lambda error: error.mean))
+    )
 
 
 def fit_terms(samples: Sequence[Sample], terms: Sequence[CostTerm]) -> LinearCost:

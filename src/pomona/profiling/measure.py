@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import AdapterId, RequestId
@@ -13,6 +13,7 @@ from pomona.core.request import Request, SamplingParams
 from pomona.engine.engine import Engine
 from pomona.profiling.fit import Sample
 from pomona.profiling.points import NUM_DECODE_STEPS, NUM_PROMPT_STEPS, Point
+from pomona.sched.config import SchedulerConfig
 from pomona.sim.step_work import StepWork, WorkMeter
 
 
@@ -60,7 +61,7 @@ class PointMeter:
     def measure(self, point: Point, point_index: int) -> list[Sample]:
         """Samples of the point: of reaching it, of its decodes, and of its prompts beside them."""
         samples: list[tuple[StepWork, float]] = []
-        num_output = NUM_DECODE_STEPS + NUM_PROMPT_STEPS + 2
+        num_output = point.num_output_tokens(self.config.max_num_batched_tokens)
         decoding = [
             self._add(point.num_context_tokens - 1, num_output, point.adapter_of(index))
             for index in range(point.num_decodes)
@@ -75,9 +76,27 @@ class PointMeter:
         self._rest()
         return [Sample(work, seconds, point_index) for work, seconds in samples]
 
-    def warm_up(self, point: Point) -> None:
-        """Go through the motions, so that memory and kernels have been touched before anything counts."""
-        self.measure(point, 0)
+    @property
+    def config(self) -> SchedulerConfig:
+        """Limits of the engine."""
+        return self._engine.config
+
+    def warm_up(self, points: Sequence[Point], max_seconds: float) -> None:
+        """Go through the motions, then compute prompts until all KV memory has been touched, so that nothing that
+        counts happens for the first time.
+
+        Args:
+            points: what to go through; the last with prompts.
+            max_seconds: when to leave it at that.
+        """
+        start_s = time.monotonic()
+        for point in points:
+            self.measure(point, 0)
+        num_left = self.config.num_kv_blocks * self.config.block_size
+        while num_left > 0 and time.monotonic() - start_s < max_seconds:
+            self._add(points[-1].num_prompt_tokens, 1, None)
+            self._rest()
+            num_left -= points[-1].num_prompt_tokens
 
     def _prompt_step(self, point: Point) -> tuple[StepWork, float]:
         adapters = point.adapters[: point.num_prompts]
@@ -122,7 +141,7 @@ class PointMeter:
                 prompt,
                 SamplingParams(max_tokens=num_output_tokens, temperature=0.0),
                 time.monotonic(),
-                adapter_id=adapter and adapter.adapter_id,
+                adapter_id=None if adapter is None else adapter.adapter_id,
             )
         )
         return request_id

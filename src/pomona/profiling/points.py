@@ -5,7 +5,9 @@ computed beside them, and the adapters of both.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pomona.core.adapter import AdapterInfo
@@ -19,7 +21,6 @@ NUM_DECODE_STEPS = 5
 """Decode steps timed at a point; the context grows by one in each."""
 NUM_PROMPT_STEPS = 3
 """Steps with the point's prompts timed at a point, each with new prompts."""
-_SPARE_TOKENS = 4 + NUM_DECODE_STEPS + NUM_PROMPT_STEPS
 _SAMPLING = SamplingParams()
 
 
@@ -41,6 +42,12 @@ class Point:
     def adapter_of(self, index: int) -> AdapterInfo | None:
         """Adapter of the index-th decode, or prompt."""
         return self.adapters[index % len(self.adapters)] if self.adapters else None
+
+    def num_output_tokens(self, max_num_batched_tokens: int) -> int:
+        """Tokens a decoding sequence may have yielded by the end: while the others get to their context, and in the
+        steps that are timed."""
+        num_reach_steps = 2 * -(-self.num_decodes * self.num_context_tokens // max_num_batched_tokens)
+        return num_reach_steps + NUM_DECODE_STEPS + 2 * NUM_PROMPT_STEPS + 4
 
     def work(self) -> StepWork:
         """What the step with decodes and prompts has to do."""
@@ -66,32 +73,48 @@ class Point:
 
 
 def _scheduled(name: str, num_computed: int, num_new: int, adapter: AdapterInfo | None) -> ScheduledSeq:
-    start = SeqStart((), 0, _SAMPLING, adapter and adapter.adapter_id)
+    start = SeqStart((), 0, _SAMPLING, None if adapter is None else adapter.adapter_id)
     return ScheduledSeq(RequestId(name), num_computed, num_new, is_sampled=True, start=start)
 
 
-def candidates(config: SchedulerConfig, adapters: Sequence[AdapterInfo]) -> list[Point]:
-    """Every point that the engine can reach, on a grid of powers of two.
+def candidates(
+    config: SchedulerConfig, adapters: Sequence[AdapterInfo], num_points: int = 400, seed: int = 0
+) -> list[Point]:
+    """Points that the engine can reach, drawn evenly over the orders of magnitude of every size.
+
+    Drawn and not from a grid, because kernels like powers of two better than what requests are made of.
 
     Args:
         config: limits of the engine.
         adapters: those registered.
+        num_points: how many to draw.
+        seed: of the drawing.
     """
-    most = config.max_num_seqs
-    contexts = [tokens for tokens in (32, 128, 512, 1024, 2048, 4096) if tokens + _SPARE_TOKENS < config.max_model_len]
-    decodes = [0, *(2**exponent for exponent in range(9) if 2**exponent <= most)]
-    prompt_shapes = [(0, 0), (1, 16), (1, 64), (4, 16), (1, 256), (4, 64), (16, 16), (1, 1024), (4, 256), (16, 64)]
+    chance = random.Random(seed)
     groups = adapter_groups(adapters, config.num_adapter_pages)
-    points = []
-    for num_decodes, context, (num_prompts, num_tokens), group in itertools.product(
-        decodes, contexts, prompt_shapes, groups
-    ):
-        point = Point(num_decodes, context if num_decodes else 0, num_prompts, num_tokens, group)
-        if _fits(point, config) and not (num_decodes == 0 and context != contexts[0]):
-            points.append(point)
-            if group and num_prompts and num_decodes == 0:
-                points.append(Point(0, 0, num_prompts, num_tokens, group, is_cold=True))
-    return points
+    points: dict[Point, None] = {}
+    for _ in range(20 * num_points):
+        if len(points) == num_points:
+            break
+        point = _draw(config, groups, chance)
+        if _fits(point, config):
+            points[point] = None
+    return list(points)
+
+
+def _draw(config: SchedulerConfig, groups: Sequence[tuple[AdapterInfo, ...]], chance: random.Random) -> Point:
+    kind = chance.choice(("decodes", "prompts", "both"))
+    num_decodes = _log_uniform(chance, 1, config.max_num_seqs) if kind != "prompts" else 0
+    context = _log_uniform(chance, 16, config.max_model_len) if num_decodes else 0
+    num_prompts = _log_uniform(chance, 1, 32) if kind != "decodes" else 0
+    num_prompt_tokens = _log_uniform(chance, 16, config.max_num_batched_tokens) // num_prompts + 2 if num_prompts else 0
+    adapters = chance.choice(groups)
+    is_cold = bool(adapters) and kind == "prompts" and chance.random() < 0.3
+    return Point(num_decodes, context, num_prompts, num_prompt_tokens, adapters, is_cold)
+
+
+def _log_uniform(chance: random.Random, low: int, high: int) -> int:
+    return round(math.exp(chance.uniform(math.log(low), math.log(high))))
 
 
 def adapter_groups(adapters: Sequence[AdapterInfo], num_pages: int) -> list[tuple[AdapterInfo, ...]]:
@@ -107,28 +130,36 @@ def adapter_groups(adapters: Sequence[AdapterInfo], num_pages: int) -> list[tupl
     for count in (4, 16, len(by_rank)):
         step = max(1, len(by_rank) // count)
         groups[tuple(by_rank[::step][:count])] = None
-    return [group for group in groups if sum(info.num_pages for info in group) <= num_pages]
+    return list(dict.fromkeys(_first_that_fit(group, num_pages) for group in groups))
+
+
+def _first_that_fit(group: tuple[AdapterInfo, ...], num_pages: int) -> tuple[AdapterInfo, ...]:
+    ends = itertools.accumulate(info.num_pages for info in group)
+    return group[: sum(end <= num_pages for end in ends)]
 
 
 def _fits(point: Point, config: SchedulerConfig) -> bool:
     num_new = point.num_decodes + point.num_prompts * point.num_prompt_tokens
-    seqs = [point.num_context_tokens] * point.num_decodes + [point.num_prompt_tokens] * point.num_prompts
-    num_blocks = sum(-(-(tokens + _SPARE_TOKENS) // config.block_size) for tokens in seqs)
+    decode_end = point.num_context_tokens + point.num_output_tokens(config.max_num_batched_tokens)
+    seqs = [decode_end] * point.num_decodes + [point.num_prompt_tokens + 1] * point.num_prompts
+    num_blocks = sum(-(-tokens // config.block_size) for tokens in seqs)
     return (
         0 < num_new <= config.max_num_batched_tokens
         and len(seqs) <= config.max_num_seqs
-        and point.num_prompt_tokens + 1 < config.max_model_len
+        and max(seqs) < config.max_model_len
         and num_blocks + config.reserve_steps * len(seqs) // config.block_size + 1 < config.num_kv_blocks
         and (not point.adapters or len(point.adapters) <= max(point.num_decodes, point.num_prompts))
     )
 
 
-def seeds(points: Sequence[Point]) -> Iterator[Point]:
+def seeds(config: SchedulerConfig) -> list[Point]:
     """Points to begin with, so that there is something to predict the others by: the least decode, the largest batch
-    of decodes, and the longest prompts, all of the base model."""
-    base = [point for point in points if not point.adapters]
-    decode_only = [point for point in base if point.num_prompts == 0]
-    prompt_only = [point for point in base if point.num_decodes == 0]
-    yield min(decode_only, key=lambda point: (point.num_decodes, point.num_context_tokens))
-    yield max(decode_only, key=lambda point: (point.num_decodes, -point.num_context_tokens))
-    yield max(prompt_only, key=lambda point: point.num_prompt_tokens)
+    of decodes, and as many prompt tokens as a step takes; all of the base model."""
+    context = min(32, config.max_model_len // 2)
+    num_decodes = config.max_num_seqs
+    while not _fits(Point(num_decodes, context, 0, 0), config):
+        num_decodes -= 1
+    num_tokens = min(config.max_num_batched_tokens, config.max_model_len - 2)
+    while not _fits(Point(0, 0, 1, num_tokens), config):
+        num_tokens //= 2
+    return [Point(1, context, 0, 0), Point(num_decodes, context, 0, 0), Point(0, 0, 1, num_tokens)]

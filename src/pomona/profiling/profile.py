@@ -12,10 +12,11 @@ from pomona.profiling.fit import Fit, Sample, fit
 from pomona.profiling.measure import PointMeter
 from pomona.profiling.points import Point, seeds
 
-_MIN_POINTS = 10
-_PATIENCE = 6
-"""Points after which the expected error must have fallen."""
-_MIN_IMPROVEMENT = 0.05
+_MIN_POINTS = 40
+"""Some three per coefficient."""
+_WINDOW = 10
+"""The expected error, averaged over so many points, must be less than over as many before."""
+_MIN_IMPROVEMENT = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class ProfileLimits:
         ConfigError: a limit is not positive.
     """
 
-    max_points: int = 60
+    max_points: int = 150
     max_seconds: float = 300.0
 
     def __post_init__(self) -> None:
@@ -76,10 +77,8 @@ def run_profile(
     design = Design(points)
     samples: list[Sample] = []
     errors: list[float] = []
-    waiting = list(seeds(points))
-    for point in waiting:
-        design.take(point)
-        meter.warm_up(point)
+    waiting = seeds(meter.config)
+    meter.warm_up(waiting, limits.max_seconds / 10)
     num_points, reason = 0, f"{limits.max_points} points"
     current: Fit | None = None
     while num_points < limits.max_points:
@@ -113,6 +112,7 @@ def _expected_error(design: Design, samples: Sequence[Sample], current: Fit) -> 
 
 
 def _has_settled(errors: Sequence[float], num_points: int) -> bool:
-    if num_points < _MIN_POINTS or len(errors) <= _PATIENCE:
+    if num_points < _MIN_POINTS or len(errors) < 2 * _WINDOW:
         return False
-    return min(errors[-_PATIENCE:]) > (1.0 - _MIN_IMPROVEMENT) * min(errors[:-_PATIENCE])
+    latest, before = sum(errors[-_WINDOW:]), sum(errors[-2 * _WINDOW : -_WINDOW])
+    return latest > (1.0 - _MIN_IMPROVEMENT) * before

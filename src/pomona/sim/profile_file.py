@@ -2,7 +2,7 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pomona.core.errors import ConfigError
 from pomona.sched.config import SchedulerConfig
@@ -19,10 +19,17 @@ class _Part(BaseModel):
 class TermEntry(_Part):
     """See CostTerm."""
 
-    quantity: Literal[_QUANTITIES]  # type: ignore[valid-type]
+    quantity: str
     seconds_each: float = Field(ge=0)
     above: float = Field(0.0, ge=0)
     up_to: float | None = Field(None, gt=0)
+
+    @field_validator("quantity")
+    @classmethod
+    def _is_known(cls, quantity: str) -> str:
+        if quantity not in _QUANTITIES:
+            raise ValueError(f"{quantity!r} is no quantity of a step: must be one of {', '.join(_QUANTITIES)}")
+        return quantity
 
 
 class ErrorEntry(_Part):

@@ -1,0 +1,31 @@
+import pytest
+
+from pomona.cli.config import load_config
+from pomona.cli.profile import run_profile_command
+from pomona.core.errors import ConfigError
+from pomona.profiling.profile import ProfileLimits
+from pomona.sim.profile_file import CostProfile
+from pomona.sim.step_work import StepWork
+
+
+def test_the_bundled_model_is_profiled_and_written_down(tmp_path, capsys):
+    output = tmp_path / "pippin.json"
+    config = load_config({"kv_cache_bytes": "4MiB", "num_threads": 1})
+    run_profile_command(config, ProfileLimits(max_points=6, max_seconds=20.0), output)
+    profile = CostProfile.from_json(output.read_bytes(), output.name)
+    assert profile.model == "pippin"
+    assert profile.num_points == 6
+    assert {size.lora_rank for size in profile.adapters} == {4, 8, 16, 32, 64}
+    cost = profile.cost_model
+    assert 0 < cost.seconds(StepWork(1, 1, 1, 1, 100)) < cost.seconds(StepWork(1, 1000, 0, 1, 0, 1000, 500_000))
+    assert "held-out error" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(ConfigError, match="--output"):
+        run_profile_command(load_config({}), ProfileLimits(), tmp_path / "nowhere" / "p.json")
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(ConfigError, match="max_seconds is 0"):
+        ProfileLimits(max_seconds=0)
