@@ -21,8 +21,8 @@ class TermEntry(_Part):
 
     quantity: str
     seconds_each: float = Field(ge=0)
-    above: float = Field(0.0, ge=0)
-    up_to: float | None = Field(None, gt=0)
+    above: float = Field(default=0.0, ge=0)
+    up_to: float | None = Field(default=None, gt=0)
 
     @field_validator("quantity")
     @classmethod
