@@ -13,9 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pomona.kernels.activation import silu_mul
 from pomona.kernels.cpu import binding
 from pomona.kernels.dispatch import use_backend
 from pomona.kernels.linear import pack, packed_linear
+from pomona.kernels.norm import add_rms_norm, rms_norm
+from pomona.kernels.rope import apply_rope
+from pomona.kernels.sample import greedy
 from support.kernel_cases import Segment, make_adapters, make_contexts
 
 pytestmark = pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
@@ -65,6 +69,33 @@ def test_a_row_with_an_adapter_is_the_same_in_any_batch(rows_per_page: int, dtyp
             for segment in ordered:
                 if segment.adapter == 0:
                     assert torch.equal(added[segment.start : segment.end], expected[segment.start : segment.end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", [64, 201])
+def test_a_row_through_a_row_wise_op_is_the_same_in_any_batch(features: int, dtype: torch.dtype) -> None:
+    x, residual = (torch.randn(70, features).to(dtype) for _ in range(2))
+    weight, gate_up = torch.randn(features).to(dtype), torch.randn(70, 2 * features).to(dtype)
+    heads, positions = torch.randn(70, 4, 16).to(dtype), torch.randint(0, 50, (70,))
+    cos_sin = torch.randn(50, 16)
+
+    def rotated(rows: slice) -> Tensor:
+        fused = heads[rows].clone()
+        apply_rope(fused[:, :3], fused[:, 3:], positions[rows], cos_sin)
+        return fused
+
+    ops: list[Callable[[slice], Tensor]] = [
+        lambda rows: rms_norm(x[rows], weight, 1e-5),
+        lambda rows: torch.cat(add_rms_norm(x[rows].clone(), residual[rows].clone(), weight, 1e-5), dim=1),
+        lambda rows: silu_mul(gate_up[rows]),
+        rotated,
+        lambda rows: greedy(x[rows].float())[0],
+    ]
+    for op in ops:
+        together = op(slice(0, 70))
+        assert torch.equal(together, _on_threads(2, lambda op=op: op(slice(0, 70))))
+        for start, end in ((0, 1), (33, 40), (69, 70)):
+            assert torch.equal(op(slice(start, end)), together[start:end])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

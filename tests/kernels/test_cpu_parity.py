@@ -1,6 +1,5 @@
 """The compiled kernels against the reference, on every instruction set of this processor and on one and two threads."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -54,52 +53,6 @@ def _check(run: Callable[[], Tensor], expected: Tensor) -> None:
 def _of_reference(run: Callable[[], Tensor]) -> Tensor:
     with use_backend("reference"):
         return run()
-
-
-RANKS = [1, 4, 8, 16, 64, 128, "mixed"]
-ROWS = [1, 2, 7, 16, 133, 1024]
-POPULARITIES = ["identical", "distinct", "uniform", "zipf"]
-BASE_ROWS = ["none", "some", "all"]
-SHAPES = [(64, (96, 32, 32)), (37, (24, 8, 13)), (130, (65,)), (576, (200, 200))]
-
-
-def _sample(count: int, *choices: list) -> list[tuple]:
-    """Random combinations in which every choice of every list occurs."""
-    rng = random.Random(0)
-    return [tuple((rng.sample(list_, len(list_)) * count)[i] for list_ in choices) for i in range(count)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "rank_kind, num_rows, popularity, base_rows, shape", _sample(24, RANKS, ROWS, POPULARITIES, BASE_ROWS, SHAPES)
-)
-def test_lora_adds_what_the_reference_adds(
-    rank_kind: int | str, num_rows: int, popularity: str, base_rows: str, shape: tuple, dtype: torch.dtype
-) -> None:
-    in_features, widths = shape
-    num_adapters = 1 if popularity == "identical" else min(num_rows, 40)
-    rng = random.Random(1)
-    ranks = [
-        [rng.choice([0, 1, 3, 4, 8, 17, 64]) if rank_kind == "mixed" else rank_kind for _ in widths]
-        for _ in range(num_adapters)
-    ]
-    adapters = make_adapters(ranks, in_features=in_features, widths=widths, dtype=dtype)
-    segments = make_segments(num_rows, num_adapters, popularity, base_rows)
-    x = torch.randn(num_rows, in_features).to(dtype)
-    used = torch.zeros(num_rows, dtype=torch.bool)
-    for segment in segments:
-        used[segment.start : segment.end] = True
-    x[~used] = NAN  # rows without an adapter are not even read
-    out = torch.randn(num_rows, sum(widths)).to(dtype)
-    expected = _of_reference(lambda: adapters.apply(x, out, segments))
-    assert torch.equal(expected[~used], out[~used])
-
-    def run() -> Tensor:
-        added = adapters.apply(x, out, segments)
-        assert torch.equal(added[~used], out[~used])
-        return added
-
-    _check(run, expected)
 
 
 @pytest.mark.parametrize("rows_per_page", [1, 3, 4, 16])

@@ -56,6 +56,19 @@ class Adapters:
             host_scalings=scalings,
         )
 
+    def expected(self, x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """The contract's formula in float64, segment by segment, page by page."""
+        result = out.double()
+        for segment in segments:
+            rows, pages, column = slice(segment.start, segment.end), list(self.pages[segment.adapter]), 0
+            for i, (a, b) in enumerate(zip(self.slices.a, self.slices.b, strict=True)):
+                lora_rank, width = self.ranks[segment.adapter][i], b.shape[2]
+                dense_a, dense_b = (part[pages].flatten(0, 1)[:lora_rank].double() for part in (a, b))
+                added = (x[rows].double() @ dense_a.T) @ dense_b
+                result[rows, column : column + width] += self.scalings[segment.adapter][i] * added
+                column += width
+        return result
+
     def apply(self, x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor:
         """``out`` after the adapters' part has been added to a copy of it."""
         batch, ranks = self.batch(segments)
@@ -100,7 +113,7 @@ def make_adapters(
 
 
 def make_segments(num_rows: int, num_adapters: int, popularity: str, base_rows: str) -> list[Segment]:
-    """Runs of rows: "identical", "distinct", "uniform" or "zipf"; base rows "none", "some" or "all"."""
+    """Runs of rows: "identical", "distinct", "uniform", "zipf" or "skewed"; base rows "none", "some" or "all"."""
     rng = random.Random(f"{num_rows} {num_adapters} {popularity} {base_rows}")
     if base_rows == "all":
         return []
@@ -109,6 +122,7 @@ def make_segments(num_rows: int, num_adapters: int, popularity: str, base_rows: 
         "distinct": lambda row: row % num_adapters,
         "uniform": lambda row: rng.randrange(num_adapters),
         "zipf": lambda row: min(int(rng.paretovariate(0.5)), num_adapters) - 1,
+        "skewed": lambda row: 1 % num_adapters if row == num_rows // 2 else 0,
     }
     draw = draws[popularity]
     rows = [draw(row) for row in range(num_rows)]
