@@ -13,6 +13,7 @@ from pomona.runner.loading import LoadedRunner, load_runner
 from pomona.sched.config import SchedulerConfig
 
 _RUNNER_FIELDS = frozenset(RunnerConfig.__dataclass_fields__)
+_LIMITS = frozenset(SchedulerConfig.__dataclass_fields__)
 
 
 class TinyEngine:
@@ -29,7 +30,7 @@ class TinyEngine:
         memory: dict[str, Any] = {"kv_cache_bytes": 8 * 2**20, "adapter_bytes": 4 * 2**20}
         chosen = {**defaults, **memory, **{name: settings[name] for name in settings if name in _RUNNER_FIELDS}}
         self.loaded: LoadedRunner = load_runner(RunnerConfig(model_path=str(checkpoint), **chosen))
-        limits = {name: value for name, value in settings.items() if name not in (*defaults, *memory)}
+        limits = {name: value for name, value in settings.items() if name in _LIMITS and name != "block_size"}
         self.engine = Engine(
             SchedulerConfig(
                 **{

@@ -1,7 +1,9 @@
 """Attention over a paged KV cache: every row attends to its own sequence's blocks, prompt chunks and decodes alike."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from pomona.kernels.dispatch import backend_for
@@ -25,6 +27,42 @@ class AttentionBatch:
     """int64 [num_tokens]: KV slot (block_id * block_size + offset) that each row's key and value go to."""
     host_query_lens: tuple[int, ...]
     host_context_lens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """What the launches of a layer's attention depend on besides the batch."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    sliding_window: int | None
+
+
+def reserve(batch: AttentionBatch, shape: DecodeShape, max_kv_tokens: int) -> None:
+    """Give a batch of decodes a plan with room for any contexts. To be called for every shape of layer before their
+    attention is captured into a graph.
+
+    Args:
+        batch: one row per sequence; its tensors are the ones that will be captured.
+        shape: of the layers.
+        max_kv_tokens: most tokens that the contexts of a step may have together.
+    """
+    backend_for("attention", batch.block_tables.device).reserve(batch, shape, max_kv_tokens)
+
+
+def renew(batch: AttentionBatch, host_context_lens: Sequence[int]) -> AttentionBatch:
+    """The same tensors as another step's contexts. Plans that were reserved are filled in anew, in place and in stream
+    order, so that a replayed graph works on the new contexts; the tensors themselves are for the caller to refill.
+
+    Args:
+        batch: reserved, or renewed since.
+        host_context_lens: tokens per sequence.
+    """
+    renewed = replace(batch, host_context_lens=tuple(host_context_lens))
+    backend_for("attention", batch.block_tables.device).carry_plan(batch, renewed)
+    return renewed
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:

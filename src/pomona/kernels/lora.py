@@ -8,7 +8,8 @@ of rank rows, so an adapter of rank r occupies ceil(r / rows_per_page) pages any
 contract, arXiv 2310.18547 section 4, widened by S-LoRA's own-rank paging, arXiv 2311.03285 section 5).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -59,6 +60,31 @@ class LoraRanks:
     host_ranks: tuple[tuple[int, ...], ...]
     """[num_slices][num_segments], the same numbers."""
     host_scalings: tuple[tuple[float, ...], ...]
+
+
+def reserve(batch: LoraBatch, num_tokens: int) -> None:
+    """Give the batch's plan room for any segments of so many rows. To be called before its ops are captured into a
+    graph; with the host ranks of every site above 0, and ``max_rank`` and the page tables as wide as they may get.
+
+    Args:
+        batch: its tensors are the ones that will be captured.
+        num_tokens: rows of every step that will replay the graph.
+    """
+    backend_for("lora", batch.page_tables.device).reserve(batch, num_tokens)
+
+
+def renew(batch: LoraBatch, host_rows: Sequence[tuple[int, int]], host_pages: Sequence[tuple[int, ...]]) -> LoraBatch:
+    """The same tensors as another step's segments. A plan that was reserved is filled in anew, in place and in stream
+    order, so that a replayed graph works on the new segments; the tensors themselves are for the caller to refill.
+
+    Args:
+        batch: reserved, or renewed since.
+        host_rows: (start, end) per row of the page tables; those without a segment are empty and come last.
+        host_pages: pages per row of the page tables.
+    """
+    renewed = replace(batch, host_rows=tuple(host_rows), host_pages=tuple(host_pages))
+    backend_for("lora", batch.page_tables.device).carry_plan(batch, renewed)
+    return renewed
 
 
 def lora_shrink(x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> Tensor:

@@ -21,7 +21,7 @@ from pomona.runner.kv_cache import lazy_zeros
 
 
 @dataclass(frozen=True)
-class _Resident:
+class Resident:
     """One adapter on the device."""
 
     page_ids: tuple[int, ...]
@@ -41,12 +41,17 @@ class AdapterPool:
         self._layout = layout
         self._device = device
         self._pages = lazy_zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
-        self._resident: dict[AdapterId, _Resident] = {}
-        self._slices = {
+        self._resident: dict[AdapterId, Resident] = {}
+        self.num_pages = num_pages
+        self.rows_per_page = layout.rows_per_page
+        self.slices = {
             (layer, site): layout.slices(self._pages, layer, site)
             for layer in range(layout.spec.num_layers)
             for site in Site
         }
+        """Views into the pages: A and B of every site."""
+        self.generation = 0
+        """Counts steps that evicted or loaded adapters: while it stays, what is known of residents holds."""
         # Ranks depend only on which adapters meet in which order; decode steps repeat the same meeting for long.
         self._ranks_key: tuple[AdapterId, ...] = ()
         self._ranks: dict[tuple[int, Site], LoraRanks] = {}
@@ -74,6 +79,11 @@ class AdapterPool:
             self._load(load, staged[load.adapter_id])
         if evictions or loads:
             self._ranks_key = ()
+            self.generation += 1
+
+    def resident(self, adapter_id: AdapterId) -> Resident:
+        """An adapter on the device."""
+        return self._resident[adapter_id]
 
     def _load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
         num_rank_pages = weights.pages.shape[0]
@@ -82,7 +92,7 @@ class AdapterPool:
         for index, page_id in enumerate(page_ids):
             self._pages[page_id].copy_(weights.pages[index], non_blocking=True)
         self.num_bytes_copied += weights.pages.numel() * weights.pages.element_size()
-        self._resident[load.adapter_id] = _Resident(
+        self._resident[load.adapter_id] = Resident(
             page_ids=page_ids,
             ranks=np.asarray(weights.ranks, dtype=np.int32),
             scalings=np.asarray(weights.scalings, dtype=np.float32),
@@ -116,7 +126,7 @@ class AdapterPool:
         extras = [(run, resident.extras) for run, resident in zip(runs, residents, strict=True)]
         return LoraState(
             batch=batch,
-            slices=self._slices,
+            slices=self.slices,
             ranks=self._ranks_of(tuple(run.adapter_id for run in runs), residents),
             extras=tuple((run.start, run.end, extra) for run, extra in extras if extra is not None),
             logit_extras=tuple(
@@ -126,9 +136,7 @@ class AdapterPool:
             ),
         )
 
-    def _ranks_of(
-        self, key: tuple[AdapterId, ...], residents: Sequence[_Resident]
-    ) -> dict[tuple[int, Site], LoraRanks]:
+    def _ranks_of(self, key: tuple[AdapterId, ...], residents: Sequence[Resident]) -> dict[tuple[int, Site], LoraRanks]:
         if key != self._ranks_key:
             ranks = np.stack([resident.ranks for resident in residents], axis=-1)  # [layers, targets, segments]
             scalings = np.stack([resident.scalings for resident in residents], axis=-1)

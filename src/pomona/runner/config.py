@@ -35,6 +35,12 @@ class RunnerConfig:
     """Rank rows per adapter page; an adapter's rank is rounded up to a multiple of this in memory, never in compute."""
     gpu_memory_fraction: float = 0.9
     """Share of a GPU's memory that weights, KV blocks and adapters may take together."""
+    decode_graphs: bool | None = None
+    """Capture decode steps and replay them; None does so on CUDA. On a CPU, steps are padded alike and called anew."""
+    graph_batch_sizes: tuple[int, ...] = ()
+    """Rows of the captured steps; none means a choice up to max_num_seqs."""
+    graph_max_lora_rank: int = 64
+    """Steps with an adapter of larger rank are not replayed."""
     num_threads: int | None = None
     """CPU threads of the model step; None takes the cores this process may use."""
 
@@ -44,12 +50,15 @@ class RunnerConfig:
             raise ConfigError(f"dtype is {self.dtype!r}: must be auto, float32, bfloat16 or float16")
         if self.quantization not in ("none", "int8"):
             raise ConfigError(f"quantization is {self.quantization!r}: must be none or int8")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "rows_per_page"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "rows_per_page", "graph_max_lora_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")
         for name in ("max_model_len", "kv_cache_bytes", "adapter_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: must be at least 1")
+        sizes = self.graph_batch_sizes
+        if any(size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
+            raise ConfigError(f"graph_batch_sizes is {sizes}: must be positive and ascending")
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise ConfigError(f"gpu_memory_fraction is {self.gpu_memory_fraction}: must be in (0, 1]")

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,11 @@ from pomona.model.spec import ModelSpec
 from pomona.model.weights import DecoderWeights, Quantization, load_weights
 from pomona.runner.adapter_host import StagedAdapters
 from pomona.runner.adapter_pool import AdapterPool
+from pomona.runner.captures import Capture, CudaCapture, Recall
 from pomona.runner.config import RunnerConfig
-from pomona.runner.kv_cache import KVCache
+from pomona.runner.graph_inputs import GraphLimits
+from pomona.runner.graphs import DecodeGraphs, default_batch_sizes, measure_graph_bytes
+from pomona.runner.kv_cache import KVCache, block_bytes
 from pomona.runner.memory import Capacity, plan_capacity, torch_device, torch_dtype
 from pomona.runner.runner import ModelRunner
 from pomona.runner.sequences import SequenceTable
@@ -60,18 +63,76 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
         )
     report_progress("allocating the KV cache")
     layout = PageLayout(spec, config.rows_per_page)
+    decoder = Decoder(spec, weights, max_model_len)
     capacity = plan_capacity(config, spec, layout, max_model_len=max_model_len, device=device)
+    limits = _graph_limits(config, capacity, max_model_len, device)
+    if limits is not None:
+        reserved = limits.num_scrap_blocks * block_bytes(spec, config.block_size, dtype)
+        reserved += _measured_graph_bytes(decoder, layout, limits, dtype)
+        capacity = plan_capacity(
+            config, spec, layout, max_model_len=max_model_len, device=device, reserved_bytes=reserved
+        )
+        limits = replace(limits, num_kv_blocks=capacity.num_kv_blocks)
     adapters = StagedAdapters(AdapterLoader(weights, layout, capacity.num_adapter_pages), capacity.num_adapter_pages)
+    num_blocks = capacity.num_kv_blocks + (limits.num_scrap_blocks if limits is not None else 0)
+    kv_cache = KVCache(spec, num_blocks, config.block_size, dtype=dtype, device=device)
+    pool = AdapterPool(layout, capacity.num_adapter_pages, dtype=dtype, device=device)
+    graphs = None
+    if limits is not None:
+        graphs = DecodeGraphs(decoder, kv_cache, pool, limits, _capture(device))
+        graphs.capture_all(report_progress)
     runner = ModelRunner(
-        Decoder(spec, weights, max_model_len),
-        KVCache(spec, capacity.num_kv_blocks, config.block_size, dtype=dtype, device=device),
-        AdapterPool(layout, capacity.num_adapter_pages, dtype=dtype, device=device),
+        decoder,
+        kv_cache,
+        pool,
         adapters,
         SequenceTable(config.max_num_seqs, max_model_len, config.block_size),
         block_size=config.block_size,
         device=device,
+        graphs=graphs,
     )
     return LoadedRunner(runner, adapters, spec, capacity, max_model_len, dtype, device)
+
+
+def _graph_limits(
+    config: RunnerConfig, capacity: Capacity, max_model_len: int, device: torch.device
+) -> GraphLimits | None:
+    """What captured steps have room for; None if none are."""
+    is_on = device.type == "cuda" if config.decode_graphs is None else config.decode_graphs
+    if not is_on:
+        return None
+    return GraphLimits(
+        batch_sizes=config.graph_batch_sizes or default_batch_sizes(config.max_num_seqs),
+        max_lora_rank=config.graph_max_lora_rank,
+        num_kv_blocks=capacity.num_kv_blocks,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+    )
+
+
+def _capture(device: torch.device) -> Capture:
+    return CudaCapture(device) if device.type == "cuda" else Recall()
+
+
+def _measured_graph_bytes(decoder: Decoder, layout: PageLayout, limits: GraphLimits, dtype: torch.dtype) -> int:
+    """Device memory that capturing will take; 0 where nothing is captured."""
+    device = decoder.weights.device
+    if device.type != "cuda":
+        return 0
+
+    def make_graphs() -> DecodeGraphs:
+        num_blocks = -(-limits.batch_sizes[-1] // limits.block_size)
+        kv_cache = KVCache(layout.spec, num_blocks, limits.block_size, dtype=dtype, device=device)
+        pool = AdapterPool(layout, 1, dtype=dtype, device=device)
+        return DecodeGraphs(decoder, kv_cache, pool, limits, CudaCapture(device))
+
+    def free_bytes() -> int:
+        torch.cuda.synchronize(device)
+        return torch.cuda.mem_get_info(device)[0]
+
+    num_bytes = measure_graph_bytes(make_graphs, limits.batch_sizes, free_bytes)
+    torch.cuda.empty_cache()
+    return num_bytes
 
 
 def load_adapter_host(config: RunnerConfig) -> StagedAdapters:

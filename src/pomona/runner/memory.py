@@ -42,15 +42,29 @@ def available_host_bytes() -> int:
 
 
 def plan_capacity(
-    config: RunnerConfig, spec: ModelSpec, layout: PageLayout, *, max_model_len: int, device: torch.device
+    config: RunnerConfig,
+    spec: ModelSpec,
+    layout: PageLayout,
+    *,
+    max_model_len: int,
+    device: torch.device,
+    reserved_bytes: int = 0,
 ) -> Capacity:
     """Split the memory that is left after the weights were loaded.
+
+    Args:
+        config: settings, some of which fix a part's size.
+        spec: the base model.
+        layout: of adapter pages.
+        max_model_len: tokens that one sequence must be able to have.
+        device: where the memory is.
+        reserved_bytes: what captured graphs and their scrap blocks will take.
 
     Raises:
         ConfigError: not even one sequence of max_model_len tokens fits; says what to change.
     """
     dtype_bytes = torch_dtype(config, spec, device).itemsize
-    budget = _free_bytes(config, spec, device)
+    budget = _free_bytes(config, spec, device) - reserved_bytes
     page_bytes = layout.page_elems * dtype_bytes
     adapter_bytes = config.adapter_bytes
     if adapter_bytes is None:

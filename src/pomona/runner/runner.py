@@ -14,6 +14,7 @@ from pomona.model.lora import LoraState
 from pomona.runner.adapter_host import StagedAdapters
 from pomona.runner.adapter_pool import AdapterPool
 from pomona.runner.batch import HostBatch, gather, to_device
+from pomona.runner.graphs import DecodeGraphs
 from pomona.runner.kv_cache import KVCache
 from pomona.runner.sampler import Choice, choose, token_logprobs
 from pomona.runner.sequences import ExpectedTokens, SequenceTable
@@ -66,6 +67,7 @@ class ModelRunner:
         table: one row per running sequence.
         block_size: token positions per KV block.
         device: where the decoder lives.
+        graphs: of the decoder, captured; None to run every step as it comes.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._decoder = decoder
         self._kv_cache = kv_cache
@@ -86,6 +89,7 @@ class ModelRunner:
         self._table = table
         self._block_size = block_size
         self._device = device
+        self.graphs = graphs
         # Tokens that the latest step sampled; those whose values the host lacks are read from here.
         self._latest: Tensor | None = None
 
@@ -105,13 +109,17 @@ class ModelRunner:
         if not plan.seqs:
             return LaunchedModelStep(plan.step_id, self._table)
         host = gather(plan, self._table, self._block_size)
-        batch = to_device(host, self._device, self._latest)
-        lora = self._adapter_pool.state(host.adapter_runs)
-        hidden = self._decoder.forward(batch.token_ids, batch.positions, self._kv_cache.layers, batch.attention, lora)
-        prompt_logprobs = self._prompt_logprobs(plan, host, hidden, lora)
-        if not host.sampled_seqs.size:
-            return LaunchedModelStep(plan.step_id, self._table, prompt_logprobs=prompt_logprobs)
-        logits = self._decoder.logits(hidden[batch.sampled_rows], lora)
+        logits = None if self.graphs is None else self.graphs.logits(host, self._latest)
+        prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
+        if logits is None:
+            batch = to_device(host, self._device, self._latest)
+            lora = self._adapter_pool.state(host.adapter_runs)
+            kv_layers = self._kv_cache.layers
+            hidden = self._decoder.forward(batch.token_ids, batch.positions, kv_layers, batch.attention, lora)
+            prompt_logprobs = self._prompt_logprobs(plan, host, hidden, lora)
+            if not host.sampled_seqs.size:
+                return LaunchedModelStep(plan.step_id, self._table, prompt_logprobs=prompt_logprobs)
+            logits = self._decoder.logits(hidden[batch.sampled_rows], lora)
         rows = host.table_rows[host.sampled_seqs]
         choice = choose(logits, rows, self._table)
         self._latest = choice.token_ids

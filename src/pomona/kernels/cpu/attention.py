@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.attention import AttentionBatch, DecodeShape
 from pomona.kernels.cpu import binding
 from pomona.kernels.reference import attention as reference
 
@@ -123,3 +123,11 @@ def paged_attention(
         *(block_size, num_kv_heads, head_dim, sliding_window or 0, scale, out.data_ptr()),
     )
     return out
+
+
+def reserve(batch: AttentionBatch, shape: DecodeShape, max_kv_tokens: int) -> None:
+    """See ``kernels.attention.reserve``. Nothing to do: contexts are planned when a batch is first used."""
+
+
+def carry_plan(batch: AttentionBatch, renewed: AttentionBatch) -> None:
+    """See ``kernels.attention.renew``. Nothing to do, likewise."""

@@ -190,3 +190,11 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
         *(site.dtype, torch.get_num_threads(), _EXPAND, site.address, step.address, known.ranks, known.scalings),
         *(None, 0, out.data_ptr(), out.stride(0), v.data_ptr()),
     )
+
+
+def reserve(batch: LoraBatch, num_tokens: int) -> None:
+    """See ``kernels.lora.reserve``. Nothing to do: segments are planned when a batch is first used."""
+
+
+def carry_plan(batch: LoraBatch, renewed: LoraBatch) -> None:
+    """See ``kernels.lora.renew``. Nothing to do, likewise."""

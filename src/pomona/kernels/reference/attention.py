@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.attention import AttentionBatch, DecodeShape
 
 _SMALLEST_BUCKET = 64
 
@@ -206,3 +206,11 @@ def paged_attention(
             )
             out[call.start : call.end] = attended.permute(2, 0, 1, 3)
     return out.flatten(1, 2)
+
+
+def reserve(batch: AttentionBatch, shape: DecodeShape, max_kv_tokens: int) -> None:
+    """See ``kernels.attention.reserve``. Nothing to do: contexts are planned when a batch is first used."""
+
+
+def carry_plan(batch: AttentionBatch, renewed: AttentionBatch) -> None:
+    """See ``kernels.attention.renew``. Nothing to do, likewise."""

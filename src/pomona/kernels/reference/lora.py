@@ -61,3 +61,11 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
     assert out.shape == (x.shape[0], sum(b.shape[2] for b in slices.b)), "out must hold all slices"
     if any(any(of_slice) for of_slice in ranks.host_ranks):
         lora_expand(lora_shrink(x, slices, ranks, batch), slices, ranks, batch, out)
+
+
+def reserve(batch: LoraBatch, num_tokens: int) -> None:
+    """See ``kernels.lora.reserve``. Nothing to do: segments are read from the host numbers."""
+
+
+def carry_plan(batch: LoraBatch, renewed: LoraBatch) -> None:
+    """See ``kernels.lora.renew``. Nothing to do, likewise."""

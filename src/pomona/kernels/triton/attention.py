@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.attention import AttentionBatch, DecodeShape
 from pomona.kernels.reference import attention as reference
 from pomona.kernels.triton.attention_kernels import attend_kernel, merge_kernel, write_kv_kernel
-from pomona.kernels.triton.attention_plan import ClassPlan, HeadShape, plans_of
+from pomona.kernels.triton.attention_plan import ClassPlan, HeadShape, plans_of, refresh_plan, reserve_plan
 from pomona.kernels.triton.configs import config_for
 from pomona.kernels.triton.launch import Launch
 
@@ -161,3 +161,17 @@ def paged_attention(
     ):
         launch.run()
     return out
+
+
+def reserve(batch: AttentionBatch, shape: DecodeShape, max_kv_tokens: int) -> None:
+    """See ``kernels.attention.reserve``."""
+    group = shape.num_heads // shape.num_kv_heads
+    reserve_plan(batch, HeadShape(group, shape.head_dim, shape.dtype.itemsize, shape.sliding_window), max_kv_tokens)
+
+
+def carry_plan(batch: AttentionBatch, renewed: AttentionBatch) -> None:
+    """See ``kernels.attention.renew``."""
+    plans: dict[HeadShape, tuple[ClassPlan, ...]] = batch.__dict__.get("_triton_plans", {})
+    for heads, (plan,) in plans.items():
+        refresh_plan(plan, renewed, heads)
+    renewed.__dict__["_triton_plans"] = plans

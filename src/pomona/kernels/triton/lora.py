@@ -14,7 +14,7 @@ from pomona.kernels.reference import lora as reference
 from pomona.kernels.triton.configs import Config, config_for
 from pomona.kernels.triton.launch import Launch
 from pomona.kernels.triton.lora_kernels import expand_kernel, shrink_kernel
-from pomona.kernels.triton.lora_plan import ChunkPlan, plan_of
+from pomona.kernels.triton.lora_plan import ChunkPlan, plan_of, refresh_plan, reserve_plan
 
 # Of float32 dots: bfloat16 never makes one, float16 fits tf32 exactly, float32 is worth three passes.
 _PRECISIONS = {torch.bfloat16: "tf32", torch.float16: "tf32", torch.float32: "tf32x3"}
@@ -233,3 +233,16 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
         reference.lora_expand(v, slices, ranks, batch, out)
     elif not _is_idle(ranks):
         expand_launch(v.unsqueeze(0), _site_of(slices), ranks, batch, out).run()
+
+
+def reserve(batch: LoraBatch, num_tokens: int) -> None:
+    """See ``kernels.lora.reserve``."""
+    reserve_plan(batch, num_tokens)
+
+
+def carry_plan(batch: LoraBatch, renewed: LoraBatch) -> None:
+    """See ``kernels.lora.renew``."""
+    plan = batch.__dict__.get("_triton_plan")
+    if plan is not None:
+        renewed.__dict__["_triton_plan"] = plan
+        refresh_plan(plan, renewed.host_rows)
