@@ -1,186 +1,173 @@
 """What HTTP, text and processes add to the engine: many concurrent streams, seen by the client and by the engine.
 
-    python -m benchmarks.server                             # 256 streams of 64 tokens on the 135M shape
-    python -m benchmarks.server --quick                     # 8 streams of a tiny model, to see that it works
+    python -m benchmarks.server                  # 256 streams on the bundled model and on the 135M shape: 5 minutes
+    python -m benchmarks.server --quick          # 8 streams of a tiny model, to see that it works
 
-The engine notes when each step ended, the client when each token arrived; both clocks are the same. CPU time per token
-is that of the server's process, the engine's own apart. Linux.
+The engine's process notes when each token's step ended, the client when it read the token; both clocks are the same.
+ITL is over tokens: those that come in one event have no gap between them. CPU time per token is that of the steady
+part, in which every stream is under way; what is left of the whole is the requests' own. Linux.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from rich.console import Console
 
-from benchmarks import assets, meter, results, workload
-from benchmarks.results import ROOT
-from benchmarks.shapes import SHAPES, ModelShape
-from pomona.bench.config import ServeBenchConfig
+from benchmarks import meter, results, stream_client
+from benchmarks.served import BUNDLED, CpuMark, ServedFiles, Server, running_server
+from benchmarks.shapes import SHAPES
+from benchmarks.stream_client import LoadRecord, StreamRecord
 from pomona.bench.percentiles import Percentiles
-from pomona.bench.report import RunReport
-from pomona.bench.serve import serve_bench
-from pomona.workload.lengths import FixedLength
 
-START_LIMIT_S = 300.0
+WARM_UP_TOKENS = 8
+STAMPS_LIMIT_S = 60.0
 
 
-@dataclass
-class Server:
-    """A running server."""
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One load."""
 
-    url: str
-    pid: int
-    stamps: Path
-    """Filled when it ends."""
-
-    def cpu_ticks(self) -> tuple[int, int]:
-        """CPU time so far of (the server's process, everything below it)."""
-        own = meter.process_ticks(self.pid)
-        return own, meter.tree_ticks(self.pid) - own
+    popularity: str
+    load: LoadRecord[CpuMark]
+    cpu: CpuMark
+    """Of the whole run."""
+    wall_s: float
+    noise: meter.Disturbance
 
 
-@contextlib.contextmanager
-def running_server(shape: ModelShape, settings: dict[str, Any]) -> Iterator[Server]:
-    """Serve a shape with its rank-16 adapters; ended, with its stamps written, on the way out.
+@dataclass(frozen=True, slots=True)
+class EngineStamps:
+    """What the engine's process noted."""
 
-    Raises:
-        RuntimeError: it ended, or was not ready in time.
-    """
-    root = workload.cache_dir() / shape.name
-    names = [workload.adapter_name(index) for index in range(workload.NUM_ADAPTERS)]
-    adapters = [f"{name}={root / 'adapters' / name}" for name in names]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        stamps = Path(folder) / "stamps.json"
-        text = json.dumps({"port": port, "adapter": adapters, "log_level": "warning", **settings})
-        command = [sys.executable, "-m", "benchmarks.stamped_server", str(stamps), str(root / "model"), text]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        log = Path(folder) / "log"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
-        try:
-            server = Server(f"http://127.0.0.1:{port}", process.pid, stamps)
-            _wait_until_ready(server.url, process, log)
-            yield server
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    tokens: dict[str, list[float]]
+    """Request id -> when the step of each of its tokens ended."""
+    steps: list[tuple[float, float]]
+    """When each step ended, and CPU seconds of the loop's thread so far, model apart."""
+
+    @classmethod
+    def read(cls, path: Path) -> "EngineStamps":
+        """Read what StampedEngine saved."""
+        found = json.loads(path.read_text())
+        return cls(found["tokens"], [(end_s, cpu_s) for end_s, cpu_s in found["steps"]])
+
+    def of(self, stream: StreamRecord) -> list[float]:
+        """Token times of one stream's only choice."""
+        return self.tokens[f"cmpl-{stream.request_id}-0"]
+
+    def host_cpu_s(self, first_s: float, last_s: float) -> float:
+        """CPU seconds of the loop's thread, model apart, in a span of time."""
+        inside = [cpu_s for end_s, cpu_s in self.steps if first_s < end_s <= last_s]
+        return inside[-1] - inside[0] if inside else 0.0
 
 
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    give_up_s = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < give_up_s:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with exit code {process.returncode}: {log.read_text()[-2000:]}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
-                return
-        time.sleep(0.1)
-    raise RuntimeError("the server was not ready in time")
+def gaps(times_s: Sequence[float], num_tokens: int) -> Iterator[float]:
+    """Gaps between a stream's tokens, which came at these times; none between those that came together."""
+    yield from (later - earlier for earlier, later in itertools.pairwise(times_s))
+    yield from itertools.repeat(0.0, num_tokens - len(times_s))
 
 
-def gaps(token_times_s: Iterable[Sequence[float]]) -> Percentiles:
-    """ITL, pooled over all tokens of all requests."""
-    found = Percentiles.of(later - earlier for times in token_times_s for earlier, later in itertools.pairwise(times))
+def _ms(samples_s: Iterable[float]) -> dict[str, float]:
+    found = Percentiles.of(samples_s)
     assert found is not None
-    return found
+    values = asdict(found)
+    return {"num_samples": values.pop("num_samples"), **{name: 1e3 * value for name, value in values.items()}}
 
 
-def load(server: Server, popularity: str, arguments: argparse.Namespace) -> RunReport:
-    """Offer the streams, all at once."""
-    config = ServeBenchConfig(
-        base_url=server.url,
-        popularities=(popularity,),
-        num_requests=arguments.streams,
-        group_size=32,
-        prompt_lengths=FixedLength(arguments.prompt_tokens),
-        output_lengths=FixedLength(arguments.output_tokens),
-        num_warmup_requests=0,
-        seed=arguments.seed,
-    )
-    return serve_bench(config).runs[0]
-
-
-def row_of(run: RunReport, engine_times_s: list[list[float]], ticks: tuple[int, int]) -> dict[str, Any]:
+def row_of(run: Run, stamps: EngineStamps) -> dict[str, Any]:
     """Client's and engine's view of one run."""
-    summary = run.summary
-    client = gaps([record.token_times_s for record in run.records])
-    engine = gaps(engine_times_s)
-    tokens = summary.num_output_tokens
-    tick_us = 1e6 / os.sysconf("SC_CLK_TCK")
+    streams, (begin, end), (begin_s, end_s) = run.load.streams, run.load.steady, run.load.steady_s
+    num_tokens = sum(stream.num_output_tokens for stream in streams)
+    num_events = sum(len(stream.token_times_s) for stream in streams)
+    steady_events = sum(begin_s < time_s <= end_s for stream in streams for time_s in stream.token_times_s)
+    steady_tokens = max(1.0, steady_events * num_tokens / num_events)
+    server_us = 1e6 * (end.server_s - begin.server_s) / steady_tokens
+    one_by_one = [stream for stream in streams if len(stream.token_times_s) == stream.num_output_tokens]
+    delays_s = (
+        seen_s - made_s
+        for stream in one_by_one
+        for made_s, seen_s in zip(stamps.of(stream), stream.token_times_s, strict=True)
+    )
+    client = _ms(gap for stream in streams for gap in gaps(stream.token_times_s, stream.num_output_tokens))
+    engine = _ms(gap for stream in streams for gap in gaps(stamps.of(stream), stream.num_output_tokens))
     return {
         "kind": "server",
-        "popularity": summary.popularity,
-        "num_streams": summary.num_requests,
-        "num_errors": sum(count for _, count, _ in summary.errors),
-        "num_output_tokens": tokens,
-        "output_tokens_per_s": summary.output_tokens_per_s,
-        "client_itl_ms": {name: 1e3 * value for name, value in asdict(client).items()},
-        "engine_itl_ms": {name: 1e3 * value for name, value in asdict(engine).items()},
-        "itl_p99_ratio": client.p99 / engine.p99,
-        "server_cpu_us_per_token": ticks[0] * tick_us / tokens,
-        "engine_cpu_us_per_token": ticks[1] * tick_us / tokens,
-        "client_cpu_us_per_event": summary.client_cpu_us_per_event,
+        "popularity": run.popularity,
+        "num_streams": len(streams) + run.load.num_errors,
+        "num_errors": run.load.num_errors,
+        "num_output_tokens": num_tokens,
+        "output_tokens_per_s": num_tokens / run.wall_s,
+        "events_per_token": num_events / num_tokens,
+        "client_itl_ms": client,
+        "engine_itl_ms": engine,
+        "itl_p99_ratio": client["p99"] / engine["p99"],
+        "delivery_ms": _ms(delays_s) if one_by_one else None,
+        "server_cpu_us_per_token": server_us,
+        "server_cpu_us_per_request": (1e6 * run.cpu.server_s - server_us * num_tokens) / len(streams),
+        "engine_cpu_us_per_token": 1e6 * (end.engine_s - begin.engine_s) / steady_tokens,
+        "engine_host_cpu_us_per_token": 1e6 * stamps.host_cpu_s(begin_s, end_s) / steady_tokens,
+        "client_cpu_us_per_event": 1e6 * run.load.client_cpu_s / num_events,
     }
 
 
-def measure(shape: ModelShape, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run_load(server: Server, bodies: list[bytes], popularity: str) -> Run:
+    """Offer the streams, all at once."""
+    with meter.Meter() as clock:
+        before = server.cpu()
+        load = stream_client.load(server.url, bodies, server.cpu)
+        after = server.cpu()
+    cpu = CpuMark(after.server_s - before.server_s, after.engine_s - before.engine_s)
+    return Run(popularity, load, cpu, load.wall_s, clock.disturbance)
+
+
+def measure(files: ServedFiles, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row per popularity and repetition, once the server has ended and the engine's stamps are known."""
-    settings = {"max_num_seqs": max(256, arguments.streams), "max_model_len": 1024}
+    settings: dict[str, Any] = {"max_num_seqs": max(256, arguments.streams), "max_model_len": 1024}
     if arguments.num_threads:
         settings["num_threads"] = arguments.num_threads
-    runs: list[tuple[RunReport, tuple[float, float], tuple[int, int], meter.Disturbance]] = []
-    with running_server(shape, settings) as server:
-        for popularity in arguments.popularity:
-            load(server, popularity, arguments)  # adapters become resident, code is warm
-        for _ in range(arguments.repeats):
-            for popularity in arguments.popularity:
-                if not arguments.accept_noise:
-                    meter.wait_until_quiet()
-                before, start_s = server.cpu_ticks(), time.monotonic()
-                with meter.Meter() as clock:
-                    run = load(server, popularity, arguments)
-                after = server.cpu_ticks()
-                ticks = (after[0] - before[0], after[1] - before[1])
-                runs.append((run, (start_s, time.monotonic()), ticks, clock.disturbance))
-        url_stamps = server.stamps
-        os.kill(server.pid, signal.SIGINT)
-        give_up_s = time.monotonic() + 60.0
-        while not url_stamps.exists() and time.monotonic() < give_up_s:
-            time.sleep(0.1)
-        time.sleep(0.5)
-        stamps: list[list[float]] = json.loads(url_stamps.read_text())
-    for run, (start_s, end_s), ticks, noise in runs:
-        times_s = [times for times in stamps if start_s <= times[0] and times[-1] <= end_s]
-        yield {**row_of(run, times_s, ticks), **asdict(noise), "is_clean": noise.is_clean, "settings": settings}
+    runs: list[Run] = []
+
+    def bodies(popularity: str, num_output_tokens: int, seed: str) -> list[bytes]:
+        return files.bodies(popularity, arguments.streams, (arguments.prompt_tokens, num_output_tokens), seed)
+
+    with running_server(files, settings) as server:
+        for popularity in arguments.popularity:  # adapters become resident, code is warm
+            run_load(server, bodies(popularity, WARM_UP_TOKENS, "warm-up"), popularity)
+        for repetition, popularity in itertools.product(range(arguments.repeats), arguments.popularity):
+            prepared = bodies(popularity, arguments.output_tokens, f"{arguments.seed}/{repetition}")
+            if not arguments.accept_noise:
+                meter.wait_until_quiet()
+            runs.append(run_load(server, prepared, popularity))
+        stamps = _final_stamps(server)
+    for run in runs:
+        noise = {**asdict(run.noise), "is_clean": run.noise.is_clean}
+        yield {**row_of(run, stamps), **noise, "settings": settings}
+
+
+def _final_stamps(server: Server) -> EngineStamps:
+    """End the server, and read what its engine noted."""
+    os.kill(server.pid, signal.SIGINT)
+    give_up_s = time.monotonic() + STAMPS_LIMIT_S
+    while not server.stamps.exists() and time.monotonic() < give_up_s:
+        time.sleep(0.1)
+    return EngineStamps.read(server.stamps)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, action="append", help="repeatable; default: smollm2-135m")
+    parser.add_argument(
+        "--shape", choices=[BUNDLED, *SHAPES], action="append", help="repeatable; default: bundled and smollm2-135m"
+    )
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=48)
     parser.add_argument("--popularity", action="append", help="repeatable; default: base and zipf-1.5")
     parser.add_argument("--num-threads", type=int, default=None, help="of the engine; default: all cores")
     parser.add_argument("--seed", type=int, default=0)
@@ -189,23 +176,21 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments.popularity = arguments.popularity or ["base", "zipf-1.5"]
     if arguments.quick:
         arguments.streams, arguments.output_tokens = 8, 16
-    console = Console(soft_wrap=True)
-    for name in arguments.shape or ("smollm2-135m",):
-        run_shape(SHAPES[name], arguments, console)
+    for name in arguments.shape or [BUNDLED, "smollm2-135m"]:
+        setup = results.setup(shape=name, prompt_tokens=arguments.prompt_tokens)
+        for row in measure(ServedFiles.of(name), arguments):
+            results.append(arguments.output, {**setup, **row})
+            _show(name, row)
 
 
-def run_shape(shape: ModelShape, arguments: argparse.Namespace, console: Console) -> None:
-    """Serve a shape and write a row per run."""
-    assets.make(shape)
-    setup = results.setup(shape=shape.name, prompt_tokens=arguments.prompt_tokens)
-    for row in measure(shape, arguments):
-        results.append(arguments.output, {**setup, **row})
-        console.print(
-            f"{'ok ' if row['is_clean'] else 'BAD'} {shape.name} {row['num_streams']} streams {row['popularity']:9} "
-            f"{row['output_tokens_per_s']:7.1f} tok/s, ITL p99 client {row['client_itl_ms']['p99']:.1f} ms, engine "
-            f"{row['engine_itl_ms']['p99']:.1f} ms, server {row['server_cpu_us_per_token']:.0f} us per token",
-            highlight=False,
-        )
+def _show(name: str, row: dict[str, Any]) -> None:
+    Console(soft_wrap=True).print(
+        f"{'ok ' if row['is_clean'] else 'BAD'} {name} {row['num_streams']} streams {row['popularity']:9} "
+        f"{row['output_tokens_per_s']:7.1f} tok/s, {row['events_per_token']:.2f} events per token, ITL p99 client "
+        f"{row['client_itl_ms']['p99']:.1f} ms, engine {row['engine_itl_ms']['p99']:.1f} ms; CPU per token: server "
+        f"{row['server_cpu_us_per_token']:.1f} us, engine's host part {row['engine_host_cpu_us_per_token']:.1f} us",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":
