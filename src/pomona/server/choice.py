@@ -56,6 +56,13 @@ class Piece:
         """True if there is nothing to tell the client."""
         return not self.text and not self.logprobs and self.finish_reason is None
 
+    def extend(self, later: "Piece") -> None:
+        """Add the next piece of the same choice."""
+        self.text += later.text
+        self.logprobs.extend(later.logprobs)
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+
 
 class Choice:
     """Progress of one choice.
@@ -98,12 +105,17 @@ class Choice:
         if self._rules.hides_output:
             return Piece(finish_reason=output.finish_reason and FinishReason.LENGTH)
         texts: list[str] = []
+        is_stop_hidden = output.stop_token_id is not None and not self._rules.include_stop
         for position, token_id in enumerate(output.new_token_ids):
             self.num_output_tokens += 1
-            is_last = position == len(output.new_token_ids) - 1
-            if is_last and output.stop_token_id is not None and not self._rules.include_stop:
+            if is_stop_hidden and position == len(output.new_token_ids) - 1:
                 break
-            texts.append(self._push(token_id, output, position))
+            if self._rules.has_logprobs:
+                values = output.logprobs[position]
+                self._waiting_logprobs.append(PositionedLogprobs(self._num_chars, values, token_id))
+            text = self._detokenizer.push(token_id)
+            self._num_chars += len(text)
+            texts.append(self._pass(text))
             if self._matcher is not None and self._matcher.matched is not None:
                 return self._finish(texts, FinishReason.STOP, self._matcher.matched)
         if output.finish_reason is None:
@@ -115,14 +127,6 @@ class Choice:
             texts.append(self._matcher.flush())
         is_own_end = output.stop_token_id in self._eos_token_ids
         return self._finish(texts, output.finish_reason, None if is_own_end else output.stop_token_id)
-
-    def _push(self, token_id: int, output: RequestOutput, position: int) -> str:
-        if self._rules.has_logprobs:
-            values = output.logprobs[position]
-            self._waiting_logprobs.append(PositionedLogprobs(self._num_chars, values, token_id))
-        text = self._detokenizer.push(token_id)
-        self._num_chars += len(text)
-        return self._pass(text)
 
     def _pass(self, text: str) -> str:
         """Let text through the stop strings."""

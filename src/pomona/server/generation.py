@@ -44,39 +44,28 @@ class Job:
 class _Progress:
     """One choice under way: an echoed prompt, then the output."""
 
-    __slots__ = ("_echo", "_is_open", "_prompt_logprobs", "choice", "whole")
+    __slots__ = ("_echo", "_prompt_logprobs", "choice", "opening", "whole")
 
-    def __init__(self, choice: Choice, echo: PromptEcho | None) -> None:
+    def __init__(self, choice: Choice, echo: PromptEcho | None, opening: bytes) -> None:
         self.choice = choice
         self.whole = Piece()
         """Everything so far, if the answer is not streamed."""
+        self.opening = opening
+        """Events that begin the choice, until they are sent."""
         self._echo = echo
         self._prompt_logprobs: list[TokenLogprobs] = []
-        self._is_open = False
 
-    def open(self) -> bool:
-        """Return True the first time only."""
-        was_open, self._is_open = self._is_open, True
-        return not was_open
-
-    def advance(self, output: RequestOutput) -> list[Piece]:
-        """Return what this output adds, in order; the last piece may be empty."""
-        pieces = []
+    def advance(self, output: RequestOutput) -> Piece:
+        """Return what this output adds; maybe nothing."""
+        piece = self.choice.advance(output)
         if self._echo is not None:
             self._prompt_logprobs.extend(output.prompt_logprobs)
             if self._echo.is_complete(len(self._prompt_logprobs)):
-                pieces.append(self._echo.piece(self._prompt_logprobs))
+                prompt = self._echo.piece(self._prompt_logprobs)
+                prompt.extend(piece)
                 self._echo = None
-        pieces.append(self.choice.advance(output))
-        return pieces
-
-    def collect(self, piece: Piece) -> None:
-        """Keep a piece for the whole answer."""
-        whole = self.whole
-        whole.text += piece.text
-        whole.logprobs.extend(piece.logprobs)
-        whole.finish_reason = piece.finish_reason
-        whole.stop_reason = piece.stop_reason
+                return prompt
+        return piece
 
 
 def respond(
@@ -120,20 +109,23 @@ async def run(context: ServerContext, job: Job, lease: Lease, answer: AnswerForm
     Raises:
         PomonaError: before anything was sent; later errors become the last event of the stream.
     """
-    progress = _start_choices(context, job)
+    progress = _start_choices(context, job, answer)
     series = context.metrics.series_of(lease.adapter_name)
     try:
         async with FanOut(context.client, _engine_requests(context, job, lease), series) as fan_out:
             async for index, output in fan_out:
                 one = progress[index]
-                pieces = one.advance(output)
-                if pieces[-1].finish_reason is not None and output.finish_reason is None:
+                piece = one.advance(output)
+                if piece.finish_reason is not None and output.finish_reason is None:
                     await fan_out.finish(index)
-                if job.is_stream:
-                    await _stream(reply, answer, index, one, pieces)
-                else:
-                    for piece in pieces:
-                        one.collect(piece)
+                if not job.is_stream:
+                    one.whole.extend(piece)
+                    continue
+                events = b"" if piece.is_empty else answer.chunk(index, piece)
+                if one.opening:
+                    events, one.opening = one.opening + events, b""
+                if events:
+                    await reply.events(events)
     except PomonaError as error:
         if not reply.has_started:
             raise
@@ -149,15 +141,7 @@ async def run(context: ServerContext, job: Job, lease: Lease, answer: AnswerForm
     await reply.end()
 
 
-async def _stream(reply: Reply, answer: AnswerFormat, index: int, one: _Progress, pieces: list[Piece]) -> None:
-    events = b"".join([answer.chunk(index, piece) for piece in pieces if not piece.is_empty])
-    if one.open():
-        events = answer.opening(index) + events
-    if events:
-        await reply.events(events)
-
-
-def _start_choices(context: ServerContext, job: Job) -> list[_Progress]:
+def _start_choices(context: ServerContext, job: Job, answer: AnswerFormat) -> list[_Progress]:
     progress = []
     for prompt in job.prompts:
         for _ in range(job.n):
@@ -167,7 +151,7 @@ def _start_choices(context: ServerContext, job: Job) -> list[_Progress]:
                 echo = PromptEcho(context.tokenizer, prompt.token_ids, prompt.text, has_logprobs=has_logprobs)
             text_offset = 0 if echo is None else len(echo.text)
             choice = Choice(context.tokenizer, job.rules, context.model.eos_token_ids, text_offset)
-            progress.append(_Progress(choice, echo))
+            progress.append(_Progress(choice, echo, answer.opening(len(progress))))
     return progress
 
 

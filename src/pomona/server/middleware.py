@@ -32,7 +32,9 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         request_id = secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["send_body"] = send
         status = _CLIENT_GONE
 
         async def send_on(message: Message) -> None:

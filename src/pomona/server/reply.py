@@ -18,12 +18,18 @@ DONE_EVENT: Final = b"data: [DONE]\n\n"
 
 
 class Reply:
-    """Sends one answer: either ``json`` once, or ``events`` any number of times and then ``end``."""
+    """Sends one answer: either ``json`` once, or ``events`` any number of times and then ``end``.
 
-    __slots__ = ("_send", "has_started")
+    Args:
+        send: through everything that surrounds the request; it sees how the answer starts.
+        send_body: straight to the server, once the answer has started.
+    """
 
-    def __init__(self, send: Send) -> None:
+    __slots__ = ("_send", "_send_body", "has_started")
+
+    def __init__(self, send: Send, send_body: Send) -> None:
         self._send = send
+        self._send_body = send_body
         self.has_started = False
         """True once the status line is out, so that an error can no longer change it."""
 
@@ -31,17 +37,17 @@ class Reply:
         """Send a whole JSON body."""
         length = (b"content-length", str(len(body)).encode())
         await self._start((*_JSON_HEADERS, length))
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send_body({"type": "http.response.body", "body": body})
 
     async def events(self, data: bytes) -> None:
         """Send server-sent events, already framed; waits for a client that reads slowly."""
         if not self.has_started:
             await self._start(_EVENT_HEADERS)
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send_body({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         """End the stream of events."""
-        await self._send({"type": "http.response.body", "body": DONE_EVENT})
+        await self._send_body({"type": "http.response.body", "body": DONE_EVENT})
 
     async def _start(self, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self.has_started = True
@@ -60,7 +66,7 @@ class WatchedResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run to the end of the answer or of the connection."""
-        await run_until_disconnect(receive, self._produce(Reply(send)))
+        await run_until_disconnect(receive, self._produce(Reply(send, scope["state"]["send_body"])))
 
 
 async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
