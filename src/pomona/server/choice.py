@@ -115,8 +115,11 @@ class Choice:
                 self._waiting_logprobs.append(PositionedLogprobs(self._num_chars, values, token_id))
             text = self._detokenizer.push(token_id)
             self._num_chars += len(text)
+            if self._matcher is None:
+                texts.append(text)
+                continue
             texts.append(self._pass(text))
-            if self._matcher is not None and self._matcher.matched is not None:
+            if self._matcher.matched is not None:
                 return self._finish(texts, FinishReason.STOP, self._matcher.matched)
         if output.finish_reason is None:
             return self._give("".join(texts))

@@ -142,7 +142,7 @@ async def run(context: ServerContext, job: Job, lease: Lease, answer: AnswerForm
 
 
 def _start_choices(context: ServerContext, job: Job, answer: AnswerFormat) -> list[_Progress]:
-    progress = []
+    progress: list[_Progress] = []
     for prompt in job.prompts:
         for _ in range(job.n):
             echo = None
