@@ -92,8 +92,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--batch", default="b32-128-64", help="which batch of the workload; default b32-128-64")
     parser.add_argument("--settings", default="{}", help="JSON object of settings of LLM")
+    parser.add_argument("--graphs", choices=("on", "off"), help="replay decode steps (CUDA); default: LLM's own choice")
+    parser.add_argument("--overlap", choices=("on", "off"), help="overlap steps (CUDA); default: LLM's own choice")
     results.add_arguments(parser, "engine")
     arguments = results.parse(parser, "engine", words)
+    switches = {"decode_graphs": arguments.graphs, "overlap_steps": arguments.overlap}
+    chosen = {name: choice == "on" for name, choice in switches.items() if choice is not None}
+    arguments.settings = json.dumps(json.loads(arguments.settings) | chosen)
     console = Console(soft_wrap=True)
     limits = ceilings.current(console, is_quick=arguments.quick)
     for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b"):

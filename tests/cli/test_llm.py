@@ -46,6 +46,25 @@ def test_a_list_of_prompts_with_an_adapter_each_is_answered_as_one_by_one(llm):
     assert all(completion.finish_reason is FinishReason.LENGTH for completion in together)
 
 
+def test_overlapped_and_replayed_steps_answer_alike(llm, base_path, adapter_paths):
+    other = LLM(
+        str(base_path),
+        adapters={path.name: str(path) for path in adapter_paths},
+        dtype="float32",
+        kv_cache_bytes="8MiB",
+        adapter_bytes="4MiB",
+        overlap_steps=True,
+        decode_graphs=True,
+        graph_batch_sizes=[1, 4],
+    )
+    prompts, adapters = ["The quick", "Many adapters", "def add("], [None, "a0", "a1"]
+    answers = [
+        [completion.token_ids for completion in each.generate(prompts, adapter=adapters, sampling=PARAMS)]
+        for each in (llm, other)
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_more_prompts_than_the_queue_holds_are_all_answered(llm):
     assert len(llm.generate(["The lazy dog"] * 50, sampling=PARAMS)) == 50
 

@@ -3,20 +3,18 @@ adapters that come and go. What a CUDA graph adds, two calls in ``captures``, ne
 
 import pytest
 import torch
-from torch import Tensor
 
 from pomona.core.errors import ConfigError
 from pomona.core.request import SamplingParams
 from pomona.kernels.dispatch import backends_of, use_backend
 from pomona.model.lora import PageLayout
-from pomona.runner.batch import HostBatch, to_device
 from pomona.runner.captures import Recall
 from pomona.runner.config import RunnerConfig
 from pomona.runner.graph_inputs import GraphLimits
 from pomona.runner.graphs import DecodeGraphs, default_batch_sizes, measure_graph_bytes
 from pomona.runner.memory import plan_capacity
-from pomona.runner.runner import ModelRunner
 from support.adapters import ALL_TARGETS, make_adapter
+from support.graphs import compare_every_step
 from support.models import make_checkpoint
 from support.random_work import play
 from support.runner import TinyEngine
@@ -43,45 +41,6 @@ def adapter_paths(base_path, tmp_path_factory):
     return [make_adapter(folder / name, base_path, seed=i, **fields) for i, (name, fields) in enumerate(KINDS.items())]
 
 
-class ComparedGraphs:
-    """Runs every step that is replayed a second time, as it comes, and compares. KV is written twice, alike."""
-
-    def __init__(self, runner: ModelRunner, graphs: DecodeGraphs, tolerance: float) -> None:
-        self._tolerance = tolerance
-        self._runner = runner
-        self._graphs = graphs
-        self.num_compared = 0
-
-    def logits(self, batch: HostBatch, latest: Tensor | None) -> Tensor | None:
-        replayed = self._graphs.logits(batch, latest)
-        if replayed is None:
-            return None
-        runner = self._runner
-        inputs = to_device(batch, torch.device("cpu"), latest)
-        lora = runner._adapter_pool.state(batch.adapter_runs)
-        hidden = runner._decoder.forward(
-            inputs.token_ids, inputs.positions, runner._kv_cache.layers, inputs.attention, lora
-        )
-        expected = runner._decoder.logits(hidden, lora)
-        torch.testing.assert_close(replayed, expected, atol=self._tolerance, rtol=self._tolerance)
-        self.num_compared += 1
-        return replayed
-
-
-def compare_every_step(engine: TinyEngine, tolerance: float, *, is_frozen: bool = False) -> ComparedGraphs:
-    """Let an engine with graphs compare them; frozen ones are captured anew."""
-    runner = engine.loaded.runner
-    graphs = runner.graphs
-    assert graphs is not None
-    if is_frozen:
-        limits = graphs._limits
-        graphs = DecodeGraphs(runner._decoder, runner._kv_cache, runner._adapter_pool, limits, Recall(is_frozen=True))
-        graphs.capture_all()
-    compared = ComparedGraphs(runner, graphs, tolerance)
-    runner.graphs = compared  # type: ignore[assignment]
-    return compared
-
-
 @pytest.mark.parametrize("overlap_steps", [False, True])
 @pytest.mark.parametrize("sizes", [(), (1, 2, 3, 4, 5, 6), (6,), (2, 5)])
 @pytest.mark.parametrize("backend", [name for name in backends_of("lora") if name != "triton"])
@@ -106,7 +65,9 @@ def test_replayed_steps_give_the_same_logits_and_every_request_the_same_tokens(
             assert engine.engine.stats().num_adapter_evictions > 0
 
 
-@pytest.mark.skipif("triton" not in backends_of("lora"), reason="no Triton")
+@pytest.mark.skipif(
+    "triton" not in backends_of("lora") or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
 def test_launches_as_they_were_at_capture_are_right_for_later_steps_of_other_adapters_and_contexts(tmp_path):
     """As on CUDA: nothing that the host knows of a step reaches the launches, only what was copied into tensors."""
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}

@@ -8,7 +8,7 @@ from pomona.cli.config import BUNDLED_MODEL, AppConfig
 from pomona.cli.hub import bundled_dir, checkpoint_dir
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import ConfigError
-from pomona.core.interfaces import Executor
+from pomona.core.interfaces import Executor, LaunchingExecutor
 from pomona.driver.loop import EngineParts
 from pomona.engine.engine import Engine
 from pomona.runner.config import RunnerConfig
@@ -59,7 +59,15 @@ class BuildEngine:
             eos_token_ids=loaded.spec.eos_token_ids,
             device=loaded.device_name,
         )
-        return EngineParts(engine=Engine(limits, self.wrap(loaded.runner)), adapter_host=loaded.adapters, info=info)
+        executor = self.wrap(loaded.runner)
+        overlap_steps = loaded.device.type == "cuda" if config.overlap_steps is None else config.overlap_steps
+        engine = Engine(
+            limits,
+            executor,
+            # Whoever watches steps sees them one at a time.
+            overlap_steps=overlap_steps and isinstance(executor, LaunchingExecutor),
+        )
+        return EngineParts(engine=engine, adapter_host=loaded.adapters, info=info)
 
 
 def engine_builder(config: AppConfig) -> BuildEngine:
@@ -86,6 +94,9 @@ def runner_config(config: AppConfig, model_path: str) -> RunnerConfig:
         adapter_bytes=config.adapter_bytes,
         gpu_memory_fraction=config.gpu_memory_fraction,
         num_threads=config.num_threads,
+        decode_graphs=config.decode_graphs,
+        graph_batch_sizes=config.graph_batch_sizes,
+        graph_max_lora_rank=config.graph_max_lora_rank,
     )
 
 

@@ -63,6 +63,16 @@ class AppConfig(BaseSettings):
     )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model step; default: all cores.")
+    overlap_steps: bool | None = Field(
+        None, description="Prepare the next step while one runs. Default: on CUDA; a CPU has no time to hide."
+    )
+    decode_graphs: bool | None = Field(
+        None, description="Replay decode steps from captured graphs. Default: on CUDA; on a CPU it only tests them."
+    )
+    graph_batch_sizes: tuple[int, ...] = Field(
+        (), description="Rows of a captured step, ascending; repeatable. Default: a choice up to MAX_NUM_SEQS."
+    )
+    graph_max_lora_rank: int = Field(64, ge=1, description="Steps with an adapter of larger rank are not replayed.")
     prefix_cache: bool = Field(default=True, description="Reuse KV blocks of equal prompt beginnings.")
     adapter_wait_limit_s: float = Field(
         2.0, gt=0, description="After this long, a request waiting for adapter memory goes before all that need it."
