@@ -31,7 +31,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import assets, meter, results, workload
 from benchmarks.peers.plan import REPEAT_BELOW_S, Key, Task, by_cell, done_runs, expected_text, is_repeated, plan
 from benchmarks.peers.process import SystemFailedError, SystemProcess, key_of
-from benchmarks.peers.systems import SYSTEMS
+from benchmarks.peers.setup import make_gguf
+from benchmarks.peers.systems import LLAMA_CPP, SYSTEMS
 from benchmarks.results import Row
 from benchmarks.shapes import SHAPES
 from benchmarks.workload import Cell
@@ -236,6 +237,8 @@ def main(words: Sequence[str] | None = None) -> None:
         if arguments.quick:
             assets.make(shape)
         workload.write(shape)
+        if arguments.quick and LLAMA_CPP.python.exists():
+            make_gguf(shape.name)
     comparison = Comparison(
         arguments.output,
         setup,
