@@ -90,7 +90,7 @@ def grouped_bars(title: str, x_label: str, y_label: str, groups: Sequence[str], 
             if bar is not None:
                 x = left + 0.1 * group_width + index * bar_width
                 place = y(bar.median), y(bar.low), y(bar.high), y(0.0)
-                parts += _bar(bar, x, bar_width, _COLORS[index % len(_COLORS)], place, step)
+                parts += _bar(bar, x, bar_width, _COLORS[index % len(_COLORS)], place)
     parts.append(f'<line class="line" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -161,7 +161,7 @@ def _frame(title: str, x_label: str, y_label: str, labels: Sequence[str]) -> lis
     for index, label in enumerate(labels):
         parts.append(f'<rect x="{x:.0f}" y="36" width="11" height="11" fill="{_COLORS[index % len(_COLORS)]}"/>')
         parts.append(_text(x + 16, 46, label, 12))
-        x += 30 + 6.6 * len(label)
+        x += 34 + 6.8 * len(label)
     return parts
 
 
@@ -178,13 +178,11 @@ def _horizontal(at: float, label: str) -> list[str]:
     ]
 
 
-def _bar(
-    bar: Bar, x: float, width: float, color: str, place: tuple[float, float, float, float], step: float
-) -> list[str]:
+def _bar(bar: Bar, x: float, width: float, color: str, place: tuple[float, float, float, float]) -> list[str]:
     """A bar from zero to its median, with a whisker; ``place`` has the heights of median, low, high and zero."""
     median, low, high, zero = place
     middle = x + width / 2
-    text = f"{bar.median:.0f}" if step >= 1 else f"{bar.median:.2g}"
+    text = f"{bar.median:.0f}" if abs(bar.median) >= 100 else f"{bar.median:.3g}"
     return [
         f'<rect x="{x:.1f}" y="{min(median, zero):.1f}" width="{0.92 * width:.1f}" height="{abs(zero - median):.1f}" '
         f'fill="{color}"><title>{bar.median:.4g} ({bar.low:.4g} to {bar.high:.4g})</title></rect>',
