@@ -57,7 +57,9 @@ def tax_chart(rows: Sequence[Row], shape: str) -> str:
     batch = rows[0]["cell"].partition("/")[0]
     rows = [row for row in rows if row["cell"].startswith(f"{batch}/")]
     base = sample(rows, "output_tokens_per_s", popularity="base")
-    popularities = [one for one in ordered((row["popularity"] for row in rows), POPULARITIES) if one != "base"]
+    popularities = [
+        one for one in ordered((row["popularity"] for row in rows), POPULARITIES) if not one.startswith("base")
+    ]
     measured: list[Bar | None] = []
     formulas: list[Bar | None] = []
     base_floor_s = next((row["floor_s"] for row in rows if row["popularity"] == "base"), None)

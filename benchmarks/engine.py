@@ -3,8 +3,9 @@
     python -m benchmarks.engine             # both shapes, 32 requests, 128 in, 64 out; 5 minutes on two cores
     python -m benchmarks.engine --quick     # a tiny model, once, to see that it works
 
-Two engines in one process, one without adapters (``base``) and one with all 32 loaded, take turns in every repetition,
-so that the tax, 1 - throughput / base throughput of the same repetition, is not a difference between two afternoons.
+Three engines in one process take turns in every repetition: one without adapters (``base``), the same with int8 weights
+(``base int8``), and one with all 32 adapters loaded. So the tax, 1 - throughput / base throughput of the same
+repetition, is not a difference between two afternoons.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from benchmarks import assets, ceilings, meter, results, workload
 from benchmarks.peers.run import summarize
 from benchmarks.peers.run_pomona import PomonaRunner
 from benchmarks.peers.session import load_work, run_cell
-from benchmarks.roofline import Ceilings, Job, job_cost, job_floor_s
+from benchmarks.roofline import BF16, INT8, Ceilings, Job, job_cost, job_floor_s
 from benchmarks.shapes import SHAPES, ModelShape
 from benchmarks.workload import Cell
 
@@ -35,14 +36,20 @@ def job_of(cell: Cell) -> Job:
     )
 
 
-def row_of(shape: ModelShape, cell: Cell, run: dict[str, Any], limits: Ceilings) -> dict[str, Any]:
-    """Measured and least possible time of a job."""
-    cost, floor_s = job_cost(shape, job_of(cell)), job_floor_s(shape, job_of(cell), limits)
+def row_of(
+    shape: ModelShape, cell: Cell, run: dict[str, Any], limits: Ceilings, *, is_int8: bool = False
+) -> dict[str, Any]:
+    """Measured and least possible time of a job; ``is_int8`` of the base alone with int8 weights."""
+    size = INT8 if is_int8 else BF16
+    cost, floor_s = job_cost(shape, job_of(cell), size), job_floor_s(shape, job_of(cell), limits, size)
+    popularity = workload.BASE_INT8 if is_int8 else cell.popularity
     return {
         "kind": "job",
         "shape": shape.name,
-        "cell": cell.name,
+        "cell": f"{cell.name.partition('/')[0]}/{popularity}",
         **asdict(cell),
+        "popularity": popularity,
+        "quantization": "int8" if is_int8 else "none",
         **summarize(run, cell),
         "flops": cost.flops,
         "bytes": cost.bytes,
@@ -56,31 +63,33 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     """Measure all popularities of one batch of a shape."""
     assets.make(shape)
     content = json.loads(workload.write(shape).read_text())
-    runners = {
-        is_base: PomonaRunner(
-            load_work(content, 0 if is_base else workload.NUM_ADAPTERS, json.loads(arguments.settings))
-        )
-        for is_base in (True, False)
-    }
-    todo = [cell for cell in workload.cells() if cell.name.partition("/")[0] == arguments.batch]
-    setup = results.setup(settings=json.loads(arguments.settings))
-    for cell in todo:
-        run_cell(runners[cell.popularity == "base"], content["cells"][cell.name], 4)
+    settings = json.loads(arguments.settings)
+
+    def runner(num_adapters: int, **more: str) -> PomonaRunner:
+        return PomonaRunner(load_work(content, num_adapters, settings | more))
+
+    base, int8, loaded = runner(0), runner(0, quantization="int8"), runner(workload.NUM_ADAPTERS)
+    cells = [cell for cell in workload.cells() if cell.name.partition("/")[0] == arguments.batch]
+    todo = [(loaded if cell.popularity != "base" else base, cell) for cell in cells]
+    todo += [(int8, cell) for cell in cells if cell.popularity == "base"]
+    setup = results.setup(settings=settings)
+    for running, cell in todo:
+        run_cell(running, content["cells"][cell.name], 4)
     with Progress(console=console) as progress:
         task = progress.add_task(shape.name, total=arguments.repeats * len(todo))
         for repetition in range(arguments.repeats):
-            for cell in todo:
+            for running, cell in todo:
                 progress.update(task, description=f"{shape.name} {cell.name}")
                 if not arguments.accept_noise:
                     meter.wait_until_quiet()
                 with meter.Meter() as clock:
-                    run = run_cell(runners[cell.popularity == "base"], content["cells"][cell.name])
+                    run = run_cell(running, content["cells"][cell.name])
                 noise = clock.disturbance
-                row = row_of(shape, cell, run, limits)
+                row = row_of(shape, cell, run, limits, is_int8=running is int8)
                 row |= {"repetition": repetition, **asdict(noise), "is_clean": noise.is_clean}
                 results.append(arguments.output, {**setup, **row})
                 console.print(
-                    f"{'ok ' if noise.is_clean else 'BAD'} {shape.name} {cell.name:22} "
+                    f"{'ok ' if noise.is_clean else 'BAD'} {shape.name} {row['cell']:22} "
                     f"{row['output_tokens_per_s']:8.1f} tok/s, {row['times_floor']:5.2f} times the floor",
                     highlight=False,
                 )

@@ -51,7 +51,12 @@ class Ceilings:
 class ElementBytes:
     """Bytes per number."""
 
+    matrix: float = 2.0
+    """Weights of projections, of lm_head, and of an embedding tied to it."""
+    scale: float = 0.0
+    """Per output of a matrix, if it is quantized."""
     weight: float = 2.0
+    """Norms, biases, an embedding of its own."""
     adapter: float = 2.0
     kv: float = 2.0
     activation: float = 2.0
@@ -59,6 +64,8 @@ class ElementBytes:
 
 
 BF16 = ElementBytes()
+INT8 = ElementBytes(matrix=1.0, scale=4.0)
+"""Matrices in int8 with a float32 scale per output, everything else in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ def dense_cost(num_rows: int, in_features: int, out_features: int, size: Element
     """y = x W^T: ``2 rows in out`` FLOPs; the weight moves once whatever the rows."""
     return Cost(
         flops=2.0 * num_rows * in_features * out_features,
-        bytes=in_features * out_features * size.weight,
+        bytes=in_features * out_features * size.matrix + out_features * size.scale,
         activation_bytes=num_rows * (in_features + out_features) * size.activation,
     )
 
@@ -148,7 +155,10 @@ def step_costs(
     head = dense_cost(num_sampled, shape.hidden_size, shape.vocab_size, size)
     row_bytes = num_rows * shape.hidden_size
     return {
-        "embedding": Cost(bytes=row_bytes * size.weight, activation_bytes=row_bytes * size.activation),
+        "embedding": Cost(
+            bytes=row_bytes * (size.matrix if shape.is_tied else size.weight),
+            activation_bytes=row_bytes * size.activation,
+        ),
         "norms": Cost(
             bytes=num_norms * shape.hidden_size * size.weight,
             activation_bytes=4.0 * num_norms * row_bytes * size.activation,

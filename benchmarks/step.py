@@ -5,7 +5,7 @@
     python -m benchmarks.step --profile                # also where the time goes, by function
 
 Mixes of adapters take turns, in every repetition anew. ``base`` is an engine that has no adapters; in ``idle`` all are
-loaded and resident but none is asked for. Rows have FLOPs, bytes and the floor under the machine's measured ceilings.
+loaded and resident but none is asked for; ``base int8`` is ``base`` with int8 weights. Rows have FLOPs, bytes and the floor under the machine's measured ceilings.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import assets, ceilings, meter, results, tables, workload
-from benchmarks.roofline import Ceilings, SequenceWork, step_cost
+from benchmarks.roofline import BF16, INT8, Ceilings, SequenceWork, step_cost
 from benchmarks.shapes import SHAPES, ModelShape
 from pomona.cli.build import engine_builder
 from pomona.cli.config import load_config
@@ -62,6 +62,7 @@ def mixes(batch: int) -> list[Mix]:
         names = tuple(None if index is None else workload.adapter_name(index) for index in assigned)
         if batch > 1 or popularity in ("base", "idle", "identical"):
             found.append(Mix(popularity, names))
+    found.insert(1, Mix(workload.BASE_INT8, (None,) * batch))
     if batch > 1:
         small = [workload.adapter_name(index, 4) for index in range(batch)]
         found.append(Mix(tables.ALL_SMALL, tuple(small)))
@@ -75,11 +76,13 @@ class Bench:
     Args:
         shape: which model; its assets are there.
         adapters: names of the adapter folders to load.
+        quantization: of the base's weights, none or int8.
     """
 
-    def __init__(self, shape: ModelShape, adapters: Sequence[str]) -> None:
+    def __init__(self, shape: ModelShape, adapters: Sequence[str], quantization: str = "none") -> None:
         root = workload.cache_dir() / shape.name
-        settings = {"model": str(root / "model"), "max_model_len": 1024, "kv_cache_bytes": 2 << 30}
+        settings: dict[str, Any] = {"model": str(root / "model"), "max_model_len": 1024, "kv_cache_bytes": 2 << 30}
+        settings["quantization"] = quantization
         self._parts: EngineParts = engine_builder(load_config(settings))()
         self._shape = shape
         self._num_requests = 0
@@ -191,7 +194,8 @@ def row_of(
 ) -> dict[str, Any]:
     """Measured and least possible time of a step."""
     sequences, ranks = work_of(mix, NUM_PROMPT_TOKENS if phase == "prefill" else 1, context)
-    cost = step_cost(shape, sequences, ranks)
+    is_int8 = mix.name == workload.BASE_INT8
+    cost = step_cost(shape, sequences, ranks, INT8 if is_int8 else BF16)
     median_s = statistics.median(times_s)
     return {
         "kind": "step",
@@ -199,6 +203,7 @@ def row_of(
         "phase": phase,
         "batch": len(mix.adapters),
         "mix": mix.name,
+        "quantization": "int8" if is_int8 else "none",
         "num_steps": len(times_s),
         "mean_context": context,
         "step_ms": 1e3 * median_s,
@@ -216,25 +221,25 @@ def cases(batches: Sequence[int], prefill_rows: int) -> list[tuple[str, Mix]]:
     """(phase, mix) of everything to time."""
     found = [("decode", mix) for batch in batches for mix in mixes(batch)]
     num_prompts = prefill_rows // NUM_PROMPT_TOKENS
-    chosen = ("base", "idle", "identical", "distinct")
+    chosen = ("base", workload.BASE_INT8, "idle", "identical", "distinct")
     return found + [("prefill", mix) for mix in mixes(num_prompts) if mix.name in chosen]
 
 
 def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings, console: Console) -> None:
     """Time all cases of a shape."""
     assets.make(shape)
-    bare = Bench(shape, ())
+    bare = {"base": Bench(shape, ()), workload.BASE_INT8: Bench(shape, (), "int8")}
     loaded = Bench(shape, [folder.name for folder, _, _ in assets.adapter_folders(shape)])
     todo = cases(arguments.batch or BATCHES, PREFILL_ROWS)
     setup = results.setup(dtype=loaded.dtype)
     for _, mix in todo:  # warm up: adapters become resident, prompts cached, kernels and buffers made
-        (bare if mix.name == "base" else loaded).decode(mix)
+        bare.get(mix.name, loaded).decode(mix)
     with Progress(console=console) as progress:
         task = progress.add_task(shape.name, total=arguments.repeats * len(todo))
         for repeat in range(arguments.repeats):
             for phase, mix in todo:
                 progress.update(task, description=f"{shape.name} {phase} {len(mix.adapters)} {mix.name}")
-                bench = bare if mix.name == "base" else loaded
+                bench = bare.get(mix.name, loaded)
                 if not arguments.accept_noise:
                     meter.wait_until_quiet()
                 with meter.Meter() as clock:
@@ -255,7 +260,7 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     if arguments.profile:
         for mix in mixes(32):
             if mix.name in ("base", "distinct"):
-                functions = (bare if mix.name == "base" else loaded).profile(mix)
+                functions = bare.get(mix.name, loaded).profile(mix)
                 profile = {"kind": "step_profile", "shape": shape.name, "batch": 32, "mix": mix.name}
                 results.append(arguments.output, {**setup, **profile, "functions": functions})
 

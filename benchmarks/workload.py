@@ -22,6 +22,9 @@ Popularity = Literal["base", "idle"] | GroupKind
 POPULARITIES: tuple[Popularity, ...] = ("base", "idle", "identical", "uniform", "zipf-1.5", "distinct")
 """base: no adapter loaded. idle: adapters loaded, none asked for. The rest divide the batch among adapters."""
 
+BASE_INT8 = "base int8"
+"""What rows call the base alone with int8 weights, which no other system serves in this comparison."""
+
 NUM_ADAPTERS = 32
 LORA_RANK = 16
 LORA_ALPHA = 32

@@ -51,6 +51,17 @@ def test_ranks_of_a_mix_are_those_of_its_adapters():
     assert ranks == [128, 4]
 
 
+def test_int8_weights_halve_the_bytes_of_a_step_of_the_base_alone():
+    both = [mix for mix in mixes(1) if mix.name in ("base", "base int8")]
+    plain, int8 = (row_of(TINY, "decode", mix, [0.001], 160.0, LIMITS) for mix in both)
+    assert (plain["quantization"], int8["quantization"]) == ("none", "int8")
+    assert int8["flops"] == plain["flops"]
+    saved = plain["bytes"] - int8["bytes"]
+    num_outputs = TINY.vocab_size + TINY.num_layers * sum(out for _, out in TINY.targets.values())
+    num_inputs_looked_up = TINY.hidden_size
+    assert saved == TINY.linear_parameters + TINY.vocab_size * TINY.hidden_size + num_inputs_looked_up - 4 * num_outputs
+
+
 def test_a_row_holds_the_floor_of_its_step():
     row = row_of(TINY, "decode", MIXED, [0.004, 0.002, 0.003], 160.0, LIMITS)
     cost = step_cost(TINY, *work_of(MIXED, 1, 160.0))
