@@ -70,8 +70,9 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
 
     base, int8, loaded = runner(0), runner(0, quantization="int8"), runner(workload.NUM_ADAPTERS)
     cells = [cell for cell in workload.cells() if cell.name.partition("/")[0] == arguments.batch]
-    todo = [(loaded if cell.popularity != "base" else base, cell) for cell in cells]
-    todo += [(int8, cell) for cell in cells if cell.popularity == "base"]
+    alone = [cell for cell in cells if cell.popularity == "base"]
+    todo = [(running, cell) for cell in alone for running in (base, int8)]
+    todo += [(loaded, cell) for cell in cells if cell not in alone]
     setup = results.setup(settings=settings)
     for running, cell in todo:
         run_cell(running, content["cells"][cell.name], 4)

@@ -5,7 +5,8 @@
     python -m benchmarks.step --profile                # also where the time goes, by function
 
 Mixes of adapters take turns, in every repetition anew. ``base`` is an engine that has no adapters; in ``idle`` all are
-loaded and resident but none is asked for; ``base int8`` is ``base`` with int8 weights. Rows have FLOPs, bytes and the floor under the machine's measured ceilings.
+loaded and resident but none is asked for; ``base int8`` is ``base`` with int8 weights. Rows have FLOPs, bytes and the
+floor under the machine's measured ceilings.
 """
 
 import argparse
