@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import sqlalchemy
 
-from pomona.accounts.accounts import Accounts
+from pomona.accounts.accounts import Accounts, Booking
 from pomona.accounts.database import Database
 from pomona.accounts.journal import Journal, Start, Usage, dead_journals
 from pomona.accounts.ledger import Ledger
@@ -81,7 +81,7 @@ def new_ledger(database):
 
 async def answer(ledger_or_accounts, request_id, *, num_tokens=5, adapter="base", who=None, outcome="finish"):
     """One whole request."""
-    entry = ledger_or_accounts.begin(who or principal(), request_id, adapter, "", 10, 1)
+    entry = ledger_or_accounts.begin(who or principal(), Booking(request_id, adapter, "", 10))
     entry.note(0, output(1, cached=4), 1.5)
     entry.note(0, output(num_tokens - 1, finish=FinishReason.STOP), 3.0)
     entry.close(outcome, 3.5)
@@ -101,7 +101,7 @@ async def test_a_request_is_one_row_with_all_that_was_counted(config):
 
 async def test_choices_add_up_and_a_prompt_counts_once(config):
     async with Accounts(config) as accounts:
-        entry = accounts.begin(principal(), "r1", "base", "", 10, 2)
+        entry = accounts.begin(principal(), Booking("r1", "base", "", 10, 2))
         for index in (0, 1):
             entry.note(index, output(3, cached=4 * index, finish=FinishReason.LENGTH), 2.0)
         entry.close("finish", 2.0)

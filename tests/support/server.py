@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import Message
 
+from pomona.accounts.accounts import Accounts
 from pomona.adapters.catalogue import Catalogue
 from pomona.adapters.sources import AdapterSources
 from pomona.core.adapter import AdapterInfo
@@ -159,7 +160,12 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serve(
-    folder: Path, config: ServerConfig | None = None, *, chat_template: bool = True, **limits: Any
+    folder: Path,
+    config: ServerConfig | None = None,
+    *,
+    chat_template: bool = True,
+    accounts: Accounts | None = None,
+    **limits: Any,
 ) -> AsyncIterator[Served]:
     """Build and start everything in this process.
 
@@ -167,6 +173,7 @@ async def serve(
         folder: for the tokenizer's files and for adapters.
         config: of the server.
         chat_template: False for a model without one.
+        accounts: entered already; None for a server with one tenant.
         **limits: fields of SchedulerConfig.
     """
     files = folder / "tokenizer"
@@ -194,7 +201,7 @@ async def serve(
         service = AdapterService(client, AdapterSources((str(folder),)), Catalogue(BASE), retry_delay_s=0.01)
         template = ChatTemplate.load(files, tokenizer) if chat_template else None
         model = ServedModel(BASE, info.max_model_len, info.vocab_size, info.eos_token_ids)
-        app = create_app(client, tokenizer, template, service, model, config or ServerConfig())
+        app = create_app(client, tokenizer, template, service, model, config or ServerConfig(), accounts=accounts)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
             try:
@@ -298,7 +305,7 @@ def scripted_app(client: ScriptedClient, folder: Path, config: ServerConfig | No
 class Connection:
     """One HTTP exchange with an application at ASGI level, whose client may go away at any moment."""
 
-    def __init__(self, app: FastAPI, path: str, body: dict[str, Any]) -> None:
+    def __init__(self, app: FastAPI, path: str, body: dict[str, Any], *, key: str | None = None) -> None:
         self.messages: list[Message] = []
         """What the application has sent."""
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
@@ -312,7 +319,10 @@ class Connection:
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [
+                (b"content-type", b"application/json"),
+                *([] if key is None else [(b"authorization", f"Bearer {key}".encode())]),
+            ],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2),
         }

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ParamSpec, Self, TypeVar
 
 from pomona.accounts import clock
@@ -23,6 +24,18 @@ _LOGGER = logging.getLogger(__name__)
 _MAINTENANCE_S = 1.0
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """What is known of a request when it is accepted."""
+
+    request_id: str
+    adapter: str
+    """Qualified name, or the base model's."""
+    adapter_id: str
+    num_input_tokens: int
+    choices_per_prompt: int = 1
 
 
 class Accounts:
@@ -115,24 +128,22 @@ class Accounts:
         )
         return [scope for scope in every if not scope.limits.is_empty]
 
-    def begin(
-        self, principal: Principal, request_id: str, adapter: str, adapter_id: str, num_input_tokens: int, n: int
-    ) -> Entry:
+    def begin(self, principal: Principal, booking: Booking) -> Entry:
         """Open the ledger's line of a request; see ``Ledger.begin``."""
         assert principal.tenant_id is not None, "administrators make no requests"
         start = Start(
             number=0,
             slot=0,
-            request_id=request_id,
+            request_id=booking.request_id,
             tenant_id=principal.tenant_id,
             key_id=principal.key_id,
             root_id=principal.root_id,
-            adapter=adapter,
-            adapter_id=adapter_id,
-            input_tokens=num_input_tokens,
+            adapter=booking.adapter,
+            adapter_id=booking.adapter_id,
+            input_tokens=booking.num_input_tokens,
             started_s=clock.now_s(),
         )
-        return self.ledger.begin(start, n)
+        return self.ledger.begin(start, booking.choices_per_prompt)
 
     def _forget_facts(self) -> None:
         self._are_facts_stale = True

@@ -37,7 +37,10 @@ class Entry:
         choices_per_prompt: of the request; the first choice of each prompt says what of the prompt was cached.
     """
 
-    __slots__ = ("_cached_tokens", "_choices_per_prompt", "_engine_s", "_first_s", "_ledger", "output_tokens", "start")
+    __slots__ = (
+        "_cached_tokens", "_choices_per_prompt", "_engine_s", "_first_s", "_is_closed", "_ledger", "output_tokens",
+        "start", "used_tokens",
+    )  # fmt: skip
 
     def __init__(self, ledger: "Ledger", start: Start, choices_per_prompt: int) -> None:
         self._ledger = ledger
@@ -48,6 +51,9 @@ class Entry:
         self.start = start
         self.output_tokens = 0
         """Counted so far, over all choices."""
+        self.used_tokens = 0
+        """Prompt and output, once it is closed."""
+        self._is_closed = False
 
     def note(self, index: int, output: RequestOutput, now_s: float) -> None:
         """Count one output of choice ``index`` that the engine has reported, before anything is made of it.
@@ -74,15 +80,20 @@ class Entry:
             self._first_s[index] = now_s
 
     def close(self, outcome: str, now_s: float) -> None:
-        """Write the row: the request has ended. Once.
+        """Write the row: the request has ended. Only the first time counts.
 
         Args:
             outcome: finish, abort, fail or reject.
             now_s: on the engine's clock.
         """
+        if self._is_closed:
+            return
+        self._is_closed = True
         for index in list(self._first_s):
             self.end_choice(index, now_s)
         start = self.start
+        num_input_tokens = 0 if outcome == "reject" else start.input_tokens
+        self.used_tokens = num_input_tokens + self.output_tokens
         usage = Usage(
             number=start.number,
             request_id=start.request_id,
@@ -91,7 +102,7 @@ class Entry:
             root_id=start.root_id,
             adapter=start.adapter,
             adapter_id=start.adapter_id,
-            input_tokens=0 if outcome == "reject" else start.input_tokens,
+            input_tokens=num_input_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self.output_tokens,
             engine_s=self._engine_s,

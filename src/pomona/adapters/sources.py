@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,12 @@ class AdapterSources:
     """Folders; anything inside them (once symbolic links are followed) may be loaded."""
     allow_hub: bool = False
     """Whether ``org/name`` or ``org/name@revision`` may be fetched from the Hugging Face hub."""
+
+    def below(self, folder: str) -> "AdapterSources":
+        """Return the same, with every root narrowed down to its sub-folder ``folder``, one plain name."""
+        assert folder not in ("", ".", ".."), folder
+        assert os.sep not in folder, folder
+        return replace(self, allowed_roots=tuple(os.path.join(root, folder) for root in self.allowed_roots))
 
     def resolve(self, source: str) -> str:
         """Find the local folder a source means, downloading it from the hub if need be.

@@ -8,7 +8,7 @@ import json
 import os
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -35,6 +35,17 @@ class AppConfig(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: SecretStr | None = Field(None, description="Require this bearer token on /v1 routes (better set by env).")
+
+    accounts: bool = Field(
+        default=False, description="Tenants with API keys, limits and a ledger of usage; see `pomona keys admin`."
+    )
+    data_dir: str = Field("pomona-data", description="Folder of the accounts' database and journal.")
+    database_url: SecretStr | None = Field(
+        None, description="postgresql://... of the accounts (better set by env); default: SQLite in the data dir."
+    )
+    when_database_is_down: Literal["answer", "refuse"] = Field(
+        "answer", description="Without the accounts database: answer known keys and journal their usage, or refuse."
+    )
 
     adapter: tuple[str, ...] = Field((), description="NAME=PATH_OR_HUB_ID of an adapter to load at start; repeatable.")
     adapters_dir: tuple[str, ...] = Field(
@@ -126,7 +137,10 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        shown = "" if name == "api_key" else f" (got {first['input']!r})"
+        is_secret = (
+            SecretStr in get_args(AppConfig.model_fields[name].annotation) if name in AppConfig.model_fields else False
+        )
+        shown = "" if is_secret else f" (got {first['input']!r})"
         raise ConfigError(f"{name}: {first['msg']}{shown}") from error
     except ValueError as error:  # malformed TOML
         raise ConfigError(f"--config {config_file}: {error}") from error

@@ -16,6 +16,9 @@ from rich.markup import escape
 import pomona
 from pomona.cli.config import AppConfig, format_config
 from pomona.cli.flags import with_settings
+from pomona.cli.keys import register as register_keys
+from pomona.cli.options import DEFAULT_URL, ApiKey, Url
+from pomona.cli.tenants import register as register_tenants
 from pomona.core.errors import PomonaError
 
 app = typer.Typer(
@@ -27,13 +30,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 adapters_app = typer.Typer(help="Adapters of a running server, and adapter folders.", no_args_is_help=True)
+tenants_app = typer.Typer(help="Tenants of a running server with accounts: limits, usage.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys of a server with accounts.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(tenants_app, name="tenants")
+app.add_typer(keys_app, name="keys")
 app.add_typer(bench_app, name="bench")
-
-Url = Annotated[str, typer.Option("--url", help="Root of the server.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", help="Bearer token, if the server asks for one.")]
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 Spawn = Annotated[bool, typer.Option("--spawn", help="Start a server on the bundled model, and stop it afterwards.")]
@@ -285,6 +288,10 @@ def bench_ceilings(
 
     config = CeilingsConfig(device=device, num_threads=num_threads, num_runs=runs, run_s=seconds, is_small=small)
     run_ceilings(config, output)
+
+
+register_tenants(tenants_app)
+register_keys(keys_app)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from pomona.adapters.catalogue import Catalogue
 from pomona.adapters.sources import AdapterSources
+from pomona.cli.accounts import open_accounts
 from pomona.cli.build import AdapterSource, adapters_dirs, engine_builder, startup_adapters
 from pomona.cli.config import AppConfig
 from pomona.cli.hub import model_name
@@ -175,11 +176,10 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
     console.print(_summary(base_name, info))
     try:
         model = ServedModel(base_name, info.max_model_len, info.vocab_size, info.eos_token_ids)
-        yield (
-            create_app(client, tokenizer, ChatTemplate.load(folder, tokenizer), service, model, _server_config(config)),
-            service,
-            base_name,
-        )
+        template = ChatTemplate.load(folder, tokenizer)
+        async with open_accounts(config, service) as accounts:
+            app = create_app(client, tokenizer, template, service, model, _server_config(config), accounts=accounts)
+            yield app, service, base_name
     finally:
         await client.close()
 

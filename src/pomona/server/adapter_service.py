@@ -60,12 +60,18 @@ class AdapterService:
         self._retry_delay_s = retry_delay_s
         self._created_s: dict[str, int] = {}
         self._num_leases: Counter[AdapterId] = Counter()
+        self._num_name_leases: Counter[str] = Counter()
         self._staged: set[AdapterId] = set()
         self._wakeups: set[asyncio.Event] = set()
         self._name_locks: dict[str, _HeldLock] = {}
         self._unload_lock = asyncio.Lock()
         self._unloads_seen: list[set[AdapterId]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def sources(self) -> AdapterSources:
+        """Where clients of the API may load adapters from."""
+        return self._sources
 
     @property
     def entries(self) -> tuple[CatalogueEntry, ...]:
@@ -89,8 +95,8 @@ class AdapterService:
             raise UnknownAdapterError(f"No adapter is called {name[:_MAX_SHOWN_CHARS]!r}.") from error
 
     def num_requests(self, entry: CatalogueEntry) -> int:
-        """Count the requests in flight that use the entry's adapter, under whatever name."""
-        return 0 if entry.info is None else self._num_leases[entry.info.adapter_id]
+        """Count the requests in flight that asked for the entry's name."""
+        return self._num_name_leases[entry.name]
 
     def created_s(self, name: str) -> int:
         """Return the Unix time at which the current version of ``name`` was loaded, or began to be."""
@@ -109,9 +115,13 @@ class AdapterService:
             return
         name = model.removeprefix(self._catalogue.base_name + ":")
         self._num_leases[adapter_id] += 1
+        self._num_name_leases[name] += 1
         try:
             yield Lease(adapter_id, name)
         finally:
+            self._num_name_leases[name] -= 1
+            if not self._num_name_leases[name]:
+                del self._num_name_leases[name]
             self._num_leases[adapter_id] -= 1
             if not self._num_leases[adapter_id]:
                 del self._num_leases[adapter_id]

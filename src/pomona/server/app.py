@@ -10,15 +10,29 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 import pomona
+from pomona.accounts.accounts import Accounts
 from pomona.core.errors import PomonaError
 from pomona.core.interfaces import EngineClient
-from pomona.server import adapters, chat, completions, health, models, openapi, protocol, responses, tokenize
+from pomona.server import (
+    account_routes,
+    adapters,
+    chat,
+    completions,
+    health,
+    models,
+    openapi,
+    protocol,
+    responses,
+    tokenize,
+)
 from pomona.server.adapter_service import AdapterService
+from pomona.server.auth import AccountCheck
 from pomona.server.config import ServedModel, ServerConfig
 from pomona.server.context import ServerContext
 from pomona.server.errors import handle_http_error, handle_pomona_error
 from pomona.server.metrics import ServerMetrics
 from pomona.server.middleware import Boundary, KeyCheck
+from pomona.server.tenant import default_caller
 from pomona.text.chat_template import ChatTemplate
 from pomona.text.tokenizer import Tokenizer
 
@@ -30,6 +44,8 @@ def create_app(
     adapter_service: AdapterService,
     model: ServedModel,
     config: ServerConfig,
+    *,
+    accounts: Accounts | None = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -40,6 +56,7 @@ def create_app(
         adapter_service: over the same client; closed with the application.
         model: the base model as clients see it.
         config: settings.
+        accounts: started and closed by the caller; None for a server with one tenant.
     """
     metrics = ServerMetrics(client, model.name, config.max_adapter_labels)
 
@@ -64,17 +81,22 @@ def create_app(
         model=model,
         config=config,
         metrics=metrics,
-        cache_secret=config.cache_secret or secrets.token_bytes(32),
+        default_caller=default_caller(config.cache_secret or secrets.token_bytes(32)),
+        accounts=accounts,
         started_s=int(time.time()),  # noqa: TID251  # a date for people
     )
     # The last one added is the outermost.
-    if config.api_key is not None:
+    if accounts is not None:
+        app.add_middleware(AccountCheck, accounts=accounts)
+    elif config.api_key is not None:
         app.add_middleware(KeyCheck, api_key=config.api_key)
     app.add_middleware(Boundary, metrics=metrics)
     _add_generation_routes(app, model.name)
     _add_adapter_routes(app)
     _add_operator_routes(app)
-    _add_schemas(app, has_key=config.api_key is not None)
+    if accounts is not None:
+        account_routes.add_to(app)
+    _add_schemas(app, has_key=accounts is not None or config.api_key is not None)
     return app
 
 

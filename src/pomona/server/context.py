@@ -4,10 +4,12 @@ from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
 
+from pomona.accounts.accounts import Accounts
 from pomona.core.interfaces import EngineClient
 from pomona.server.adapter_service import AdapterService
 from pomona.server.config import ServedModel, ServerConfig
 from pomona.server.metrics import ServerMetrics
+from pomona.server.tenant import Caller
 from pomona.text.chat_template import ChatTemplate
 from pomona.text.tokenizer import Tokenizer
 
@@ -24,7 +26,9 @@ class ServerContext:
     model: ServedModel
     config: ServerConfig
     metrics: ServerMetrics
-    cache_secret: bytes
+    default_caller: Caller
+    """Whom requests belong to on a server without accounts."""
+    accounts: Accounts | None
     started_s: int
     """Unix time of the start."""
 

@@ -25,6 +25,10 @@ class AuthenticationError(core.PomonaError):
     """No API key, or a wrong one."""
 
 
+class NoSuchRouteError(core.PomonaError):
+    """There is nothing at that path."""
+
+
 class ForbiddenError(core.PomonaError):
     """The API key is right, but not for this."""
 
@@ -78,6 +82,7 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     BodyError: _Row(400, _INVALID, "invalid_json"),
     BodyTooLargeError: _Row(413, _INVALID, "body_too_large"),
     AuthenticationError: _Row(401, _INVALID, "invalid_api_key"),
+    NoSuchRouteError: _Row(404, _INVALID, "not_found"),
     ForbiddenError: _Row(403, _INVALID, "insufficient_permissions"),
     RequestFailedError: _Row(500, _SERVER, "request_failed"),
     RequestAbortedError: _Row(503, _SERVER, "request_aborted", retry_after_s=1),

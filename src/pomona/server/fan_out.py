@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from types import TracebackType
 from typing import Self
 
+from pomona.accounts.ledger import Entry
 from pomona.core.errors import EngineUnavailableError, PomonaError, QueueFullError
 from pomona.core.interfaces import EngineClient
 from pomona.core.output import RequestOutput
@@ -26,10 +27,14 @@ class FanOut:
         client: the engine.
         requests: at least one.
         series: where their latencies and ends are counted.
+        entry: the ledger's line of all of them together; closed here, once.
     """
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request], series: AdapterSeries) -> None:
+    def __init__(
+        self, client: EngineClient, requests: Sequence[Request], series: AdapterSeries, entry: Entry | None = None
+    ) -> None:
         assert requests, "nothing to run"
+        self._entry = entry
         self._client = client
         self._requests = requests
         self._meters = [RequestMeter(series, len(request.prompt_token_ids), request.arrival_s) for request in requests]
@@ -56,6 +61,8 @@ class FanOut:
                 await self._close(index)
             else:
                 await self._abort(index, None if isinstance(error, QueueFullError) else reason)
+        if self._entry is not None:
+            self._entry.close(_outcome_of(error), time.monotonic())
 
     def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Outputs of all requests as they come, each with its request's index.
@@ -75,7 +82,10 @@ class FanOut:
             await self._abort(index, FinishReason.STOP)
 
     async def _abort(self, index: int, reason: FinishReason | None) -> None:
-        self._meters[index].end(reason, time.monotonic())
+        now_s = time.monotonic()
+        self._meters[index].end(reason, now_s)
+        if self._entry is not None:
+            self._entry.end_choice(index, now_s)
         if index < len(self._streams):
             await self._client.abort(self._requests[index].request_id)
             await self._close(index)
@@ -122,6 +132,8 @@ class FanOut:
         now_s = time.monotonic()
         meter = self._meters[index]
         meter.advance(output, now_s)
+        if self._entry is not None:
+            self._entry.note(index, output, now_s)
         if output.finish_reason is not None:
             meter.end(output.finish_reason, now_s)
             error = self._error_of(output)
@@ -135,3 +147,12 @@ class FanOut:
             message = output.error or "The engine failed."
             return RequestFailedError(message) if self._client.is_ready else EngineUnavailableError(message)
         return None
+
+
+def _outcome_of(error: BaseException | None) -> str:
+    """Word an ending for the ledger."""
+    if error is None:
+        return "finish"
+    if isinstance(error, QueueFullError):
+        return "reject"
+    return "fail" if isinstance(error, EngineUnavailableError | RequestFailedError) else "abort"

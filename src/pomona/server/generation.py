@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request as HTTPRequest
 
+from pomona.accounts.ledger import Entry
 from pomona.core.errors import PomonaError
 from pomona.core.ids import RequestId
 from pomona.core.output import RequestOutput
@@ -17,11 +18,13 @@ from pomona.server.choice import Choice, Piece, PromptEcho, TextRules
 from pomona.server.context import ServerContext, context_of, request_id_of
 from pomona.server.errors import error_body
 from pomona.server.fan_out import FanOut
+from pomona.server.limits import RequestSize, admitted
 from pomona.server.prompts import Prompt
 from pomona.server.protocol import GenerationRequest
 from pomona.server.reply import Reply, WatchedResponse
 from pomona.server.responses import PromptTokensDetails, Usage
-from pomona.server.tenant import DEFAULT_TENANT, cache_salt
+from pomona.server.tenant import Caller, principal_of, tenant_caller
+from pomona.server.tenant_adapters import adapters_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,24 @@ class Job:
     has_echo: bool
     is_stream: bool
     has_usage_event: bool
+
+    def size(self, body: GenerationRequest) -> RequestSize:
+        """Return what limits are asked about: output counts as far as the client has bounded it."""
+        is_bounded = body.max_tokens is not None or getattr(body, "max_completion_tokens", body) is not None
+        return RequestSize(
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
+            max_output_tokens=sum(params.max_tokens for params in self.sampling) if is_bounded else 0,
+            choices_per_prompt=self.n,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Backing:
+    """What stands behind a job: the adapter, whose work it is, and the line of the ledger, if there is one."""
+
+    lease: Lease
+    caller: Caller
+    entry: Entry | None = None
 
 
 class _Progress:
@@ -88,7 +109,7 @@ def respond(
     response_id = f"{id_prefix}-{request_id_of(request)}"
 
     async def produce(reply: Reply) -> None:
-        with context.adapters.lease(body.model) as lease:
+        with adapters_of(request).lease(body.model) as lease:
             job = await plan_job(response_id)
             facts = AnswerFacts(
                 tokenizer=context.tokenizer,
@@ -98,21 +119,27 @@ def respond(
                 has_logprobs=job.rules.has_logprobs,
                 has_usage_event=job.has_usage_event,
             )
-            await run(context, job, lease, answer_format(facts), reply)
+            principal = principal_of(request)
+            if principal is None:
+                await run(context, job, _Backing(lease, context.default_caller), answer_format(facts), reply)
+                return
+            async with admitted(request, principal, lease, response_id, job.size(body)) as entry:
+                await run(context, job, _Backing(lease, tenant_caller(principal), entry), answer_format(facts), reply)
 
     return WatchedResponse(produce)
 
 
-async def run(context: ServerContext, job: Job, lease: Lease, answer: AnswerFormat, reply: Reply) -> None:
+async def run(context: ServerContext, job: Job, backing: _Backing, answer: AnswerFormat, reply: Reply) -> None:
     """Run a job to the end of its answer.
 
     Raises:
         PomonaError: before anything was sent; later errors become the last event of the stream.
     """
     progress = _start_choices(context, job, answer)
-    series = context.metrics.series_of(lease.adapter_name)
+    series = context.metrics.series_of(backing.lease.adapter_name)
+    requests = _engine_requests(job, backing)
     try:
-        async with FanOut(context.client, _engine_requests(context, job, lease), series) as fan_out:
+        async with FanOut(context.client, requests, series, backing.entry) as fan_out:
             async for index, output in fan_out:
                 one = progress[index]
                 piece = one.advance(output)
@@ -155,17 +182,16 @@ def _start_choices(context: ServerContext, job: Job, answer: AnswerFormat) -> li
     return progress
 
 
-def _engine_requests(context: ServerContext, job: Job, lease: Lease) -> list[Request]:
-    salt = cache_salt(context.cache_secret, DEFAULT_TENANT)
+def _engine_requests(job: Job, backing: _Backing) -> list[Request]:
     return [
         Request(
             request_id=RequestId(f"{job.response_id}-{index}"),
             prompt_token_ids=job.prompts[index // job.n].token_ids,
             sampling=sampling,
             arrival_s=job.arrival_s,
-            tenant_id=DEFAULT_TENANT,
-            adapter_id=lease.adapter_id,
-            cache_salt=salt,
+            tenant_id=backing.caller.tenant_id,
+            adapter_id=backing.lease.adapter_id,
+            cache_salt=backing.caller.cache_salt,
         )
         for index, sampling in enumerate(job.sampling)
     ]

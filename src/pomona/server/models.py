@@ -4,9 +4,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from pomona.adapters.catalogue import AdapterState, CatalogueEntry
+from pomona.adapters.catalogue import AdapterState
 from pomona.server.context import ServerContext, context_of
 from pomona.server.responses import ModelCard, ModelList
+from pomona.server.tenant_adapters import SeenAdapter, adapters_of
 
 
 def _base_card(context: ServerContext) -> ModelCard:
@@ -14,20 +15,21 @@ def _base_card(context: ServerContext) -> ModelCard:
     return ModelCard(model.name, context.started_s, model.max_model_len, root=model.name, parent=None)
 
 
-def _adapter_card(context: ServerContext, entry: CatalogueEntry) -> ModelCard | None:
+def _adapter_card(context: ServerContext, adapter: SeenAdapter) -> ModelCard | None:
     """None while requests cannot name it."""
+    entry = adapter.entry
     if entry.state is not AdapterState.READY or entry.info is None:
         return None
     created_s = context.adapters.created_s(entry.name)
     root = str(entry.info.adapter_id)
-    return ModelCard(entry.name, created_s, context.model.max_model_len, root=root, parent=context.model.name)
+    return ModelCard(adapter.name, created_s, context.model.max_model_len, root=root, parent=context.model.name)
 
 
 async def list_models(request: Request) -> Response:
     """List the base and the adapters that are ready."""
     context = context_of(request)
-    adapters = [card for entry in context.adapters.entries if (card := _adapter_card(context, entry)) is not None]
-    answer = ModelList([_base_card(context), *adapters])
+    cards = [_adapter_card(context, adapter) for adapter in adapters_of(request).seen()]
+    answer = ModelList([_base_card(context), *(card for card in cards if card is not None)])
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
@@ -36,7 +38,8 @@ async def get_model(request: Request) -> Response:
     context = context_of(request)
     model_id = request.path_params["model_id"]
     card: ModelCard | None = _base_card(context)
-    if context.adapters.resolve(model_id) is not None:
-        card = _adapter_card(context, context.adapters.get(model_id.removeprefix(context.model.name + ":")))
+    adapters = adapters_of(request)
+    if adapters.resolve(model_id) is not None:
+        card = _adapter_card(context, adapters.get(model_id.removeprefix(context.model.name + ":")))
     assert card is not None, "what resolves is ready"
     return Response(msgspec.json.encode(card), media_type="application/json")

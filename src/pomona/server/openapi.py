@@ -1,12 +1,13 @@
 """The OpenAPI document: wire types, examples and error answers of every route, made from the types themselves."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 import pydantic
 from pydantic.json_schema import models_json_schema
 
-from pomona.server import protocol, responses
+from pomona.server import account_types, protocol, responses
 
 _REF: Final = "#/components/schemas/{}"
 _REQUESTS: Final[tuple[type[pydantic.BaseModel], ...]] = (
@@ -15,6 +16,13 @@ _REQUESTS: Final[tuple[type[pydantic.BaseModel], ...]] = (
     protocol.AdapterLoadRequest,
     protocol.TokenizeRequest,
     protocol.DetokenizeRequest,
+    account_types.TenantCreateRequest,
+    account_types.TenantUpdateRequest,
+    account_types.KeyCreateRequest,
+    account_types.KeyRotateRequest,
+    account_types.LimitsRequest,
+    account_types.PriceRequest,
+    account_types.ShareRequest,
 )
 _RESPONSES: Final[tuple[type[msgspec.Struct], ...]] = (
     responses.ChatCompletion,
@@ -28,17 +36,27 @@ _RESPONSES: Final[tuple[type[msgspec.Struct], ...]] = (
     responses.Detokenized,
     responses.Health,
     responses.ErrorBody,
+    account_types.TenantCard,
+    account_types.TenantList,
+    account_types.KeyCard,
+    account_types.KeyList,
+    account_types.LimitsCard,
+    account_types.PriceCard,
+    account_types.PriceList,
+    account_types.ShareCard,
+    account_types.UsageReport,
 )
 _ERRORS: Final = {
     400: "A parameter is wrong; `error.param` names it. Also: malformed JSON, invalid UTF-8, prompt too long.",
     401: "The API key is missing or wrong.",
-    403: "The adapter's source lies outside what the operator allows.",
-    404: "There is no model, adapter or source of that name.",
+    403: "The API key is not for this; or the adapter's source lies outside what the operator allows.",
+    404: "There is nothing of that name, as far as this API key can see.",
+    409: "It exists already.",
     413: "The body is larger than the limit.",
     422: "The adapter cannot be used; the message says why. Nothing has changed.",
-    429: "The queue is full; nothing was admitted. Try again after `Retry-After` seconds.",
+    429: "The queue is full or a limit is reached; nothing was admitted. Try again after `Retry-After` seconds.",
     500: "The server failed.",
-    503: "The engine is not there; it may be restarting.",
+    503: "The engine is not there, it may be restarting; or the accounts database is not.",
 }
 
 
@@ -59,6 +77,16 @@ def path_parameter(name: str, description: str) -> dict[str, Any]:
     """Return the ``openapi_extra`` of a route with a name in its path; the name may hold slashes."""
     parameter = {"name": name, "in": "path", "required": True, "description": description, "schema": {"type": "string"}}
     return {"parameters": [parameter]}
+
+
+def query_parameters(meanings: Mapping[str, str]) -> dict[str, Any]:
+    """Return the ``openapi_extra`` of a route with optional texts in its query: name -> meaning."""
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "description": meaning, "schema": {"type": "string"}}
+            for name, meaning in meanings.items()
+        ]
+    }
 
 
 def answers(kind: type[msgspec.Struct], *errors: int, is_stream: bool = False) -> dict[int | str, dict[str, Any]]:

@@ -27,7 +27,9 @@ def _nothing() -> Any:
     return Field((), json_schema_extra={"default": None})
 
 
-class _Wire(BaseModel):
+class Wire(BaseModel):
+    """Base of request bodies: strict, and every parameter it does not know is refused by name."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
@@ -36,7 +38,7 @@ class _Wire(BaseModel):
         return refuse_unknown(content, cls.model_fields)
 
 
-class StreamOptions(_Wire):
+class StreamOptions(Wire):
     """Options of a streamed answer."""
 
     include_usage: bool | None = None
@@ -44,7 +46,7 @@ class StreamOptions(_Wire):
     include_obfuscation: Annotated[Any, Neutral(False)] = None
 
 
-class GenerationRequest(_Wire):
+class GenerationRequest(Wire):
     """What chat and plain completions have in common."""
 
     model: str
@@ -90,7 +92,7 @@ class GenerationRequest(_Wire):
     """Accepted; has no effect."""
 
 
-class ChatMessage(_Wire):
+class ChatMessage(Wire):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -166,16 +168,18 @@ class CompletionRequest(GenerationRequest):
     suffix: Annotated[Any, Neutral("")] = None
 
 
-class AdapterLoadRequest(_Wire):
+class AdapterLoadRequest(Wire):
     """Body of POST /v1/adapters."""
 
     name: str
     """Name under which the adapter will be served; a loaded adapter of that name is replaced."""
     source: str
     """Folder on the server, or hub id, as far as the operator allows."""
+    tenant: str | None = None
+    """Whose adapter it becomes, if an administrator loads it; without it, the operator's, which everybody may use."""
 
 
-class TokenizeRequest(_Wire):
+class TokenizeRequest(Wire):
     """Body of POST /tokenize: either ``prompt`` or ``messages``."""
 
     model: str | None = None
@@ -191,7 +195,7 @@ class TokenizeRequest(_Wire):
     """Also return each token as text."""
 
 
-class DetokenizeRequest(_Wire):
+class DetokenizeRequest(Wire):
     """Body of POST /detokenize."""
 
     model: str | None = None

@@ -1,0 +1,55 @@
+"""Accounts for ``pomona serve``: opened if the settings want them, with the tenants' adapters loaded."""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from pomona.accounts.accounts import Accounts
+from pomona.accounts.config import AccountsConfig
+from pomona.adapters.sources import AdapterSources
+from pomona.cli.config import AppConfig
+from pomona.core.errors import ConfigError, PomonaError
+from pomona.server.adapter_service import AdapterService
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def accounts_config(config: AppConfig) -> AccountsConfig:
+    """Return the accounts' own part of the settings."""
+    return AccountsConfig(
+        data_dir=Path(config.data_dir).expanduser(),
+        database_url=None if config.database_url is None else config.database_url.get_secret_value(),
+        when_database_is_down=config.when_database_is_down,
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_accounts(config: AppConfig, service: AdapterService) -> AsyncIterator[Accounts | None]:
+    """Open the accounts for the length of the block, and load what belongs to tenants; None if they are off.
+
+    Raises:
+        ConfigError: the settings contradict each other.
+        DatabaseUnavailableError: the database does not answer.
+    """
+    if not config.accounts:
+        yield None
+        return
+    if config.api_key is not None:
+        raise ConfigError("api_key and accounts: with accounts every key is a tenant's or an administrator's")
+    if any("/" in entry.name for entry in service.entries):
+        raise ConfigError(
+            "accounts: names of the operator's adapters must not have slashes, which part tenant and name"
+        )
+    async with Accounts(accounts_config(config)) as accounts:
+        for adapter in accounts.adapters.values():
+            parent = str(Path(adapter.source).expanduser().resolve().parent)
+            try:
+                await service.load(adapter.qualified_name, adapter.source, AdapterSources((parent,), allow_hub=True))
+            except PomonaError as error:
+                _LOGGER.warning("Adapter %s is not served: %s", adapter.qualified_name, error)
+        if not await accounts.database.run(accounts.tenants.has_admin):
+            _LOGGER.warning(
+                "There is no administrator's key yet. Make one: pomona keys admin --data-dir %s", config.data_dir
+            )
+        yield accounts

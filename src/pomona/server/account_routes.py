@@ -1,0 +1,125 @@
+"""Routes that only a server with accounts has."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from pomona.server import account_types as wire
+from pomona.server import admin, openapi, usage
+
+
+def add_to(app: FastAPI) -> None:
+    """Add them. Who may use which is in ``auth.RULES``."""
+    _add_tenants(app)
+    _add_keys(app)
+    _add_limits(app)
+    _add_usage(app)
+
+
+def _add_tenants(app: FastAPI) -> None:
+    path, tenant_id = "/v1/admin/tenants", openapi.path_parameter("tenant_id", "The tenant's id.")
+    app.post(
+        path,
+        tags=["accounts"],
+        openapi_extra=openapi.request_body(wire.TenantCreateRequest, {"id": "acme"}),
+        responses=openapi.answers(wire.TenantCard, 400, 403, 409, 413, 503),
+    )(admin.create_tenant)
+    app.get(path, tags=["accounts"], responses=openapi.answers(wire.TenantList, 403, 503))(admin.list_tenants)
+    app.get(
+        path + "/{tenant_id}",
+        tags=["accounts"],
+        openapi_extra=tenant_id,
+        responses=openapi.answers(wire.TenantCard, 403, 404, 503),
+    )(admin.get_tenant)
+    app.patch(
+        path + "/{tenant_id}",
+        tags=["accounts"],
+        openapi_extra={**tenant_id, **openapi.request_body(wire.TenantUpdateRequest, {"weight": 2.0})},
+        responses=openapi.answers(wire.TenantCard, 400, 403, 404, 413, 503),
+    )(admin.update_tenant)
+
+
+def _add_keys(app: FastAPI) -> None:
+    path, key_id = "/v1/admin/keys", openapi.path_parameter("key_id", "The key's id or visible prefix.")
+    app.post(
+        path,
+        tags=["accounts"],
+        openapi_extra=openapi.request_body(wire.KeyCreateRequest, {"tenant": "acme", "name": "website"}),
+        responses=openapi.answers(wire.KeyCard, 400, 403, 404, 413, 503),
+    )(admin.create_key)
+    app.get(
+        path,
+        tags=["accounts"],
+        openapi_extra=openapi.query_parameters({"tenant": "Only this tenant's keys."}),
+        responses=openapi.answers(wire.KeyList, 403, 503),
+    )(admin.list_keys)
+    app.post(
+        path + "/{key_id}/rotate",
+        tags=["accounts"],
+        openapi_extra={**key_id, **openapi.request_body(wire.KeyRotateRequest, {"overlap_s": 3600.0})},
+        responses=openapi.answers(wire.KeyCard, 400, 403, 404, 413, 503),
+    )(admin.rotate_key)
+    app.delete(
+        path + "/{key_id}",
+        tags=["accounts"],
+        openapi_extra=key_id,
+        responses=openapi.answers(wire.KeyCard, 403, 404, 503),
+    )(admin.revoke_key)
+
+
+def _add_limits(app: FastAPI) -> None:
+    path = "/v1/admin/limits/{scope}/{scope_id:path}"
+    parameters: dict[str, Any] = {
+        "parameters": [
+            *openapi.path_parameter("scope", "tenant, key or adapter.")["parameters"],
+            *openapi.path_parameter("scope_id", "Id of the tenant or key; qualified name of the adapter.")[
+                "parameters"
+            ],
+        ]
+    }
+    app.get(
+        path,
+        tags=["accounts"],
+        openapi_extra=parameters,
+        responses=openapi.answers(wire.LimitsCard, 400, 403, 404, 503),
+    )(admin.get_limits)
+    app.put(
+        path,
+        tags=["accounts"],
+        openapi_extra={**parameters, **openapi.request_body(wire.LimitsRequest, {"requests_per_minute": 600})},
+        responses=openapi.answers(wire.LimitsCard, 400, 403, 404, 413, 503),
+    )(admin.set_limits)
+
+
+def _add_usage(app: FastAPI) -> None:
+    example = {"adapter": "acme/legal", "input_per_million": 0.5, "output_per_million": 1.5}
+    app.get("/v1/admin/prices", tags=["accounts"], responses=openapi.answers(wire.PriceList, 403, 503))(
+        admin.list_prices
+    )
+    app.put(
+        "/v1/admin/prices",
+        tags=["accounts"],
+        openapi_extra=openapi.request_body(wire.PriceRequest, example),
+        responses=openapi.answers(wire.PriceCard, 400, 403, 413, 503),
+    )(admin.set_price)
+    app.put(
+        "/v1/shares",
+        tags=["adapters"],
+        openapi_extra=openapi.request_body(wire.ShareRequest, {"name": "legal", "tenants": ["bolt"]}),
+        responses=openapi.answers(wire.ShareCard, 400, 403, 404, 413, 503),
+    )(admin.share_adapter)
+    parameters = {
+        "tenant": "Only this tenant's rows (for administrators).",
+        "key": "Only this key's rows.",
+        "adapter": "Only rows of this adapter (qualified name).",
+        "start": "Ended then or later: Unix time or date.",
+        "end": "Ended before: Unix time or date.",
+        "group_by": "Columns by commas: tenant, key, adapter, adapter_version, outcome, day, month.",
+        "format": "json (sums), csv or parquet (rows).",
+    }
+    responses = openapi.answers(wire.UsageReport, 400, 403, 503)
+    responses[200]["content"]["text/csv"] = {"schema": {"type": "string"}}
+    responses[200]["content"]["application/vnd.apache.parquet"] = {"schema": {"type": "string", "format": "binary"}}
+    app.get("/v1/usage", tags=["accounts"], openapi_extra=openapi.query_parameters(parameters), responses=responses)(
+        usage.get_usage
+    )

@@ -1,0 +1,185 @@
+"""Wire types of /v1/admin, /v1/shares and /v1/usage: bodies and answers."""
+
+from typing import Literal
+
+import msgspec
+from pydantic import Field
+
+from pomona.server.protocol import Wire
+
+
+class TenantCreateRequest(Wire):
+    """Body of POST /v1/admin/tenants."""
+
+    id: str
+    """1 to 63 lower-case letters, digits and inner dashes."""
+    weight: float | None = None
+    """Share where tenants compete, relative to others. Default 1."""
+    prefix_group: str | None = None
+    """Tenants of one group share their prefix cache. Default: with nobody."""
+
+
+class TenantUpdateRequest(Wire):
+    """Body of PATCH /v1/admin/tenants/{id}: what is left out stays as it is."""
+
+    weight: float | None = None
+    is_disabled: bool | None = None
+    """None of a disabled tenant's keys is accepted."""
+    prefix_group: str | None = None
+    """An empty text leaves the group."""
+
+
+class KeyCreateRequest(Wire):
+    """Body of POST /v1/admin/keys: a tenant's key, or with a role an administrator's."""
+
+    tenant: str | None = None
+    role: Literal["admin", "operator", "auditor"] | None = None
+    name: str | None = None
+    """For people."""
+    expires_at: float | None = None
+    """Unix time. Default: never."""
+
+
+class KeyRotateRequest(Wire):
+    """Body of POST /v1/admin/keys/{id}/rotate."""
+
+    overlap_s: float = Field(0.0, ge=0, le=366 * 86_400)
+    """The old key is accepted for so many seconds more."""
+
+
+class LimitsRequest(Wire):
+    """Body of PUT /v1/admin/limits/{scope}/{id}: replaces all limits; null is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Prompt and output tokens."""
+    max_concurrency: int | None = None
+    """Requests in flight."""
+    monthly_tokens: int | None = None
+    monthly_cost: float | None = Field(None, ge=0, le=9e6)
+    """In units of the operator's currency. Months are calendar months in UTC."""
+
+
+class PriceRequest(Wire):
+    """Body of PUT /v1/admin/prices: units of the operator's currency per million tokens."""
+
+    adapter: str | None = None
+    """An adapter's qualified name (``tenant/name``) or the base model's; null is the price of all others."""
+    input_per_million: float = Field(0.0, ge=0, le=1e6)
+    cached_per_million: float | None = Field(None, ge=0, le=1e6)
+    """Prompt tokens found in the prefix cache. Default: as input."""
+    output_per_million: float = Field(0.0, ge=0, le=1e6)
+
+
+class ShareRequest(Wire):
+    """Body of PUT /v1/shares: with whom an adapter is shared, from now on and with nobody else."""
+
+    name: str
+    """Of the caller's adapter; an administrator writes ``tenant/name``."""
+    tenants: list[str] = Field(default_factory=list)
+    public: bool = False
+    """Shared with all tenants."""
+
+
+class TenantCard(msgspec.Struct, frozen=True):
+    """A tenant."""
+
+    id: str
+    created_at: float
+    is_disabled: bool
+    weight: float
+    prefix_group: str | None
+    object: str = "tenant"
+
+
+class TenantList(msgspec.Struct, frozen=True):
+    """Answer to GET /v1/admin/tenants."""
+
+    data: list[TenantCard]
+    object: str = "list"
+
+
+class KeyCard(msgspec.Struct, frozen=True):
+    """An API key, without its secret."""
+
+    id: str
+    prefix: str
+    tenant: str | None
+    role: str | None
+    name: str
+    created_at: float
+    expires_at: float | None
+    revoked_at: float | None
+    replaces: str | None
+    """Id of the key that it was rotated from."""
+    key: str | None = None
+    """The whole key: in the answer that makes it, and never again."""
+    object: str = "api_key"
+
+
+class KeyList(msgspec.Struct, frozen=True):
+    """Answer to GET /v1/admin/keys."""
+
+    data: list[KeyCard]
+    object: str = "list"
+
+
+class LimitsCard(msgspec.Struct, frozen=True):
+    """All limits of a tenant, a key or an adapter."""
+
+    scope: str
+    id: str
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    max_concurrency: int | None
+    monthly_tokens: int | None
+    monthly_cost: float | None
+    object: str = "limits"
+
+
+class PriceCard(msgspec.Struct, frozen=True):
+    """A price."""
+
+    adapter: str | None
+    input_per_million: float
+    cached_per_million: float
+    output_per_million: float
+    object: str = "price"
+
+
+class PriceList(msgspec.Struct, frozen=True):
+    """Answer to GET /v1/admin/prices."""
+
+    data: list[PriceCard]
+    object: str = "list"
+
+
+class ShareCard(msgspec.Struct, frozen=True):
+    """With whom an adapter is shared."""
+
+    owner: str
+    name: str
+    tenants: list[str]
+    public: bool
+    object: str = "share"
+
+
+class UsageSums(msgspec.Struct, frozen=True):
+    """Usage of one group."""
+
+    group: dict[str, str]
+    """The columns it is summed up by."""
+    num_requests: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    engine_seconds: float
+    cost: float
+    """In units of the operator's currency."""
+
+
+class UsageReport(msgspec.Struct, frozen=True):
+    """Answer to GET /v1/usage."""
+
+    data: list[UsageSums]
+    object: str = "usage"

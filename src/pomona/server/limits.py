@@ -1,0 +1,93 @@
+"""Around every generation on a server with accounts: limits before it, the ledger during it, headers on its answer."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+
+from starlette.requests import HTTPConnection
+
+from pomona.accounts.accounts import Accounts, Booking
+from pomona.accounts.buckets import BucketState
+from pomona.accounts.ledger import Entry
+from pomona.accounts.limiter import Scope
+from pomona.accounts.principal import Principal
+from pomona.server.adapter_service import Lease
+from pomona.server.context import context_of
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSize:
+    """How much a request asks for."""
+
+    num_prompt_tokens: int
+    max_output_tokens: int
+    """As far as the client has bounded it."""
+    choices_per_prompt: int
+
+
+@contextlib.asynccontextmanager
+async def admitted(
+    connection: HTTPConnection, principal: Principal, lease: Lease, request_id: str, size: RequestSize
+) -> AsyncIterator[Entry]:
+    """Admit a generation for the length of the block, or refuse it; the ledger's line is open meanwhile.
+
+    Args:
+        connection: whose answer gets the headers.
+        principal: who asks.
+        lease: the adapter.
+        request_id: the ledger's; never used twice.
+        size: of the request.
+
+    Raises:
+        RateLimitError, QuotaExceededError: a limit is reached.
+        DatabaseUnavailableError: the operator wants no requests without the database.
+    """
+    context = context_of(connection)
+    accounts = context.accounts
+    assert accounts is not None, "only accounts know principals"
+    adapter = lease.adapter_name or context.model.name
+    scopes = accounts.scopes(principal, adapter)
+    accounts.ledger.check()
+    if scopes:
+        connection.scope["state"]["limit_headers"] = lambda: limit_headers(accounts, scopes)
+    num_tokens = size.num_prompt_tokens + size.max_output_tokens
+    admission = await accounts.limiter.admit(scopes, num_tokens) if scopes else None
+    used = 0
+    try:
+        booking = Booking(request_id, adapter, lease.adapter_id or "", size.num_prompt_tokens, size.choices_per_prompt)
+        entry = accounts.begin(principal, booking)
+        try:
+            yield entry
+        finally:
+            entry.close("abort", time.monotonic())  # has no effect if it is closed, as it should be
+            used = entry.used_tokens
+    finally:
+        if admission is not None:
+            admission.settle(used)
+
+
+def limit_headers(accounts: Accounts, scopes: list[Scope]) -> Mapping[str, str]:
+    """Return OpenAI's ``x-ratelimit-*`` headers: the tightest limit on requests, and on tokens."""
+    states = accounts.limiter.states(scopes)
+    headers: dict[str, str] = {}
+    for noun, state in (("requests", states.requests), ("tokens", states.tokens)):
+        if state is not None:
+            headers |= _headers_of(noun, state)
+    return headers
+
+
+def _headers_of(noun: str, state: BucketState) -> dict[str, str]:
+    return {
+        f"x-ratelimit-limit-{noun}": str(state.limit),
+        f"x-ratelimit-remaining-{noun}": str(state.remaining),
+        f"x-ratelimit-reset-{noun}": duration(state.reset_s),
+    }
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as OpenAI's headers do: ``20ms``, ``1.5s``, ``6m0s``."""
+    if seconds < 1.0:
+        return f"{max(0, round(seconds * 1000))}ms"
+    minutes, rest = divmod(seconds, 60.0)
+    return f"{int(minutes)}m{int(rest)}s" if minutes else f"{rest:.3f}".rstrip("0").rstrip(".") + "s"

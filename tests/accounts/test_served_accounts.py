@@ -1,0 +1,263 @@
+"""A server with accounts over HTTP: limits, the ledger, keys, with OpenAI's own client too."""
+
+import asyncio
+
+import openai
+import pytest
+
+from pomona.accounts.accounts import Accounts
+from pomona.core.errors import ConfigError
+from pomona.server.limits import duration
+from support.accounts import serve_accounts
+from support.server import BASE, Connection, listen
+
+
+@pytest.fixture
+async def served(config, tmp_path):
+    async with serve_accounts(tmp_path, config) as running:
+        yield running
+
+
+async def set_limits(served, path, **limits):
+    response = await served.call("admin", "PUT", f"/v1/admin/limits/{path}", limits)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def test_the_ledger_agrees_with_the_answers_and_with_the_engine(served):
+    told = []
+    for n, who in enumerate(("acme", "bolt", "acme"), start=1):
+        told.append((await served.complete(who, "one two three " * n)).json()["usage"])
+    async with served.served.http.stream(
+        "POST",
+        "/v1/completions",
+        json={"model": BASE, "prompt": "four five", "max_tokens": 5, "stream": True},
+        headers={"authorization": f"Bearer {served.keys['acme']}"},
+    ) as response:
+        assert (await response.aread()).endswith(b"data: [DONE]\n\n")
+    rows = await served.usage()
+    assert [row["tenant_id"] for row in rows] == ["acme", "bolt", "acme", "acme"]
+    for row, usage in zip(rows, told, strict=False):
+        assert row["input_tokens"] == usage["prompt_tokens"]
+        assert row["output_tokens"] == usage["completion_tokens"]
+        assert row["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"]
+        assert row["outcome"] == "finish"
+        assert row["engine_s"] > 0
+    stats = served.served.client.stats()
+    assert sum(row["output_tokens"] for row in rows) == stats.num_output_tokens
+    assert sum(row["input_tokens"] - row["cached_tokens"] for row in rows) == stats.num_prompt_tokens
+
+
+async def test_refused_requests_are_not_in_the_ledger(served):
+    for body in ({"model": "absent"}, {"max_tokens": -1}, {"prompt": ""}):
+        assert (await served.complete("acme", **body)).status_code >= 400
+    assert await served.usage() == []
+
+
+async def test_a_client_that_goes_away_has_a_row_of_what_it_got(served):
+    served.served.executor.gate.clear()
+    body = {"model": BASE, "prompt": "one two three", "stream": True, "max_tokens": 64}
+    connection = Connection(served.served.app, "/v1/completions", body, key=served.keys["acme"])
+    await asyncio.sleep(0.1)
+    served.served.executor.gate.set()
+    await asyncio.sleep(0.05)
+    await connection.disconnect()
+    (row,) = await served.usage()
+    assert row["outcome"] in ("abort", "finish")
+    assert row["input_tokens"] > 0
+
+
+async def test_a_failing_engine_has_rows_too(served):
+    served.served.executor.fail_with = "broken"
+    assert (await served.complete("acme")).status_code == 500
+    (row,) = await served.usage()
+    assert (row["outcome"], row["output_tokens"]) == ("fail", 0)
+
+
+async def test_a_full_queue_is_a_row_that_costs_nothing(config, tmp_path):
+    async with serve_accounts(tmp_path, config, max_waiting=1, max_num_seqs=1) as served:
+        served.served.executor.gate.clear()
+        asked = [asyncio.create_task(served.complete("acme")) for _ in range(8)]
+        await asyncio.sleep(0.2)
+        served.served.executor.gate.set()
+        statuses = sorted([(await task).status_code for task in asked])
+        assert statuses[0] == 200
+        assert statuses[-1] == 429
+        rows = await served.usage()
+    assert len(rows) == 8
+    assert sum(row["outcome"] == "reject" for row in rows) == statuses.count(429)
+    assert all(row["input_tokens"] + row["output_tokens"] == 0 for row in rows if row["outcome"] == "reject")
+
+
+async def test_limits_refuse_with_openais_headers_and_error(served):
+    await set_limits(served, "tenant/acme", requests_per_minute=2, tokens_per_minute=1000)
+    first = await served.complete("acme")
+    assert first.headers["x-ratelimit-limit-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert first.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert int(first.headers["x-ratelimit-remaining-tokens"]) < 1000
+    assert first.headers["x-ratelimit-reset-requests"].endswith("s")
+    assert (await served.complete("acme")).status_code == 200
+    refused = await served.complete("acme")
+    assert refused.status_code == 429
+    error = refused.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert 1 <= int(refused.headers["retry-after"]) <= 30
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    other = await served.complete("bolt")
+    assert other.status_code == 200
+    assert "x-ratelimit-limit-requests" not in other.headers
+    assert len(await served.usage()) == 3
+
+
+async def test_unused_output_tokens_are_given_back(served):
+    await set_limits(served, "tenant/acme", tokens_per_minute=300)
+    response = await served.complete("acme", "one", max_tokens=200)
+    used = response.json()["usage"]["total_tokens"]
+    assert used < 100
+    response = await served.complete("acme", "one", max_tokens=200)
+    assert response.status_code == 200
+    assert (
+        (await served.complete("acme", "one", max_tokens=301))
+        .json()["error"]["message"]
+        .startswith("The tenant's limit")
+    )
+
+
+async def test_a_key_and_an_adapter_have_limits_of_their_own(served):
+    key = (await served.call("admin", "GET", "/v1/admin/keys?tenant=acme")).json()["data"][0]
+    await set_limits(served, f"key/{key['prefix']}", requests_per_minute=1)
+    assert (await served.complete("acme")).status_code == 200
+    assert "key's limit" in (await served.complete("acme")).json()["error"]["message"]
+    await set_limits(served, f"adapter/{BASE}", max_concurrency=0)
+    assert "adapter's limit" in (await served.complete("bolt")).json()["error"]["message"]
+
+
+async def test_a_spent_budget_says_so(served):
+    await set_limits(served, "tenant/acme", monthly_tokens=30)
+    assert (await served.complete("acme")).status_code == 200
+    await served.accounts.ledger.flush()
+    refused = await served.complete("acme", max_tokens=25)
+    assert refused.json()["error"]["code"] == "insufficient_quota"
+    await served.call("admin", "PUT", "/v1/admin/prices", {"input_per_million": 1e6, "output_per_million": 1e6})
+    await set_limits(served, "tenant/bolt", monthly_cost=3.5)
+    assert (await served.complete("bolt")).status_code == 200
+    await served.accounts.ledger.flush()
+    assert (await served.complete("bolt")).json()["error"]["code"] == "insufficient_quota"
+
+
+async def test_only_so_many_requests_are_in_flight(served):
+    await set_limits(served, "tenant/acme", max_concurrency=2)
+    served.served.executor.gate.clear()
+    running = [asyncio.create_task(served.complete("acme")) for _ in range(2)]
+    await asyncio.sleep(0.3)
+    refused = await served.complete("acme")
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    served.served.executor.gate.set()
+    assert [(await task).status_code for task in running] == [200, 200]
+    assert (await served.complete("acme")).status_code == 200
+
+
+async def test_openais_client_understands_limits_and_keys(served):
+    await set_limits(served, "tenant/acme", requests_per_minute=1)
+    async with listen(served.served.app) as url:
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=served.keys["acme"], max_retries=0)
+        raw = await client.completions.with_raw_response.create(model=BASE, prompt="one two", max_tokens=4)
+        assert raw.headers["x-ratelimit-limit-requests"] == "1"
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.completions.create(model=BASE, prompt="one two", max_tokens=4)
+        assert caught.value.code == "rate_limit_exceeded"
+        with pytest.raises(openai.AuthenticationError):
+            await client.with_options(api_key="pk-wrong").models.list()
+        with pytest.raises(openai.NotFoundError):
+            await client.with_options(max_retries=0).models.retrieve("absent")
+        await client.close()
+
+
+async def test_keys_live_and_die_over_http(served):
+    made = (await served.call("admin", "POST", "/v1/admin/keys", {"tenant": "acme"})).json()
+    served.keys["new"] = made["key"]
+    assert (await served.complete("new")).status_code == 200
+    rotated = await served.call("admin", "POST", f"/v1/admin/keys/{made['prefix']}/rotate", {"overlap_s": 60})
+    served.keys["newer"] = rotated.json()["key"]
+    assert [(await served.complete(who)).status_code for who in ("new", "newer")] == [200, 200]
+    assert (await served.call("admin", "DELETE", f"/v1/admin/keys/{made['id']}")).status_code == 200
+    assert [(await served.complete(who)).status_code for who in ("new", "newer")] == [401, 200]
+    await served.call("admin", "PATCH", "/v1/admin/tenants/acme", {"is_disabled": True})
+    assert [(await served.complete(who)).status_code for who in ("newer", "bolt")] == [401, 200]
+
+
+async def test_what_administrators_get_wrong_is_named(served):
+    for method, path, body, status in (
+        ("POST", "/v1/admin/tenants", {"id": "acme"}, 409),
+        ("POST", "/v1/admin/tenants", {"id": "No Good"}, 400),
+        ("POST", "/v1/admin/tenants", {"id": "x", "odd": 1}, 400),
+        ("GET", "/v1/admin/tenants/absent", None, 404),
+        ("PATCH", "/v1/admin/tenants/absent", {"weight": 1.0}, 404),
+        ("POST", "/v1/admin/keys", {}, 400),
+        ("POST", "/v1/admin/keys", {"tenant": "acme", "role": "admin"}, 400),
+        ("POST", "/v1/admin/keys", {"tenant": "absent"}, 404),
+        ("POST", "/v1/admin/keys/pk-absent/rotate", {}, 404),
+        ("DELETE", "/v1/admin/keys/pk-absent", None, 404),
+        ("PUT", "/v1/admin/limits/planet/earth", {}, 400),
+        ("PUT", "/v1/admin/limits/tenant/absent", {}, 404),
+        ("PUT", "/v1/admin/limits/tenant/acme", {"max_concurrency": -1}, 400),
+        ("GET", "/v1/usage?group_by=secret", None, 400),
+        ("GET", "/v1/usage?start=yesterday", None, 400),
+        ("GET", "/v1/usage?start=nan", None, 400),
+        ("GET", "/v1/usage?format=xls", None, 400),
+        ("GET", "/v1/usage?odd=1", None, 400),
+    ):
+        response = await served.call("admin", method, path, body)
+        assert response.status_code == status, (method, path, response.text)
+        assert response.json()["error"]["message"]
+
+
+async def test_usage_is_exported_as_files(served):
+    import io
+
+    from pyarrow import parquet
+
+    for _ in range(3):
+        await served.complete("acme")
+    await served.accounts.ledger.flush()
+    today = (await served.usage())[0]["day"]
+    table = parquet.read_table(
+        io.BytesIO((await served.call("admin", "GET", f"/v1/usage?format=parquet&start={today}")).content)
+    )
+    assert table.num_rows == 3
+    empty = await served.call("admin", "GET", f"/v1/usage?format=csv&end={today}")
+    assert len(empty.text.splitlines()) == 1
+
+
+async def test_adapters_belong_to_their_tenants_after_a_restart(config, tmp_path):
+    async with serve_accounts(tmp_path, config) as served:
+        folder = tmp_path / "acme"
+        folder.mkdir()
+        from support.driver import make_adapter
+
+        source = make_adapter(folder / "one", "one")
+        await served.call("acme", "POST", "/v1/adapters", {"name": "legal", "source": source})
+    async with Accounts(config) as accounts:
+        (adapter,) = accounts.adapters.values()
+    assert (adapter.qualified_name, adapter.source) == ("acme/legal", source)
+
+
+def test_durations_are_written_as_openai_does():
+    assert [duration(s) for s in (0, 0.02, 0.5, 1, 1.5, 59.9, 60, 360.4)] == [
+        "0ms", "20ms", "500ms", "1s", "1.5s", "59.9s", "1m0s", "6m0s",
+    ]  # fmt: skip
+
+
+def test_a_server_has_either_one_key_or_accounts(tmp_path):
+    from pomona.cli.accounts import open_accounts
+    from pomona.cli.config import load_config
+
+    config = load_config({"accounts": True, "api_key": "x", "data_dir": str(tmp_path)})
+
+    async def run():
+        async with open_accounts(config, None):
+            pass
+
+    with pytest.raises(ConfigError, match="api_key and accounts"):
+        asyncio.run(run())
