@@ -17,7 +17,7 @@ def main() -> None:
 
     def stamped_builder(config: AppConfig) -> BuildEngine:
         plain = engine_builder(config)
-        return StampedBuild(plain.config, plain.model_path, stamps_path)
+        return StampedBuild(plain.config, plain.model_path, stamps_path=stamps_path)
 
     serve.engine_builder = stamped_builder  # type: ignore[attr-defined]
     serve.run_server(load_config({"model": model, **json.loads(settings)}))

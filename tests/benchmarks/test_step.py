@@ -88,12 +88,13 @@ def test_a_stamped_engine_notes_every_token_of_every_request_and_stays_an_engine
         engine.step(now_s)
     engine.save()
     stamps = json.loads((tmp_path / "stamps.json").read_text())
-    assert sorted(len(times) for times in stamps) == [3, 5]
-    assert all(times == sorted(times) for times in stamps)
+    assert {name: len(times) for name, times in stamps["tokens"].items()} == {"a": 3, "b": 5}
+    assert all(times == sorted(times) for times in stamps["tokens"].values())
+    assert stamps["steps"] == sorted(stamps["steps"])
 
 
 def test_a_stamped_build_is_a_build_whose_engine_writes_its_stamps_when_closed(tiny_cache, tmp_path):
     plain = engine_builder(load_config({"model": str(tiny_cache / "tiny" / "model"), "num_threads": 1}))
-    parts = StampedBuild(plain.config, plain.model_path, str(tmp_path / "stamps.json"))()
+    parts = StampedBuild(plain.config, plain.model_path, stamps_path=str(tmp_path / "stamps.json"))()
     parts.close()
-    assert json.loads((tmp_path / "stamps.json").read_text()) == []
+    assert json.loads((tmp_path / "stamps.json").read_text()) == {"tokens": {}, "steps": []}
