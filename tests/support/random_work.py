@@ -14,19 +14,20 @@ VOCAB_SIZE = 131
 
 
 def random_sampling(chance: random.Random) -> SamplingParams:
+    max_tokens = chance.randrange(1, 30)
     changes: list[dict[str, Any]] = [
         {},
         {},
         {"temperature": 1.0, "seed": chance.randrange(100)},
         {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "seed": chance.randrange(100)},
         {"stop_token_ids": tuple(chance.sample(range(VOCAB_SIZE), 12))},
-        {"stop_token_ids": tuple(chance.sample(range(VOCAB_SIZE), 40)), "min_tokens": 6},
+        {"stop_token_ids": tuple(chance.sample(range(VOCAB_SIZE), 40)), "min_tokens": min(6, max_tokens)},
         {"logprobs": 2},
         {"repetition_penalty": 1.3, "presence_penalty": 0.5},
         {"logit_bias": ((5, 3.0), (9, -3.0))},
         {"prompt_logprobs": 1},
     ]
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": chance.randrange(1, 30), **chance.choice(changes)})
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, **chance.choice(changes)})
 
 
 def play(engine: TinyEngine, adapter_paths: Sequence[Path], seed: int) -> dict[RequestId, list[int]]:
