@@ -27,7 +27,7 @@ KINDS = {
     "dora": {"r": 8, "use_dora": True, "target_modules": ALL_TARGETS},
 }
 SETTINGS = {"max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 6, "min_prefix_wait_tokens": 0}
-SCARCE = {"num_kv_blocks": 45, "num_adapter_pages": 9}
+SCARCE = {"num_kv_blocks": 45, "num_adapter_pages": 6}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def adapter_paths(base_path, tmp_path_factory):
 def test_replayed_steps_give_the_same_logits_and_every_request_the_same_tokens(
     base_path, adapter_paths, backend, sizes, overlap_steps
 ):
+    num_evictions = 0
     with use_backend(backend):
         for seed in range(2):
             plain = play(TinyEngine(base_path, **SETTINGS, **SCARCE), adapter_paths, seed)
@@ -62,7 +63,8 @@ def test_replayed_steps_give_the_same_logits_and_every_request_the_same_tokens(
             compared = compare_every_step(engine, 0.0 if backend == "cpu" else 5e-4)
             assert play(engine, adapter_paths, seed) == plain
             assert compared.num_compared > 10
-            assert engine.engine.stats().num_adapter_evictions > 0
+            num_evictions += engine.engine.stats().num_adapter_evictions
+    assert num_evictions > 0
 
 
 @pytest.mark.skipif(

@@ -17,6 +17,7 @@ from pomona.model.adapter_weights import AdapterWeights
 from pomona.model.lora import AdapterExtras, LoraState, PageLayout
 from pomona.model.spec import Site
 from pomona.runner.batch import AdapterRun
+from pomona.runner.copies import upload
 from pomona.runner.kv_cache import lazy_zeros
 
 
@@ -114,11 +115,11 @@ class AdapterPool:
         for index, resident in enumerate(residents):
             page_tables[index, : len(resident.page_ids)] = resident.page_ids
         rows = tuple((run.start, run.end) for run in runs)
-        bounds = torch.from_numpy(np.array(rows, dtype=np.int32)).to(self._device, non_blocking=True)
+        bounds = upload(np.array(rows, dtype=np.int32), self._device)
         batch = LoraBatch(
             starts=bounds[:, 0].contiguous(),
             ends=bounds[:, 1].contiguous(),
-            page_tables=torch.from_numpy(page_tables).to(self._device, non_blocking=True),
+            page_tables=upload(page_tables, self._device),
             host_rows=rows,
             host_pages=tuple(resident.page_ids for resident in residents),
             max_rank=max(resident.max_rank for resident in residents),
@@ -140,8 +141,8 @@ class AdapterPool:
         if key != self._ranks_key:
             ranks = np.stack([resident.ranks for resident in residents], axis=-1)  # [layers, targets, segments]
             scalings = np.stack([resident.scalings for resident in residents], axis=-1)
-            device_ranks = torch.from_numpy(ranks).to(self._device)
-            device_scalings = torch.from_numpy(scalings).to(self._device)
+            device_ranks = upload(ranks, self._device)
+            device_scalings = upload(scalings, self._device)
             self._ranks = {
                 (layer, site): LoraRanks(
                     ranks=device_ranks[layer, site.value[0] : site.value[-1] + 1],

@@ -87,9 +87,8 @@ def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
     """Apply penalties, bias and min_tokens to one row's logits [vocab_size], in place."""
     params = _params(table, row)
     num_tokens, num_prompt = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
-    tokens = upload(table.token_ids[row, :num_tokens], logits.device)
-    if params.has_penalties:
-        assert num_tokens == table.num_host_tokens[row], "penalties need all of the sequence's tokens on the host"
+    tokens = upload(table.token_ids[row, : num_tokens if params.has_penalties else 0], logits.device)
+    assert len(tokens) <= table.num_host_tokens[row], "penalties need all of the sequence's tokens on the host"
     if params.repetition_penalty != 1.0:
         seen = torch.unique(tokens)
         values = logits[seen]
@@ -99,11 +98,12 @@ def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
         output, counts = torch.unique(tokens[num_prompt:], return_counts=True)
         logits[output] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
     if params.logit_bias:
-        index = torch.tensor([token_id for token_id, _ in params.logit_bias], device=logits.device)
-        biases = torch.tensor([bias for _, bias in params.logit_bias], dtype=logits.dtype, device=logits.device)
-        logits.index_add_(0, index, biases)
+        token_ids, biases = zip(*params.logit_bias, strict=True)
+        index = upload(np.array(token_ids, dtype=np.int64), logits.device)
+        logits.index_add_(0, index, upload(np.array(biases, dtype=np.float32), logits.device))
     if num_tokens - num_prompt < params.min_tokens and params.stop_token_ids:
-        logits[list(params.stop_token_ids)] = -torch.inf
+        stop_ids = upload(np.array(params.stop_token_ids, dtype=np.int64), logits.device)
+        logits.index_fill_(0, stop_ids, -torch.inf)
 
 
 def _draw(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Tensor:
