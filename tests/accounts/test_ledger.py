@@ -39,7 +39,7 @@ def output(num_tokens, *, cached=0, finish=None, first_s=1.0):
 
 
 def start(request_id, number=0, slot=0):
-    return Start(number, slot, request_id, "acme", "k1", "k1", "base", "", 10, 1000.0)
+    return Start(number, slot, request_id, "acme", "k1", "k1", "base", "", (10,), 1000.0)
 
 
 def usage(begun, outcome="finish", output_tokens=3):
@@ -81,7 +81,7 @@ def new_ledger(database):
 
 async def answer(ledger_or_accounts, request_id, *, num_tokens=5, adapter="base", who=None, outcome="finish"):
     """One whole request."""
-    entry = ledger_or_accounts.begin(who or principal(), Booking(request_id, adapter, "", 10))
+    entry = ledger_or_accounts.begin(who or principal(), Booking(request_id, adapter, "", (10,)))
     entry.note(0, output(1, cached=4), 1.5)
     entry.note(0, output(num_tokens - 1, finish=FinishReason.STOP), 3.0)
     entry.close(outcome, 3.5)
@@ -101,7 +101,7 @@ async def test_a_request_is_one_row_with_all_that_was_counted(config):
 
 async def test_choices_add_up_and_a_prompt_counts_once(config):
     async with Accounts(config) as accounts:
-        entry = accounts.begin(principal(), Booking("r1", "base", "", 10, 2))
+        entry = accounts.begin(principal(), Booking("r1", "base", "", (10,), 2))
         for index in (0, 1):
             entry.note(index, output(3, cached=4 * index, finish=FinishReason.LENGTH), 2.0)
         entry.close("finish", 2.0)
@@ -175,11 +175,11 @@ async def test_requests_are_refused_when_too_much_waits(config, database, new_le
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from pomona.accounts.journal import Journal, Start, Usage
+    from pomona.accounts.journal import Counted, Journal, Start, Usage
     journal = Journal(Path(sys.argv[1]), "victim", segment_bytes=2000)
     for index in range(40):
-        begun = journal.start(Start(0, 0, f"r{index}", "acme", "k1", "k1", "base", "", 10, 1000.0))
-        journal.advance(begun, index, 1, 1002.0)
+        begun = journal.start(Start(0, 0, f"r{index}", "acme", "k1", "k1", "base", "", (10,), 1000.0))
+        journal.advance(begun, Counted(index, 1, 10), 1002.0)
         if index % 3:
             journal.finish(begun, Usage(begun.number, f"r{index}", "acme", "k1", "k1", "base", "", 10, 1, index, 0.5,
                                         "finish", 1000.0, 1001.0))

@@ -34,7 +34,8 @@ class Booking:
     adapter: str
     """Qualified name, or the base model's."""
     adapter_id: str
-    num_input_tokens: int
+    prompt_tokens: tuple[int, ...]
+    """Of each prompt."""
     choices_per_prompt: int = 1
 
 
@@ -140,7 +141,7 @@ class Accounts:
             root_id=principal.root_id,
             adapter=booking.adapter,
             adapter_id=booking.adapter_id,
-            input_tokens=booking.num_input_tokens,
+            prompt_tokens=booking.prompt_tokens,
             started_s=clock.now_s(),
         )
         return self.ledger.begin(start, booking.choices_per_prompt)

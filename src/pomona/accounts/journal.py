@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -25,11 +25,20 @@ from pomona.core.errors import DatabaseUnavailableError
 
 _HEADER: Final = struct.Struct("<II")
 _SLOT: Final = struct.Struct("<QQIId")
-"""Number of the start record it belongs to, output tokens, cached tokens, unused, time of the last change."""
+"""Number of the start record it belongs to; output, cached and input tokens counted; time of the last change."""
 _NUM_SLOTS: Final = 65_536
 _MAX_RECORD_BYTES: Final = 2**20
 _LOCK_FILE: Final = "lock"
 _PROGRESS_FILE: Final = "progress"
+
+
+class Counted(NamedTuple):
+    """Tokens of one request, as far as the engine has reported them."""
+
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    input_tokens: int = 0
+    """Of the prompts that the engine has begun with."""
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -45,7 +54,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     root_id: str
     adapter: str
     adapter_id: str
-    input_tokens: int
+    prompt_tokens: tuple[int, ...]
+    """Of each prompt."""
     started_s: float
     """Unix time."""
 
@@ -145,9 +155,9 @@ class Journal:
         self._segments[self._last_segment].num_open += 1
         return start
 
-    def advance(self, start: Start, output_tokens: int, cached_tokens: int, now_s: float) -> None:
-        """Note how many tokens a request has been given, before the client sees them."""
-        _SLOT.pack_into(self._progress, start.slot * _SLOT.size, start.number, output_tokens, cached_tokens, 0, now_s)
+    def advance(self, start: Start, counted: Counted, now_s: float) -> None:
+        """Note how many tokens have been counted for a request, before the client sees them."""
+        _SLOT.pack_into(self._progress, start.slot * _SLOT.size, start.number, *counted, now_s)
 
     def finish(self, start: Start, usage: Usage) -> None:
         """Write down a request's end.
@@ -303,9 +313,10 @@ def _rows_of(path: Path) -> list[Usage]:
 
 
 def _lost(start: Start, progress: bytes) -> Usage:
-    number, output_tokens, cached_tokens, _, at_s = _SLOT.unpack_from(progress, start.slot * _SLOT.size)
+    number, *numbers, at_s = _SLOT.unpack_from(progress, start.slot * _SLOT.size)
+    counted = Counted(*numbers)
     if number != start.number:  # only if the disk lost the table in a power cut
-        output_tokens, cached_tokens, at_s = 0, 0, start.started_s
+        counted, at_s = Counted(), start.started_s
     return Usage(
         number=start.number,
         request_id=start.request_id,
@@ -314,9 +325,7 @@ def _lost(start: Start, progress: bytes) -> Usage:
         root_id=start.root_id,
         adapter=start.adapter,
         adapter_id=start.adapter_id,
-        input_tokens=start.input_tokens,
-        cached_tokens=cached_tokens,
-        output_tokens=output_tokens,
+        **counted._asdict(),
         engine_s=max(0.0, at_s - start.started_s),
         outcome="lost",
         started_s=start.started_s,

@@ -15,7 +15,7 @@ from typing import Final
 from pomona.accounts import clock
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
-from pomona.accounts.journal import Journal, Start, Usage, dead_journals
+from pomona.accounts.journal import Counted, Journal, Start, Usage, dead_journals
 from pomona.accounts.usage_rows import Prices, Spending, insert_usage, read_prices
 from pomona.core.errors import DatabaseUnavailableError
 from pomona.core.output import RequestOutput
@@ -38,22 +38,28 @@ class Entry:
     """
 
     __slots__ = (
-        "_cached_tokens", "_choices_per_prompt", "_engine_s", "_first_s", "_is_closed", "_ledger", "output_tokens",
-        "start", "used_tokens",
-    )  # fmt: skip
+        "_begun_s",
+        "_choices_per_prompt",
+        "_engine_s",
+        "_is_closed",
+        "_ledger",
+        "_prompts",
+        "counted",
+        "start",
+    )
 
     def __init__(self, ledger: "Ledger", start: Start, choices_per_prompt: int) -> None:
         self._ledger = ledger
         self._choices_per_prompt = choices_per_prompt
-        self._first_s: dict[int, float] = {}
+        self._begun_s: dict[int, float] = {}
+        """Choice in the engine -> since when."""
+        self._prompts: set[int] = set()
+        """Prompts that the engine has begun with."""
         self._engine_s = 0.0
-        self._cached_tokens = 0
-        self.start = start
-        self.output_tokens = 0
-        """Counted so far, over all choices."""
-        self.used_tokens = 0
-        """Prompt and output, once it is closed."""
         self._is_closed = False
+        self.start = start
+        self.counted = Counted()
+        """So far, over all choices."""
 
     def note(self, index: int, output: RequestOutput, now_s: float) -> None:
         """Count one output of choice ``index`` that the engine has reported, before anything is made of it.
@@ -63,21 +69,26 @@ class Entry:
             output: of the engine.
             now_s: on the engine's clock.
         """
-        if index not in self._first_s and output.first_scheduled_s is not None:
-            self._first_s[index] = output.first_scheduled_s
-            if index % self._choices_per_prompt == 0:
-                self._cached_tokens += output.num_cached_tokens
-        self.output_tokens += len(output.new_token_ids)
-        self._ledger.advance(self.start, self.output_tokens, self._cached_tokens)
+        num_output, num_cached, num_input = self.counted
+        if index not in self._begun_s and output.first_scheduled_s is not None:
+            self._begun_s[index] = output.first_scheduled_s
+            prompt = index // self._choices_per_prompt
+            if prompt not in self._prompts:
+                # The prompt's other choices find in the cache what this one computes; that is no discount.
+                self._prompts.add(prompt)
+                num_cached += output.num_cached_tokens
+                num_input += self.start.prompt_tokens[prompt]
+        self.counted = Counted(num_output + len(output.new_token_ids), num_cached, num_input)
+        self._ledger.advance(self.start, self.counted)
         if output.finish_reason is not None:
             self.end_choice(index, now_s)
 
     def end_choice(self, index: int, now_s: float) -> None:
         """Note that a choice has left the engine."""
-        first_s = self._first_s.pop(index, None)
-        if first_s is not None:
-            self._engine_s += max(0.0, now_s - first_s)
-            self._first_s[index] = now_s
+        begun_s = self._begun_s.get(index)
+        if begun_s is not None:
+            self._engine_s += max(0.0, now_s - begun_s)
+            self._begun_s[index] = now_s
 
     def close(self, outcome: str, now_s: float) -> None:
         """Write the row: the request has ended. Only the first time counts.
@@ -89,11 +100,9 @@ class Entry:
         if self._is_closed:
             return
         self._is_closed = True
-        for index in list(self._first_s):
+        for index in self._begun_s:
             self.end_choice(index, now_s)
         start = self.start
-        num_input_tokens = 0 if outcome == "reject" else start.input_tokens
-        self.used_tokens = num_input_tokens + self.output_tokens
         usage = Usage(
             number=start.number,
             request_id=start.request_id,
@@ -102,9 +111,7 @@ class Entry:
             root_id=start.root_id,
             adapter=start.adapter,
             adapter_id=start.adapter_id,
-            input_tokens=num_input_tokens,
-            cached_tokens=self._cached_tokens,
-            output_tokens=self.output_tokens,
+            **self.counted._asdict(),
             engine_s=self._engine_s,
             outcome=outcome,
             started_s=start.started_s,
@@ -177,9 +184,9 @@ class Ledger:
         self._num_written += 1
         return Entry(self, self._journal.start(start), choices_per_prompt)
 
-    def advance(self, start: Start, output_tokens: int, cached_tokens: int) -> None:
+    def advance(self, start: Start, counted: Counted) -> None:
         """Count for a request, in case this process dies."""
-        self._journal.advance(start, output_tokens, cached_tokens, clock.now_s())
+        self._journal.advance(start, counted, clock.now_s())
 
     def finish(self, start: Start, usage: Usage) -> None:
         """Write a request's end."""

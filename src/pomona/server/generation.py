@@ -47,7 +47,7 @@ class Job:
         """Return what limits are asked about: output counts as far as the client has bounded it."""
         is_bounded = body.max_tokens is not None or getattr(body, "max_completion_tokens", body) is not None
         return RequestSize(
-            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
+            prompt_tokens=tuple(len(prompt.token_ids) for prompt in self.prompts),
             max_output_tokens=sum(params.max_tokens for params in self.sampling) if is_bounded else 0,
             choices_per_prompt=self.n,
         )

@@ -20,7 +20,8 @@ from pomona.server.context import context_of
 class RequestSize:
     """How much a request asks for."""
 
-    num_prompt_tokens: int
+    prompt_tokens: tuple[int, ...]
+    """Of each prompt."""
     max_output_tokens: int
     """As far as the client has bounded it."""
     choices_per_prompt: int
@@ -51,17 +52,17 @@ async def admitted(
     accounts.ledger.check()
     if scopes:
         connection.scope["state"]["limit_headers"] = lambda: limit_headers(accounts, scopes)
-    num_tokens = size.num_prompt_tokens + size.max_output_tokens
+    num_tokens = sum(size.prompt_tokens) + size.max_output_tokens
     admission = await accounts.limiter.admit(scopes, num_tokens) if scopes else None
     used = 0
     try:
-        booking = Booking(request_id, adapter, lease.adapter_id or "", size.num_prompt_tokens, size.choices_per_prompt)
+        booking = Booking(request_id, adapter, lease.adapter_id or "", size.prompt_tokens, size.choices_per_prompt)
         entry = accounts.begin(principal, booking)
         try:
             yield entry
         finally:
             entry.close("abort", time.monotonic())  # has no effect if it is closed, as it should be
-            used = entry.used_tokens
+            used = entry.counted.input_tokens + entry.counted.output_tokens
     finally:
         if admission is not None:
             admission.settle(used)
