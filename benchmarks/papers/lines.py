@@ -15,7 +15,8 @@ _WIDTH, _PANEL, _LEFT, _RIGHT, _TOP, _GAP, _BOTTOM = 860, 230, 74, 24, 40, 52, 4
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Points joined in order; dots alone if ``is_dots``."""
+    """Points joined in order; dots alone if ``is_dots``. Without a label it takes the color of the first line that has
+    none, and no place in the legend."""
 
     label: str
     points: tuple[tuple[float, float], ...]
@@ -84,10 +85,11 @@ def _panel(panel: Panel, top: float, place) -> list[str]:  # noqa: ANN001
         parts.append(_text(_LEFT - 8, y + 4, f"{tick * step:g}", "end"))
     x = float(_WIDTH - _RIGHT)
     for index, line in reversed(list(enumerate(panel.lines))):
-        color = COLORS[index % len(COLORS)]
-        x -= 26 + 6.4 * len(line.label)
-        parts.append(f'<rect x="{x:.0f}" y="{top - 21:.0f}" width="10" height="10" fill="{color}"/>')
-        parts.append(_text(x + 14, top - 12, line.label, "start"))
+        color = COLORS[index % len(COLORS)] if line.label else COLORS[0]
+        if line.label:
+            x -= 26 + 6.4 * len(line.label)
+            parts.append(f'<rect x="{x:.0f}" y="{top - 21:.0f}" width="10" height="10" fill="{color}"/>')
+            parts.append(_text(x + 14, top - 12, line.label, "start"))
         spots = [(place(a), level(b)) for a, b in line.points]
         if not line.is_dots:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in spots)
