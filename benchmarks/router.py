@@ -96,10 +96,11 @@ def scan(num_replicas: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=results.default_file("router"), help="append the rows to it")
+    parser.add_argument("--output", type=Path, help="default: today's benchmarks/results/DATE-router.jsonl")
     parser.add_argument("--decisions", type=int, default=4000, help="decisions per run")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     options = parser.parse_args()
+    output = options.output or results.RESULTS / f"{results.today()}-router.jsonl"
     setup = results.setup()
     rows = []
     for num_replicas in options.sizes:
@@ -114,7 +115,7 @@ def main() -> None:
         for row in rows[-len(cases) - 1 :]:
             print(json.dumps(row), file=sys.stderr)
     for row in rows:
-        results.append(options.output, setup | row)
+        results.append(output, setup | row)
     print(json.dumps(rows[-1]))
 
 

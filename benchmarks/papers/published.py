@@ -61,5 +61,6 @@ class Report:
 def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with the option that all share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=results.default_file(f"paper-{name}"), help="append rows here")
+    default = results.RESULTS / f"{results.today()}-paper-{name}.jsonl"
+    parser.add_argument("--output", type=Path, default=default, help="append rows here")
     return parser

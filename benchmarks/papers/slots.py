@@ -9,10 +9,8 @@ its bounded wait for adapter pages and once without, as vLLM has none. The measu
 some thousands of requests waiting; a simulation starts with as many, so that a minute of it is a minute of theirs.
 """
 
-import argparse
 import csv
 import itertools
-import json
 import random
 import statistics
 from collections.abc import Iterator
@@ -21,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import results
 from benchmarks.papers.lines import Line, Panel, line_chart
-from benchmarks.papers.published import CHARTS, DATA
+from benchmarks.papers.published import DATA, Report, arguments
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.cluster import ClusterSim
@@ -197,17 +194,16 @@ def held_out_error(cost: FittedCost, kv_tokens: dict[int, int], duration_s: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, "slots")
     parser.add_argument("--duration", type=float, default=60.0, help="simulated seconds per point")
     parser.add_argument("--num-adapters", type=int, default=512)
     parser.add_argument("--rate", type=float, default=150.0)
-    parser.add_argument("--output", type=Path, default=results.default_file("paper-slots"))
     options = parser.parse_args()
-    setup = results.setup(duration_s=options.duration)
+    report = Report("slots", options.output, duration_s=options.duration)
     runs = read_runs(DATA / "lora_h100_fit.csv")
     cost = fit_cost([run for run in runs if run.is_saturated])
     kv_tokens = fit_kv_tokens(runs)
-    results.append(options.output, setup | {"kind": "fit", "weights": cost.weights, "kv_tokens": kv_tokens})
+    report.add("fit", {"weights": cost.weights, "kv_tokens": kv_tokens})
     measured = {
         run.num_slots: run
         for run in runs
@@ -221,17 +217,14 @@ def main() -> None:
         for name, wait_limit_s in (("without_limit", 1e6), ("with_limit", 1.0)):
             row[name] = simulate(num_slots, load, cost, kv_tokens[num_slots], wait_limit_s, options.duration)
         rows.append(row)
-        results.append(options.output, setup | {"kind": "slots"} | row)
-        print(json.dumps(row))
+        report.add("slots", row)
     held_out = held_out_error(cost, kv_tokens, options.duration)
     for row in held_out:
-        results.append(options.output, setup | {"kind": "held-out"} | row)
+        report.add("held-out", row)
     errors = [abs(row["error"]) for row in held_out]
     summary = {"median_error": statistics.median(errors), "worst_error": max(errors), "num_runs": len(errors)}
-    results.append(options.output, setup | {"kind": "error"} | summary)
-    CHARTS.mkdir(parents=True, exist_ok=True)
-    (CHARTS / "paper-slots.svg").write_text(chart(rows, options.num_adapters))
-    print(json.dumps(summary))
+    report.add("error", summary)
+    report.draw(chart(rows, options.num_adapters))
 
 
 def chart(rows: list[dict[str, float | None]], num_adapters: int) -> str:
