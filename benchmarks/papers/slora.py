@@ -3,12 +3,13 @@ setting S2), 10 requests per second, lengths uniform in 8 to 512.
 
     python -m benchmarks.papers.slora
 
-The throughput with one adapter fixes one number, the time that any row with an adapter adds; how throughput falls with
-more adapters is then the simulation's own, from the bytes of adapters that a step reads.
+The dense cost is that of the same card in Punica's paper. The throughput with one adapter fixes one number, the time
+that a row with an adapter adds; what the base model alone reaches, and how throughput falls with more adapters, is then
+the simulation's own, from the bytes of adapters that a step reads.
 """
 
 from benchmarks.papers.lines import Line, Panel, line_chart
-from benchmarks.papers.published import Report, arguments
+from benchmarks.papers.published import A100_LLAMA_7B, Report, arguments
 from pomona.metrics.slo import Slo
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.sched.config import SchedulerConfig
@@ -28,9 +29,9 @@ RATE_RPS, SLO = 10.0, Slo(ttft_s=6.0)
 MEMORY_BYTES_PER_S = 1.3e12
 ADAPTER_ROW_BYTES = 4 * 2 * 4096 * 2 * 32
 """One rank of q, k, v and o in all layers, in fp16."""
-DENSE = (CostTerm("num_rows", 1.0e-4), CostTerm("num_kv_tokens", 4.6e-7))
-STEP_S = 0.0215
-"""Chosen so that the base model alone serves 10 requests per second, and just so, as measured."""
+DENSE = tuple(term for term in A100_LLAMA_7B.terms if term.quantity in ("num_rows", "num_kv_tokens"))
+DURATION_S = {0: 300.0, 1: 300.0, 5: 120.0, 100: 120.0, 200: 300.0, 1000: 120.0, 2000: 120.0}
+"""Adapters -> seconds of arrivals in the published run."""
 SCHEDULER = SchedulerConfig(
     num_kv_blocks=7000,  # 80 GB less 13.5 GB of weights and working memory, at 0.5 MB per token
     max_model_len=2048,
@@ -46,7 +47,7 @@ SCHEDULER = SchedulerConfig(
 def simulate(num_adapters: int, adapter_row_s: float, duration_s: float) -> ClusterSim:
     read_s = ADAPTER_ROW_BYTES / MEMORY_BYTES_PER_S
     terms = (*DENSE, CostTerm("num_adapter_rows", adapter_row_s), CostTerm("sum_adapter_ranks", read_s))
-    config = ClusterConfig(SCHEDULER, LinearCost(STEP_S, terms), autoscaler=AutoscalerConfig(interval_s=1e4), slo=SLO)
+    config = ClusterConfig(SCHEDULER, LinearCost(A100_LLAMA_7B.step_s, terms), autoscaler=AutoscalerConfig(interval_s=1e4), slo=SLO)
     spec = WorkloadSpec(
         round(RATE_RPS * duration_s),
         GammaArrivals(RATE_RPS, 1.0),
@@ -78,15 +79,13 @@ def fit(duration_s: float) -> float:
 
 def main() -> None:
     parser = arguments(__doc__, "slora")
-    parser.add_argument("--duration", type=float, default=120.0, help="seconds of arrivals")
-    parser.add_argument("--fit-duration", type=float, default=120.0, help="the same while fitting")
     options = parser.parse_args()
-    report = Report("slora", options.output, duration_s=options.duration)
-    adapter_row_s = fit(options.fit_duration)
+    report = Report("slora", options.output)
+    adapter_row_s = fit(DURATION_S[1])
     report.add("fit", {"adapter_row_s": adapter_row_s})
     found = {}
     for num_adapters, published in PUBLISHED.items():
-        sim = simulate(num_adapters, adapter_row_s, options.duration)
+        sim = simulate(num_adapters, adapter_row_s, DURATION_S[num_adapters])
         summary = sim.ledger.summary(SLO, sim.end_s)
         found[num_adapters] = throughput_rps(sim)
         report.add(
