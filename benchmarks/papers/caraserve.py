@@ -9,7 +9,7 @@ published; ours bring rank-aware routing under the padded kernel to the paper's 
 """
 
 from benchmarks.chart import Bar, Series, grouped_bars
-from benchmarks.papers.published import PaddedCost, Report, arguments
+from benchmarks.papers.published import Report, arguments
 from pomona.metrics.slo import Slo
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.router.fleet import PolicyName, RouterConfig
@@ -17,7 +17,7 @@ from pomona.router.rank_aware import RankForm, StepModel
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.cluster import ClusterSim
 from pomona.sim.cluster_config import ClusterConfig
-from pomona.sim.cost_model import CostModel, CostTerm, LinearCost
+from pomona.sim.cost_model import CostTerm, LinearCost
 from pomona.sim.population import AdapterPages, AdapterPopulation
 from pomona.workload.arrivals import PoissonArrivals
 from pomona.workload.lengths import UniformLength
@@ -39,7 +39,7 @@ PUBLISHED = {
 }
 """Percent; "most idle" and "first fit" are the paper's names of the second and the last."""
 DENSE = LinearCost(0.024, (CostTerm("num_rows", 4e-5),))
-RANK_ROW_S = {"sum": 7.6e-6, "max": 7.6e-6}
+RANK_ROW_S = 7.6e-6
 SCHEDULER = SchedulerConfig(
     num_kv_blocks=1100,  # an A10: 24 GB less 13.5 GB of weights, at 0.5 MB per token
     max_model_len=1024,
@@ -53,13 +53,9 @@ PROMPTS, OUTPUTS = UniformLength(8, 64), UniformLength(32, 160)
 
 
 def simulate(policy: PolicyName, form: RankForm, duration_s: float, rate_rps: float) -> ClusterSim:
-    rank_row_s = RANK_ROW_S[form]
-    cost: CostModel
-    if form == "sum":
-        cost = LinearCost(DENSE.step_s, (*DENSE.terms, CostTerm("sum_row_ranks", rank_row_s)))
-    else:
-        cost = PaddedCost(DENSE, rank_row_s)
-    model = StepModel(DENSE.step_s, DENSE.terms[0].seconds_each, rank_row_s, num_output_tokens=96.0, form=form)
+    quantity = "sum_row_ranks" if form == "sum" else "padded_row_ranks"
+    cost = LinearCost(DENSE.step_s, (*DENSE.terms, CostTerm(quantity, RANK_ROW_S)))
+    model = StepModel(DENSE.step_s, DENSE.terms[0].seconds_each, RANK_ROW_S, num_output_tokens=96.0, form=form)
     config = ClusterConfig(
         SCHEDULER,
         cost,

@@ -2,13 +2,11 @@
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
 from pomona.sim.cost_model import CostTerm, LinearCost
-from pomona.sim.step_work import StepWork
 
 DATA = Path(__file__).resolve().parent / "data"
 CHARTS = Path(__file__).resolve().parent.parent.parent / "docs" / "benchmarks"
@@ -25,18 +23,6 @@ A100_LLAMA_7B = LinearCost(
 """Llama-2-7B in fp16 on an A100 as Punica reports it (arXiv 2310.18547, section 7): a decode step of 11 to 13 ms at
 batch 1 to 32 and short context, up to 34 ms at long; 1,044 tokens per second at batch 32. A prompt token costs 14 GFLOP
 at some 215 TFLOP/s; an adapter's rank is 2.1 MB to read at 1.3 TB/s."""
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedCost:
-    """CaraServe's "max" form: every row pays for the largest rank of the batch."""
-
-    dense: LinearCost
-    rank_row_s: float
-
-    def seconds(self, work: StepWork) -> float:
-        """Seconds of a step."""
-        return self.dense.seconds(work) + self.rank_row_s * work.num_decode_rows * work.max_rank
 
 
 class Report:

@@ -93,7 +93,7 @@ def figures(sim: ClusterSim) -> dict[str, float]:
 def main() -> None:
     parser = arguments(__doc__, "punica")
     parser.add_argument("--duration", type=float, default=3600.0)
-    parser.add_argument("--peak", type=float, default=12.0, help="requests per second at the top of the ramp")
+    parser.add_argument("--peak", type=float, default=15.0, help="requests per second at the top of the ramp")
     options = parser.parse_args()
     report = Report("punica", options.output, duration_s=options.duration, peak_rps=options.peak)
     sims = {}

@@ -47,7 +47,9 @@ SCHEDULER = SchedulerConfig(
 def simulate(num_adapters: int, adapter_row_s: float, duration_s: float) -> ClusterSim:
     read_s = ADAPTER_ROW_BYTES / MEMORY_BYTES_PER_S
     terms = (*DENSE, CostTerm("num_adapter_rows", adapter_row_s), CostTerm("sum_adapter_ranks", read_s))
-    config = ClusterConfig(SCHEDULER, LinearCost(A100_LLAMA_7B.step_s, terms), autoscaler=AutoscalerConfig(interval_s=1e4), slo=SLO)
+    config = ClusterConfig(
+        SCHEDULER, LinearCost(A100_LLAMA_7B.step_s, terms), autoscaler=AutoscalerConfig(interval_s=1e4), slo=SLO
+    )
     spec = WorkloadSpec(
         round(RATE_RPS * duration_s),
         GammaArrivals(RATE_RPS, 1.0),

@@ -1,5 +1,5 @@
 """A day on spot instances: the g4dn trace of SpotServe's artifact (10.8 hours, up to 24 nodes that come and go), a load
-that needs about eight of them, and what interruptions do to requests.
+that needs about six of them, and what interruptions do to requests.
 
     python -m benchmarks.papers.spot
 
@@ -7,10 +7,12 @@ Every request must end with a whole answer: what a lost replica had goes on else
 and the tokens delivered so far. SpotServe (ASPLOS'24) reports a cost of 46 % of on-demand; prices here are its ratio.
 """
 
-import csv
+import gzip
+import importlib.resources
+import itertools
 
 from benchmarks.papers.lines import Line, Panel, line_chart
-from benchmarks.papers.published import DATA, Report, arguments
+from benchmarks.papers.published import Report, arguments
 from pomona.metrics.slo import Slo
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.router.fleet import RouterConfig
@@ -23,11 +25,12 @@ from pomona.workload.arrivals import GammaArrivals
 from pomona.workload.lengths import UniformLength
 from pomona.workload.popularity import ZipfPopularity
 from pomona.workload.spec import WorkloadSpec, iter_requests
+from pomona.workload.traces import read_spot_events
 
 SPOT_PRICE = 1.9 / 3.9
 """Of on-demand, g4dn.12xlarge (dollars per hour in SpotServe, section 6.1)."""
 NOTICE_S = 30.0
-SLO = Slo(ttft_s=5.0, tpot_s=0.1)
+SLO = Slo(ttft_s=10.0, tpot_s=0.3)
 SCHEDULER = SchedulerConfig(
     num_kv_blocks=3000,
     max_model_len=2048,
@@ -37,23 +40,17 @@ SCHEDULER = SchedulerConfig(
     min_prefix_wait_tokens=0,
 )
 COST = LinearCost(
-    0.03, (CostTerm("num_rows", 3e-4), CostTerm("num_kv_tokens", 8e-7), CostTerm("sum_adapter_ranks", 5e-6))
+    0.09, (CostTerm("num_rows", 1e-3), CostTerm("num_kv_tokens", 2e-6), CostTerm("sum_adapter_ranks", 1.5e-5))
 )
-"""A model of 7 billion weights over the four T4s of a node: 3.4 GB per device at 0.2 TB/s, 14 GFLOP per token."""
+"""A model of 30 billion weights in fp16 over the four T4s of a node: 15 GB per device at some 0.22 TB/s and the
+exchanges between them; 60 GFLOP per token at some 60 TFLOP/s."""
 
 
 def availability() -> tuple[tuple[float, int], ...]:
-    """(seconds, nodes up) from the trace."""
-    changes: dict[float, int] = {}
-    with (DATA / "spot_g4dn_12xlarge.csv").open() as file:
-        for time_ms, op, _ in csv.reader(file):
-            changes[float(time_ms) / 1000] = changes.get(float(time_ms) / 1000, 0) + (1 if op == "add" else -1)
-    capacity, nodes = [], 0
-    first_s = min(changes)
-    for time_s in sorted(changes):
-        nodes += changes[time_s]
-        capacity.append((time_s - first_s, nodes))
-    return tuple(capacity)
+    """(seconds since the first node came, nodes up)."""
+    packed = (importlib.resources.files("pomona.workload") / "data" / "spot-g4dn-12xlarge.csv.gz").read_bytes()
+    capacity = read_spot_events(gzip.decompress(packed).decode().splitlines())
+    return tuple((time_s - capacity[0][0], nodes) for time_s, nodes in capacity)
 
 
 def simulate(name: str, rate_rps: float, duration_s: float) -> ClusterSim:
@@ -85,7 +82,7 @@ def simulate(name: str, rate_rps: float, duration_s: float) -> ClusterSim:
 def main() -> None:
     parser = arguments(__doc__, "spot")
     parser.add_argument("--duration", type=float, default=38_880.0)
-    parser.add_argument("--rate", type=float, default=4.0)
+    parser.add_argument("--rate", type=float, default=3.0)
     options = parser.parse_args()
     report = Report("spot", options.output, duration_s=options.duration, rate_rps=options.rate)
     sims = {}
@@ -116,7 +113,7 @@ def chart(sims: dict[str, ClusterSim]) -> str:
     spot = sims["spot, stay until the loss"]
     hours = [sample.now_s / 3600 for sample in spot.samples]
     nodes: list[tuple[float, float]] = []
-    for before, after in zip(availability(), availability()[1:], strict=False):
+    for before, after in itertools.pairwise(availability()):
         nodes += [(before[0] / 3600, before[1]), (after[0] / 3600, before[1])]
     replicas = [
         Line("nodes to be had", tuple(point for point in nodes if point[0] <= hours[-1])),

@@ -102,6 +102,26 @@ app.command("profile")(with_settings(profile))
 
 
 @app.command()
+def plan(
+    spec: Annotated[
+        Path, typer.Argument(help="TOML file: workload, adapters, replica, objectives, what may be chosen.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,  # noqa: FBT002
+) -> None:
+    """Find the smallest fleet that meets the objectives for a workload, by simulation, and what binds it.
+
+    Needs no model and no server. Every simulation is a line on stderr; the plan goes to stdout.
+
+    Example:
+
+        pomona plan benchmarks/papers/specs/azure-conv.toml
+    """
+    from pomona.cli.plan import run_plan
+
+    run_plan(spec, as_json=as_json)
+
+
+@app.command()
 def chat(
     message: Annotated[str | None, typer.Argument(help="One message; without it, a conversation.")] = None,
     model: Annotated[str | None, typer.Option(help="Base or adapter name; default: the base.")] = None,

@@ -24,8 +24,8 @@ class LossConfig:
     mean_life_s: float | None = None
     """Mean of exponential times to failure of each replica; None never fails."""
     capacity: tuple[tuple[float, int], ...] = ()
-    """(time in seconds, replicas that can be had from then on): spot availability. Too many are interrupted, drawn at
-    random."""
+    """(time in seconds, instances that can be had from then on): spot availability. When some go, each instance is as
+    likely to be one of them, and with it the replica it may carry."""
     notice_s: float = 30.0
     """Time between an interruption's notice and its execution."""
     on_notice: Literal["move", "stay"] = "stay"

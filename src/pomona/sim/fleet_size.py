@@ -164,9 +164,13 @@ class FleetSize:
             self.release_if_drained(replica_id)
 
     def _set_capacity(self, num_replicas: int) -> None:
-        self._available = num_replicas
         alive = sorted([*self._starting, *(k for k in self._serving if k not in self._noticed)])
-        for replica_id in self._rng.sample(alive, max(0, len(alive) - num_replicas)):
+        before = len(alive) if self._available is None else max(self._available, len(alive))
+        self._available = num_replicas
+        # Any of the instances that there were may be the one that goes, whether it is ours or not.
+        gone = self._rng.sample(range(before), max(0, before - num_replicas))
+        num_lost = max(sum(k < len(alive) for k in gone), len(alive) - num_replicas)
+        for replica_id in self._rng.sample(alive, num_lost):
             if replica_id in self._starting:
                 self._call_off(replica_id, is_lost=True)
             else:

@@ -140,7 +140,7 @@ def router_config(spec: PlanSpec, settings: PlanSettings) -> RouterConfig:
     num_pages = -(-mean_rank // spec.replica.rows_per_page)
     loading = replace(with_adapter, num_loads=1, num_loaded_pages=num_pages)
     batch = 512
-    prompt = StepWork(num_rows=batch, num_seqs=1, num_kv_tokens=batch, num_attended_pairs=batch * batch // 2)
+    prompt = StepWork(num_rows=batch, num_seqs=1, num_prefill_kv_tokens=batch, num_prefill_pairs=batch * batch // 2)
     token_s = max(0.0, cost.seconds(prompt) - idle_s) / batch
     rank_row_s = (cost.seconds(with_adapter) - idle_s) / mean_rank
     return RouterConfig(

@@ -1,0 +1,83 @@
+"""A plan in words and as JSON: the answer, the check with one replica fewer, what binds, the curve around it."""
+
+import json
+from dataclasses import asdict
+
+from pomona.sim.plan_search import Plan, PlanSettings, TrialOutcome
+from pomona.sim.plan_spec import PlanSpec
+from pomona.sim.plan_trial import memory_split
+
+BINDING_WORDS = {
+    "compute": "compute: step times halved",
+    "kv": "KV memory: four times the blocks",
+    "adapter memory": "adapter memory: four times the pages",
+    "cold starts": "cold starts: copies of adapters free",
+}
+"""Resource -> how it was made plentiful."""
+
+
+def plan_fields(spec: PlanSpec, plan: Plan) -> dict[str, object]:
+    """The plan as values for JSON."""
+    num_blocks, num_pages = memory_split(spec, plan.settings.adapter_share)
+    return {
+        "answer": asdict(plan.settings)
+        | {
+            "num_kv_blocks": num_blocks,
+            "num_adapter_pages": num_pages,
+            "adapter_rank_rows": num_pages * spec.replica.rows_per_page,
+        },
+        "outcome": asdict(plan.outcome),
+        "one_fewer": None if plan.one_fewer is None else asdict(plan.one_fewer),
+        "one_fewer_settings": None if plan.one_fewer_settings is None else asdict(plan.one_fewer_settings),
+        "binds": plan.binds,
+        "binding": plan.binding,
+        "curve": plan.curve,
+        "sensitivity": plan.sensitivity,
+        "num_trials": plan.num_trials,
+    }
+
+
+def plan_json(spec: PlanSpec, plan: Plan) -> str:
+    """One line of JSON."""
+    return json.dumps(plan_fields(spec, plan))
+
+
+def plan_text(spec: PlanSpec, plan: Plan) -> str:
+    """The plan for people."""
+    settings = plan.settings
+    num_blocks, num_pages = memory_split(spec, settings.adapter_share)
+    wanted = spec.slo.min_attainment
+    lines = [
+        f"{_replicas(settings.num_replicas)}, router {settings.policy}, {settings.adapter_share:.0%} of the cache "
+        f"memory for adapters ({num_pages * spec.replica.rows_per_page} rank rows beside {num_blocks} KV blocks each)",
+        f"  whole workload: {_outcome(plan.outcome)}; wanted {wanted:.1%}",
+    ]
+    if plan.one_fewer is not None and plan.one_fewer_settings is not None:
+        verdict = "misses it" if plan.one_fewer.attainment < wanted else "also meets it on the whole workload"
+        lines.append(f"  one replica fewer, best settings ({_settings(plan.one_fewer_settings)}): {verdict}")
+        lines.append(f"    {_outcome(plan.one_fewer)}")
+    lines.append(f"What binds below that: {plan.binds}. Attainment in the search window when it is plentiful:")
+    lines.append(f"  as it is                                  {plan.binding['none']:7.1%}")
+    for name, words in BINDING_WORDS.items():
+        lines.append(f"  {words:<40}  {plan.binding[name]:7.1%}")  # type: ignore[index]
+    lines.append("Attainment in the search window by replicas:")
+    lines += [f"  {count:4d}  {share:7.1%}" for count, share in plan.curve]
+    lines.append("and with the answer changed in one thing:")
+    lines += [f"  {what:<24}  {share:7.1%}" for what, share in plan.sensitivity]
+    lines.append(f"{plan.num_trials} simulations.")
+    return "\n".join(lines)
+
+
+def _replicas(num_replicas: int) -> str:
+    return "1 replica" if num_replicas == 1 else f"{num_replicas} replicas"
+
+
+def _settings(settings: PlanSettings) -> str:
+    return f"{settings.policy}, adapter share {settings.adapter_share:g}"
+
+
+def _outcome(outcome: TrialOutcome) -> str:
+    return (
+        f"attainment {outcome.attainment:.1%}, TTFT p99 {outcome.ttft_p99_s:.2f} s, "
+        f"TPOT p99 {1e3 * outcome.tpot_p99_s:.0f} ms, replicas busy {outcome.busy_share:.0%}"
+    )
