@@ -150,8 +150,8 @@ class Contexts:
     value_cache: Tensor
     tables: Tensor
 
-    def attend(self, rows: Sequence[tuple[int, int, int]], window: int | None = None) -> list[Tensor]:
-        """Attention of rows ``(sequence, first position, end position)``, all in one batch; one result per entry."""
+    def batch(self, rows: Sequence[tuple[int, int, int]]) -> tuple[AttentionBatch, Tensor]:
+        """The inputs of a step of rows ``(sequence, first position, end position)``, and its queries."""
         query_lens = tuple(end - first for _, first, end in rows)
         starts = [sum(query_lens[:i]) for i in range(len(rows) + 1)]
         batch = AttentionBatch(
@@ -162,10 +162,14 @@ class Contexts:
             host_query_lens=query_lens,
             host_context_lens=tuple(end for _, _, end in rows),
         )
-        query = torch.cat([self.queries[sequence][first:end] for sequence, first, end in rows])
+        return batch, torch.cat([self.queries[sequence][first:end] for sequence, first, end in rows])
+
+    def attend(self, rows: Sequence[tuple[int, int, int]], window: int | None = None) -> list[Tensor]:
+        """Attention of rows ``(sequence, first position, end position)``, all in one batch; one result per entry."""
+        batch, query = self.batch(rows)
         scale = query.shape[2] ** -0.5
         attended = paged_attention(query, self.key_cache, self.value_cache, batch, scale=scale, sliding_window=window)
-        return list(torch.split(attended, list(query_lens)))
+        return list(torch.split(attended, list(batch.host_query_lens)))
 
 
 def make_contexts(

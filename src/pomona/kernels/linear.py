@@ -9,7 +9,6 @@ from enum import Enum
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pomona.kernels.dispatch import backend_for
 
@@ -147,14 +146,8 @@ def gather_rows(packed: PackedWeight, row_ids: Tensor) -> Tensor:
     Returns:
         [num_rows, in_features], packed.dtype, freshly allocated.
     """
-    if packed.layout is Layout.DENSE:
-        rows = functional.embedding(row_ids, packed.data)
-    else:
-        grouped = packed.data[row_ids // GROUP, :, row_ids % GROUP].flatten(1)
-        rows = grouped[:, : packed.in_features].contiguous()
-    if packed.scales is None:
-        return rows
-    return (rows * packed.scales[row_ids].unsqueeze(1)).to(packed.dtype)
+    result: Tensor = backend_for("linear", row_ids.device).gather_rows(packed, row_ids)
+    return result
 
 
 def unpack(packed: PackedWeight) -> Tensor:

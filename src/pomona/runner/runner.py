@@ -9,13 +9,15 @@ from torch import Tensor
 
 from pomona.core.ids import RequestId
 from pomona.core.plan import StepPlan, StepResult, TokenLogprobs
+from pomona.kernels.cpu import binding as cpu
 from pomona.model.decoder import Decoder
 from pomona.model.lora import LoraState
 from pomona.runner.adapter_host import StagedAdapters
 from pomona.runner.adapter_pool import AdapterPool
-from pomona.runner.batch import HostBatch, gather, to_device
+from pomona.runner.batch import DeviceBatch, HostBatch, gather, to_device
 from pomona.runner.graphs import DecodeGraphs
 from pomona.runner.kv_cache import KVCache
+from pomona.runner.recorded import RecordedDecodes
 from pomona.runner.sampler import Choice, choose, token_logprobs
 from pomona.runner.sequences import ExpectedTokens, SequenceTable
 
@@ -90,6 +92,7 @@ class ModelRunner:
         self._block_size = block_size
         self._device = device
         self.graphs = graphs
+        self._recorded = RecordedDecodes(decoder, kv_cache) if device.type == "cpu" and cpu.is_available() else None
         # Tokens that the latest step sampled; those whose values the host lacks are read from here.
         self._latest: Tensor | None = None
 
@@ -114,12 +117,11 @@ class ModelRunner:
         if logits is None:
             batch = to_device(host, self._device, self._latest)
             lora = self._adapter_pool.state(host.adapter_runs)
-            kv_layers = self._kv_cache.layers
-            hidden = self._decoder.forward(batch.token_ids, batch.positions, kv_layers, batch.attention, lora)
+            hidden = self._forward(host, batch, lora)
             prompt_logprobs = self._prompt_logprobs(plan, host, hidden, lora)
             if not host.sampled_seqs.size:
                 return LaunchedModelStep(plan.step_id, self._table, prompt_logprobs=prompt_logprobs)
-            logits = self._decoder.logits(hidden[batch.sampled_rows], lora)
+            logits = self._decoder.logits(hidden if host.is_decode else hidden[batch.sampled_rows], lora)
         rows = host.table_rows[host.sampled_seqs]
         choice = choose(logits, rows, self._table)
         self._latest = choice.token_ids
@@ -130,6 +132,13 @@ class ModelRunner:
             sampling=(choice, self._table.expect(rows)),
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _forward(self, host: HostBatch, batch: DeviceBatch, lora: LoraState | None) -> Tensor:
+        if self._recorded is not None and host.is_decode:
+            hidden = self._recorded.forward(batch, lora)
+            if hidden is not None:
+                return hidden
+        return self._decoder.forward(batch.token_ids, batch.positions, self._kv_cache.layers, batch.attention, lora)
 
     def _prompt_logprobs(
         self, plan: StepPlan, batch: HostBatch, hidden: Tensor, lora: LoraState | None

@@ -4,6 +4,7 @@ A row's result is the same, bit for bit, whichever rows and sequences share its 
 chunks, and on any number of threads.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,15 @@ def _step_of(batch: AttentionBatch, rows_per_block: int) -> _Step:
     return step
 
 
+def refresh(recorded: AttentionBatch, batch: AttentionBatch) -> None:
+    """Put ``batch`` in place of ``recorded`` for native calls that were recorded with it."""
+    steps: dict[int, _Step] = recorded.__dict__["_cpu_steps"]
+    for rows_per_block, step in steps.items():
+        new = _step_of(batch, rows_per_block)
+        assert new.num_tokens == step.num_tokens
+        ctypes.memmove(step.address, new.address, ctypes.sizeof(step.struct))
+
+
 def _is_dense_block(cache: Tensor) -> bool:
     _, _, num_kv_heads, head_dim = cache.shape
     return cache.stride()[1:] == (num_kv_heads * head_dim, head_dim, 1)
@@ -116,7 +126,7 @@ def paged_attention(
     assert group * num_kv_heads == num_heads
     step = _step_of(batch, max(1, _ROWS_PER_ITEM // group))
     assert step.num_tokens == num_tokens
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype)
+    out = binding.empty((num_tokens, num_heads, head_dim), query.dtype)
     binding.library().pomona_attention(
         *(dtype, torch.get_num_threads(), step.address, query.data_ptr(), query_strides[0], query_strides[1]),
         *(num_heads, key_cache.data_ptr(), value_cache.data_ptr(), key_strides[0], value_strides[0]),

@@ -5,7 +5,8 @@
 
 import ctypes
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL, Structure, c_float, c_int, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -23,7 +24,7 @@ MAX_SLICES = 4
 MAX_HEAD_DIM = 256
 MAX_RANK = 1024
 
-_ABI = 3
+_ABI = 4
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
 
@@ -89,6 +90,14 @@ _SIGNATURES: dict[str, list[type]] = {
     "pomona_silu_mul": [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64],
     # num_threads, logits, num_rows, vocab_size, row_stride, token_ids, is_finite
     "pomona_greedy": [c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p],
+    # dtype, num_threads, packed, scales, row_ids, out, num_rows, in_features, is_grouped
+    "pomona_gather": [c_int, c_int, *[c_void_p] * 4, c_int64, c_int64, c_int],
+    "pomona_begin_recording": [],
+    "pomona_end_recording": [],
+    "pomona_free_recording": [c_void_p],
+    "pomona_replay": [c_void_p],
+    # recording, two addresses for each LoRA call
+    "pomona_set_ranks": [c_void_p, c_void_p],
     "pomona_set_isa": [c_int],
     "pomona_use_gomp": [c_void_p],
 }
@@ -115,6 +124,7 @@ def _load() -> tuple[CDLL | None, str]:
         function = getattr(library, name)
         function.argtypes = argument_types
         function.restype = None
+    library.pomona_begin_recording.restype = c_void_p
     return library, ""
 
 
@@ -163,6 +173,37 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         library().pomona_set_isa(before)
+
+
+class _Allocation(threading.local):
+    """How the calling thread allocates kernels' results."""
+
+    empty: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None
+
+
+_allocation = _Allocation()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialized CPU memory for a kernel's result."""
+    lend = _allocation.empty
+    return torch.empty(shape, dtype=dtype) if lend is None else lend(shape, dtype)
+
+
+def is_recording() -> bool:
+    """True while this thread's native calls are recorded: a call that is idle now may not be in a replay."""
+    return _allocation.empty is not None
+
+
+@contextmanager
+def allocate_with(lend: Callable[[Sequence[int], torch.dtype], torch.Tensor]) -> Iterator[None]:
+    """Let another allocator make kernels' results on this thread while the context lasts."""
+    assert _allocation.empty is None, "a recording inside a recording"
+    _allocation.empty = lend
+    try:
+        yield
+    finally:
+        _allocation.empty = None
 
 
 def address_of(struct: Structure) -> int:

@@ -53,7 +53,7 @@ def packed_linear(
         x = x.contiguous()
         row_stride = in_features
     out_features = packed.out_features
-    out = torch.empty((num_rows, out_features), dtype=out_dtype or dtype)
+    out = binding.empty((num_rows, out_features), out_dtype or dtype)
     if num_rows:
         binding.library().pomona_gemm(
             *(binding.DTYPES[dtype], torch.get_num_threads(), x.data_ptr(), num_rows, row_stride),
@@ -61,4 +61,20 @@ def packed_linear(
             *(None if bias is None else bias.data_ptr(), out.data_ptr()),
             *(in_features, out_features, out_dtype is torch.float32),
         )
+    return out
+
+
+def gather_rows(packed: PackedWeight, row_ids: Tensor) -> Tensor:
+    """See ``kernels.linear.gather_rows``."""
+    dtype = binding.DTYPES.get(packed.dtype)
+    if dtype is None or not packed.data.is_contiguous():
+        return reference.gather_rows(packed, row_ids)
+    assert row_ids.dtype is torch.int64
+    assert row_ids.is_contiguous()
+    out = binding.empty((row_ids.shape[0], packed.in_features), packed.dtype)
+    binding.library().pomona_gather(
+        *(dtype, torch.get_num_threads(), packed.data.data_ptr()),
+        *(None if packed.scales is None else packed.scales.data_ptr(), row_ids.data_ptr(), out.data_ptr()),
+        *(out.shape[0], packed.in_features, packed.layout is Layout.GROUPED),
+    )
     return out

@@ -3,6 +3,8 @@
 A row's result is the same, bit for bit, whatever shares its batch and on any number of threads.
 """
 
+import ctypes
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,7 +139,7 @@ def _dense_rows(rows: Tensor) -> Tensor:
 def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> None:
     """See ``kernels.lora.lora``: both halves in one call, the intermediate in a buffer that lives on."""
     site, known = _site_of(slices), _ranks_of(ranks)
-    if known.is_idle:
+    if known.is_idle and not binding.is_recording():
         return
     out_strides = out.stride()
     if site is None or out_strides[1] != 1:
@@ -198,3 +200,17 @@ def reserve(batch: LoraBatch, num_tokens: int) -> None:
 
 def carry_plan(batch: LoraBatch, renewed: LoraBatch) -> None:
     """See ``kernels.lora.renew``. Nothing to do, likewise."""
+
+
+def refresh(recorded: LoraBatch, batch: LoraBatch) -> None:
+    """Put ``batch`` in place of ``recorded`` for native calls that were recorded with it."""
+    step: _Step = recorded.__dict__["_cpu_step"]
+    ctypes.memmove(step.address, _step_of(batch, step.struct.num_tokens).address, ctypes.sizeof(step.struct))
+
+
+def addresses(ranks: Sequence[LoraRanks]) -> Iterator[int]:
+    """Where the ranks and the scalings of each are, one after the other."""
+    for one in ranks:
+        known = _ranks_of(one)
+        yield known.ranks
+        yield known.scalings

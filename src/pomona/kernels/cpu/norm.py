@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     assert weight.dtype is x.dtype
     assert weight.is_contiguous()
     shape = x.shape
-    out = torch.empty(shape, dtype=x.dtype)
+    out = binding.empty(shape, x.dtype)
     is_3d = len(shape) == 3
     binding.library().pomona_norm(
         dtype,

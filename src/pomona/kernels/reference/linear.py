@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pomona.kernels.linear import PackedWeight, QuantizedWeight, dense, unpack
+from pomona.kernels.linear import GROUP, Layout, PackedWeight, QuantizedWeight, dense, unpack
 
 
 def pack(weight: Tensor | QuantizedWeight) -> PackedWeight:
@@ -26,3 +26,15 @@ def packed_linear(
         return wide.to(out_dtype or x.dtype)
     out = functional.linear(x, weight, bias)
     return out if out_dtype is None else out.to(out_dtype)
+
+
+def gather_rows(packed: PackedWeight, row_ids: Tensor) -> Tensor:
+    """See ``kernels.linear.gather_rows``. Any layout."""
+    if packed.layout is Layout.DENSE:
+        rows = functional.embedding(row_ids, packed.data)
+    else:
+        grouped = packed.data[row_ids // GROUP, :, row_ids % GROUP].flatten(1)
+        rows = grouped[:, : packed.in_features].contiguous()
+    if packed.scales is None:
+        return rows
+    return (rows * packed.scales[row_ids].unsqueeze(1)).to(packed.dtype)

@@ -18,6 +18,11 @@ def pack(weight: Tensor | QuantizedWeight) -> PackedWeight:
     return reference.pack(weight)
 
 
+def gather_rows(packed: PackedWeight, row_ids: Tensor) -> Tensor:
+    """See ``kernels.linear.gather_rows``."""
+    return reference.gather_rows(packed, row_ids)
+
+
 def int8_launch(x: Tensor, packed: PackedWeight, bias: Tensor | None, out: Tensor) -> Launch:
     """One product with an int8 weight.
 

@@ -1,4 +1,8 @@
 // The C ABI that binding.py loads: picks the instruction set, copies arguments into call structures, checks nothing.
+// Calls can be recorded while they run, and a whole recording run again in one call (kernels/cpu/recording.py).
+#include <variant>
+#include <vector>
+
 #include "api.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -34,10 +38,55 @@ const Kernels* kernels_of(int isa) {
 const Kernels* kernels = kernels_of(best_isa());
 int current_isa = best_isa();
 
+struct LoraTask {
+  int dtype, num_threads, phases;
+  LoraCall call;
+  void run() const {
+    LoraCall now = call;
+    if (now.v == nullptr)
+      now.v = static_cast<float*>(scratch(0, call.site->num_slices * call.step->num_tokens * call.step->max_rank * 4));
+    kernels->lora[dtype](now, num_threads, phases);
+  }
+};
+
+struct AttentionTask {
+  int dtype, num_threads;
+  const AttentionStep* step;
+  AttentionCall call;
+  void run() const {
+    AttentionCall now = call;
+    static_cast<AttentionStep&>(now) = *step;
+    kernels->attention[dtype](now, num_threads);
+  }
+};
+
+// Any other kernel: everything it is told is in its call.
+template <class Call>
+struct Task {
+  using Kernel = void (*)(const Call&, int);
+  Kernel (Kernels::*kernel)[2];
+  int dtype, num_threads;
+  Call call;
+  void run() const { (kernels->*kernel)[dtype](call, num_threads); }
+};
+
+using Recorded = std::variant<LoraTask, AttentionTask, Task<GemmCall>, Task<GatherCall>, Task<NormCall>,
+                              Task<RopeCall>, Task<ActivationCall>>;
+
+using Recording = std::vector<Recorded>;
+
+thread_local Recording* recording = nullptr;
+
+template <class T>
+void perform(const T& task) {
+  task.run();
+  if (recording != nullptr) recording->push_back(task);
+}
+
 }  // namespace
 
 // Changes whenever a signature or structure does: binding.py refuses a library of another number.
-EXPORT int pomona_abi() { return 3; }
+EXPORT int pomona_abi() { return 4; }
 
 EXPORT int pomona_best_isa() { return best_isa(); }
 
@@ -51,9 +100,7 @@ EXPORT void pomona_set_isa(int isa) {
 EXPORT void pomona_lora(int dtype, int num_threads, int phases, const LoraSite* site, const LoraStep* step,
                         const int32_t* ranks, const float* scalings, const void* x, int64_t x_stride, void* out,
                         int64_t out_stride, float* v) {
-  if (v == nullptr) v = static_cast<float*>(scratch(0, site->num_slices * step->num_tokens * step->max_rank * 4));
-  const LoraCall call{site, step, ranks, scalings, x, x_stride, out, out_stride, v};
-  kernels->lora[dtype](call, num_threads, phases);
+  perform(LoraTask{dtype, num_threads, phases, {site, step, ranks, scalings, x, x_stride, out, out_stride, v}});
 }
 
 EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* step, const void* query,
@@ -61,7 +108,7 @@ EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* st
                              const void* key_cache, const void* value_cache, int64_t key_block_stride,
                              int64_t value_block_stride, int64_t block_size, int64_t num_kv_heads, int64_t head_dim,
                              int64_t window, float scale, void* out) {
-  AttentionCall call{*step};
+  AttentionCall call{};
   call.query = query;
   call.query_row_stride = query_row_stride;
   call.query_head_stride = query_head_stride;
@@ -76,22 +123,22 @@ EXPORT void pomona_attention(int dtype, int num_threads, const AttentionStep* st
   call.window = window;
   call.scale = scale;
   call.out = out;
-  kernels->attention[dtype](call, num_threads);
+  perform(AttentionTask{dtype, num_threads, step, call});
 }
 
 EXPORT void pomona_gemm(int dtype, int num_threads, const void* x, int64_t num_rows, int64_t x_stride,
                         const void* packed, const float* scales, const void* bias, void* out, int64_t in_features,
                         int64_t out_features, int is_out_float) {
-  const GemmCall call{x,   num_rows,     x_stride,    packed,       scales,      bias,
-                      out, out_features, in_features, out_features, is_out_float};
-  (scales ? kernels->gemm_int8 : kernels->gemm)[dtype](call, num_threads);
+  perform(Task<GemmCall>{scales ? &Kernels::gemm_int8 : &Kernels::gemm, dtype, num_threads,
+                         {x, num_rows, x_stride, packed, scales, bias, out, out_features, in_features, out_features,
+                          is_out_float}});
 }
 
 EXPORT void pomona_norm(int dtype, int num_threads, const void* x, void* residual, const void* weight, void* out,
                         int64_t num_outer, int64_t num_inner, int64_t outer_stride, int64_t inner_stride,
                         int64_t features, float eps) {
-  kernels->norm[dtype](
-      {x, residual, weight, out, num_outer, num_inner, outer_stride, inner_stride, features, eps}, num_threads);
+  perform(Task<NormCall>{&Kernels::norm, dtype, num_threads,
+                         {x, residual, weight, out, num_outer, num_inner, outer_stride, inner_stride, features, eps}});
 }
 
 EXPORT void pomona_rope(int dtype, int num_threads, void* query, void* key, const void* value, void* key_cache,
@@ -99,10 +146,10 @@ EXPORT void pomona_rope(int dtype, int num_threads, void* query, void* key, cons
                         int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
                         int64_t query_stride, int64_t key_stride, int64_t value_stride, int64_t key_block_stride,
                         int64_t value_block_stride, int64_t block_size) {
-  kernels->rope[dtype]({query, key, value, key_cache, value_cache, positions, slots, cos_sin, num_tokens, num_heads,
-                        num_kv_heads, head_dim, query_stride, key_stride, value_stride, key_block_stride,
-                        value_block_stride, block_size},
-                       num_threads);
+  perform(Task<RopeCall>{&Kernels::rope, dtype, num_threads,
+                         {query, key, value, key_cache, value_cache, positions, slots, cos_sin, num_tokens, num_heads,
+                          num_kv_heads, head_dim, query_stride, key_stride, value_stride, key_block_stride,
+                          value_block_stride, block_size}});
 }
 
 EXPORT void pomona_greedy(int num_threads, const float* logits, int64_t num_rows, int64_t vocab_size,
@@ -112,5 +159,33 @@ EXPORT void pomona_greedy(int num_threads, const float* logits, int64_t num_rows
 
 EXPORT void pomona_silu_mul(int dtype, int num_threads, const void* gate_up, void* out, int64_t num_rows,
                             int64_t features, int64_t row_stride) {
-  kernels->silu_mul[dtype]({gate_up, out, num_rows, features, row_stride}, num_threads);
+  perform(Task<ActivationCall>{&Kernels::silu_mul, dtype, num_threads, {gate_up, out, num_rows, features, row_stride}});
+}
+
+EXPORT void pomona_gather(int dtype, int num_threads, const void* packed, const float* scales, const int64_t* row_ids,
+                          void* out, int64_t num_rows, int64_t in_features, int is_grouped) {
+  perform(Task<GatherCall>{
+      &Kernels::gather, dtype, num_threads, {packed, scales, row_ids, out, num_rows, in_features, is_grouped}});
+}
+
+// From here to pomona_end_recording, what this thread calls is run and recorded.
+EXPORT void* pomona_begin_recording() { return recording = new Recording; }
+
+EXPORT void pomona_end_recording() { recording = nullptr; }
+
+EXPORT void pomona_free_recording(void* made) { delete static_cast<Recording*>(made); }
+
+// The same calls again, with the same arguments: whatever they point to is read anew.
+EXPORT void pomona_replay(const void* made) {
+  for (const Recorded& recorded : *static_cast<const Recording*>(made))
+    std::visit([](const auto& task) { task.run(); }, recorded);
+}
+
+// ranks_and_scalings: two addresses for each recorded LoRA call, in order.
+EXPORT void pomona_set_ranks(void* made, const void* const* ranks_and_scalings) {
+  for (Recorded& recorded : *static_cast<Recording*>(made))
+    if (LoraTask* task = std::get_if<LoraTask>(&recorded)) {
+      task->call.ranks = static_cast<const int32_t*>(*ranks_and_scalings++);
+      task->call.scalings = static_cast<const float*>(*ranks_and_scalings++);
+    }
 }

@@ -77,6 +77,15 @@ struct GemmCall {
   int32_t is_out_float;         // out is float32 whatever the dtype
 };
 
+struct GatherCall {
+  const void* packed;           // as in GemmCall, or [outputs, in_features] if not is_grouped
+  const float* scales;
+  const int64_t* row_ids;       // [num_rows]: which outputs of the weight
+  void* out;                    // [num_rows, in_features], dense
+  int64_t num_rows, in_features;
+  int32_t is_grouped;
+};
+
 struct NormCall {
   const void* x;
   void* residual;               // null: none; else x + residual is stored here
@@ -116,6 +125,7 @@ struct Kernels {
   void (*attention[2])(const AttentionCall&, int num_threads);
   void (*gemm[2])(const GemmCall&, int num_threads);
   void (*gemm_int8[2])(const GemmCall&, int num_threads);
+  void (*gather[2])(const GatherCall&, int num_threads);
   void (*norm[2])(const NormCall&, int num_threads);
   void (*rope[2])(const RopeCall&, int num_threads);
   void (*silu_mul[2])(const ActivationCall&, int num_threads);

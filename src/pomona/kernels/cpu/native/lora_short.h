@@ -227,6 +227,9 @@ template <class T>
 void lora(const pomona::LoraCall& call, int num_threads, int phases) {
   const pomona::LoraSite& site = *call.site;
   const pomona::LoraStep& step = *call.step;
+  bool is_idle = true;
+  for (int64_t i = 0; i < site.num_slices * step.num_segments; i++) is_idle &= call.ranks[i] == 0;
+  if (is_idle) return;
   int64_t widest = 0, all_columns = 0;
   for (int64_t i = 0; i < site.num_slices; i++)
     widest = max64(widest, site.out_features[i]), all_columns += site.out_features[i];

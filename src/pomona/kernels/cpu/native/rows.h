@@ -124,6 +124,31 @@ void silu_mul(const pomona::ActivationCall& call, int num_threads) {
   });
 }
 
+// Rows of a weight that lies in groups of 16 outputs (see gemm.h) or row after row.
+template <class T>
+void gather(const pomona::GatherCall& call, int num_threads) {
+  using Elem = typename T::Elem;
+  constexpr int64_t kLanes = 16;
+  const int64_t num_units = ceil_div(call.in_features, T::kPerUnit);
+  const int64_t step = (call.is_grouped ? kLanes : 1) * T::kPerUnit;
+  for_rows(call.num_rows, num_units * 8, num_threads, [&](int64_t row) {
+    const int64_t id = call.row_ids[row];
+    const int64_t first = call.is_grouped ? (id / kLanes * num_units * kLanes + id % kLanes) * T::kPerUnit
+                                          : id * call.in_features;
+    Elem* out = static_cast<Elem*>(call.out) + row * call.in_features;
+    for (int64_t unit = 0; unit < num_units; unit++) {
+      const int64_t at = first + unit * step, n = min64(T::kPerUnit, call.in_features - unit * T::kPerUnit);
+      if (!call.scales) {
+        memcpy(out + unit * T::kPerUnit, static_cast<const Elem*>(call.packed) + at, n * sizeof(Elem));
+        continue;
+      }
+      vf values = {};
+      for (int64_t i = 0; i < n; i++) values[i] = static_cast<const int8_t*>(call.packed)[at + i] * call.scales[id];
+      store_one<T>(out + unit * T::kPerUnit, values, static_cast<int>(n));
+    }
+  });
+}
+
 // One pass per row: the largest of each lane and where it came first, and whether anything is not finite.
 inline void greedy(const pomona::GreedyCall& call, int num_threads) {
   for_rows(call.num_rows, call.vocab_size * 2 / W, num_threads, [&](int64_t row) {
