@@ -6,7 +6,7 @@ from benchmarks.chart import Bar, Point, Series, grouped_bars, roofline
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.results import Row
 from benchmarks.tables import Sample, batch_title, label_of, ordered, sample
-from benchmarks.workload import POPULARITIES
+from benchmarks.workload import BASE_INT8, POPULARITIES
 
 
 def _bar(found: Sample | None, scale: float = 1.0) -> Bar | None:
@@ -34,12 +34,12 @@ def peer_chart(rows: Sequence[Row], shape: str, batch: str) -> str:
 
 
 def step_chart(rows: Sequence[Row], shape: str) -> str:
-    """Decode steps beside their floors, by batch, without adapters and with as many as there are sequences."""
+    """Decode steps beside their floors, by batch: the base, in int8, and with an adapter per sequence."""
     decodes = [row for row in rows if row["phase"] == "decode"]
     cases = [
         (batch, mix)
         for batch in sorted({row["batch"] for row in decodes})
-        for mix in (("base", "identical") if batch == 1 else ("base", "distinct"))
+        for mix in ("base", BASE_INT8, "identical" if batch == 1 else "distinct")
         if any(row["batch"] == batch and row["mix"] == mix for row in decodes)
     ]
     floors, steps = [], []

@@ -246,8 +246,8 @@ def job_table(rows: Sequence[Row]) -> str:
                 f"{wall.median:.2f}",
                 f"{row['floor_s']:.2f}",
                 f"{wall.median / row['floor_s']:.2f}",
-                f"{1 - one.median / base.median:.1%}" if base and popularity != "base" else NONE,
-                f"{1 - base_floor / row['floor_s']:.1%}" if base_floor and popularity != "base" else NONE,
+                f"{1 - one.median / base.median:.1%}" if base and not popularity.startswith("base") else NONE,
+                f"{1 - base_floor / row['floor_s']:.1%}" if base_floor and not popularity.startswith("base") else NONE,
             ]
         )
     header = ["", "output tok/s", "job s", "floor s", "ratio", "tax", "tax by the formulas"]
