@@ -6,7 +6,8 @@
     ├── ModelNotFoundError       no such base or adapter name, for this tenant             (404)
     ├── QueueFullError           the bounded queue is full; try again later                (429)
     ├── RateLimitError           a limit on requests, tokens or concurrency is reached     (429)
-    │   └── QuotaExceededError       the month's budget is spent                           (429)
+    │   ├── QuotaExceededError       the month's budget is spent                           (429)
+    │   └── DeadlineError            the first token would come later than the target      (429)
     ├── EngineUnavailableError   the model process died or is restarting                   (503)
     ├── DatabaseUnavailableError the accounts database or its journal cannot be written    (503)
     ├── AccountNotFoundError     no such tenant, key or adapter                            (404)
@@ -77,6 +78,10 @@ class RateLimitError(PomonaError):
 
 class QuotaExceededError(RateLimitError):
     """The month's budget is spent."""
+
+
+class DeadlineError(RateLimitError):
+    """The tenant's target for the time to first token cannot be met: too much waits already."""
 
 
 class EngineUnavailableError(PomonaError):

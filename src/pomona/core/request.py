@@ -27,6 +27,16 @@ class FinishReason(enum.StrEnum):
     """Our fault: the executor failed or died."""
 
 
+class Priority(enum.IntEnum):
+    """How urgent a request is. A class gives way to every class above it, within one step, and fills what they leave."""
+
+    INTERACTIVE = 0
+    """Somebody waits for the first token."""
+    STANDARD = 1
+    BATCH = 2
+    """Nobody waits."""
+
+
 def _check(ok: bool, field_name: str, value: object, allowed: str) -> None:  # noqa: FBT001
     if not ok:
         raise InvalidRequestError.out_of_range(field_name, value, allowed)
@@ -100,6 +110,29 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceLevel:
+    """What a tenant may expect of the scheduler, said with each of its requests; the latest one counts.
+
+    Raises:
+        InvalidRequestError: a field is out of range (NaN and infinities included).
+    """
+
+    priority: Priority = Priority.STANDARD
+    weight: float = 1.0
+    """The tenant's share, relative to those of others; honoured by the policies that weigh tenants."""
+    ttft_s: float | None = None
+    """Target for the time to first token: a request that would miss it is refused when it comes; None has none."""
+    tpot_s: float | None = None
+    """Target for the time per output token: steps with such a request are planned to be no longer; None has none."""
+
+    def __post_init__(self) -> None:
+        """Check every range once."""
+        _check(0.0 < self.weight < math.inf, "weight", self.weight, "a positive number")
+        for name, value in (("ttft_s", self.ttft_s), ("tpot_s", self.tpot_s)):
+            _check(value is None or 0.0 < value < math.inf, name, value, "a positive number")
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One accepted request, as the scheduler sees it. Immutable; progress lives in ``sched.Sequence``."""
 
@@ -113,6 +146,7 @@ class Request:
     """None asks for the base model alone."""
     cache_salt: bytes = b""
     """Server-side secret of the tenant: prefix-cache blocks are shared only between equal salts."""
+    service_level: ServiceLevel = ServiceLevel()
 
     def __post_init__(self) -> None:
         """An empty prompt has nothing to compute; the edge refuses it with a clearer message."""
