@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pomona.core.errors import InvalidRequestError, PromptTooLongError, QueueFullError
-from pomona.core.request import FinishReason, Request, SamplingParams
+from pomona.core.request import FinishReason, Priority, Request, SamplingParams, ServiceLevel
+from pomona.sched.fairness import FairnessConfig, ServicePrices
 from support.engine import EngineHarness, check_integrity, expected_output, make_request
 
 ADAPTERS = ("x", "y", "wide")
@@ -34,7 +35,33 @@ CONFIGS = st.fixed_dictionaries(
         "reserve_steps": st.integers(0, 2),
         "adapter_wait_limit_s": st.sampled_from([0.0, 2.0, 1e9]),
         "max_model_len": st.just(MAX_MODEL_LEN),
+        "max_step_s": st.none() | st.sampled_from([0.5, 1.5]),
+        "fairness": st.builds(
+            FairnessConfig,
+            policy=st.sampled_from(["fcfs", "rpm", "lcf", "vtc", "wvtc", "drr"]),
+            prices=st.builds(
+                ServicePrices,
+                per_cached_token=st.sampled_from([0.0, 0.5]),
+                per_output_squared=st.sampled_from([0.0, 0.1]),
+                per_page_loaded=st.sampled_from([0.0, 4.0]),
+                per_page_second=st.sampled_from([0.0, 1.0]),
+            ),
+            prediction=st.sampled_from(["none", "mean", "max_tokens"]),
+            requests_per_minute=st.just(1000),
+            quantum=st.sampled_from([1.0, 20.0]),
+            max_lead=st.none() | st.sampled_from([1.0, 15.0]),
+            has_seats=st.booleans(),
+        ),
     }
+)
+TENANTS = st.tuples(
+    st.sampled_from("pqr"),
+    st.builds(
+        ServiceLevel,
+        priority=st.sampled_from(Priority),
+        weight=st.sampled_from([1.0, 3.0]),
+        tpot_s=st.none() | st.just(0.5),
+    ),
 )
 PREFIXES = st.sampled_from([(), (1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 9)])
 PROMPTS = st.builds(
@@ -66,9 +93,11 @@ def requests(draw: st.DrawFn) -> Callable[..., Request]:
         logprobs=draw(st.none() | st.just(0)),
         prompt_logprobs=draw(st.none() | st.just(0)),
     )
+    tenant, level = draw(TENANTS)
 
     def build(name: str, owner: tuple[str | None, bytes] = (adapter, salt)) -> Request:
-        return make_request(name, prompt, adapter=owner[0], salt=owner[1], sampling=sampling)
+        adapter, salt = owner
+        return make_request(name, prompt, adapter=adapter, salt=salt, sampling=sampling, tenant=tenant, level=level)
 
     return build
 

@@ -13,10 +13,11 @@ from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import AdapterId, BlockId, PageId, RequestId, TenantId
 from pomona.core.output import RequestOutput
 from pomona.core.plan import AdapterLoad, ScheduledSeq, SeqStart, StepPlan, StepResult, TokenLogprobs
-from pomona.core.request import FinishReason, Request, SamplingParams
+from pomona.core.request import FinishReason, Request, SamplingParams, ServiceLevel
 from pomona.engine.engine import Engine
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.scheduler import Scheduler
+from pomona.sched.sequence import SequenceState
 
 VOCAB_SIZE = 1000
 
@@ -54,6 +55,8 @@ def make_request(
     salt: bytes = b"",
     arrival_s: float = 0.0,
     sampling: SamplingParams | None = None,
+    tenant: str = "default",
+    level: ServiceLevel | None = None,
 ) -> Request:
     """A request; ``prompt`` may be just a length (then all such prompts begin alike)."""
     token_ids = tuple(range(prompt)) if isinstance(prompt, int) else tuple(prompt)
@@ -62,9 +65,10 @@ def make_request(
         prompt_token_ids=token_ids,
         sampling=sampling or SamplingParams(max_tokens=max_tokens, temperature=0.0),
         arrival_s=arrival_s,
-        tenant_id=TenantId("default"),
+        tenant_id=TenantId(tenant),
         adapter_id=None if adapter is None else AdapterId(adapter),
         cache_salt=salt,
+        service_level=level or ServiceLevel(),
     )
 
 
@@ -310,10 +314,19 @@ def check_integrity(scheduler: Scheduler) -> None:
     num_refs = {block_id: pool.num_refs(block_id) for block_id in map(BlockId, range(pool.num_blocks))}
     assert {block_id: held.count(block_id) for block_id in num_refs} == num_refs
     assert pool.num_used == len(set(held)) == pool.num_blocks - pool.num_free
-    waiting = list(scheduler._queue.candidates())
+    queue = scheduler._queue
+    waiting = [seq for seq in scheduler._seqs.values() if seq.state is SequenceState.WAITING]
+    assert len(queue) == len(waiting)
     assert all(not seq.block_ids and seq.num_computed_tokens == 0 for seq in waiting)
     assert {seq.request_id for seq in running + waiting} == set(scheduler._seqs)
     assert len(running) + len(waiting) == len(scheduler._seqs)
+    for account in {seq.account for seq in running + waiting}:
+        mine = [seq for seq in running if seq.account is account]
+        assert account.num_running == len(mine)
+        assert account.num_waiting == sum(seq.account is account for seq in waiting)
+        adapter_ids = {seq.request.adapter_id for seq in mine} - {None}
+        assert account.num_held_pages == sum(adapters.num_pages_of(adapter_id) for adapter_id in adapter_ids)
+    assert set(queue.running) == {seq.account for seq in running}
     pages: list[PageId] = []
     for status in adapters.statuses():
         alive = [seq for seq in running + waiting if seq.request.adapter_id == status.adapter_id]

@@ -28,7 +28,7 @@ class FinishReason(enum.StrEnum):
 
 
 class Priority(enum.IntEnum):
-    """How urgent a request is. A class gives way to every class above it, within one step, and fills what they leave."""
+    """How urgent a request is. A class gives way to those above it, within one step, and fills what they leave."""
 
     INTERACTIVE = 0
     """Somebody waits for the first token."""

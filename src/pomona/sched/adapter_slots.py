@@ -168,7 +168,20 @@ class AdapterSlots:
 
     def can_load(self, adapter_id: AdapterId) -> bool:
         """True when free pages and those of adapters that nobody pins are enough for it."""
-        return self._entries[adapter_id].info.num_pages <= len(self._free_pages) + self._num_idle_pages
+        return self._entries[adapter_id].info.num_pages <= self.num_loadable_pages
+
+    @property
+    def num_loadable_pages(self) -> int:
+        """Pages that ``load`` could give: free ones, and those of adapters that nobody pins."""
+        return len(self._free_pages) + self._num_idle_pages
+
+    def num_pages_of(self, adapter_id: AdapterId) -> int:
+        """Pages that the adapter takes while it is resident."""
+        return self._entries[adapter_id].info.num_pages
+
+    def num_pins_of(self, adapter_id: AdapterId) -> int:
+        """Running sequences that need the adapter."""
+        return self._entries[adapter_id].num_pins
 
     def load(self, adapter_id: AdapterId) -> AdapterLoad:
         """Give the adapter its pages, evicting the least recently used adapters that nobody pins as needed.

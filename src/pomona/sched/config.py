@@ -3,9 +3,10 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pomona.core.errors import ConfigError
+from pomona.sched.fairness import FairnessConfig
 
 _AT_LEAST_ONE = ("max_num_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "num_kv_blocks")
 
@@ -45,6 +46,11 @@ class SchedulerConfig:
     adapter_wait_limit_s: float = 1.0
     """A request that has waited this long for adapter pages gets them next: until then no other request that would pin
     pages is admitted."""
+    fairness: FairnessConfig = field(default=FairnessConfig())
+    """How service is divided between tenants."""
+    max_step_s: float | None = None
+    """Steps hold no more than is expected to be computed in this many seconds, as far as steps so far tell; None holds
+    them to the token budget alone."""
 
     def __post_init__(self) -> None:
         """Check every range once."""
@@ -58,6 +64,22 @@ class SchedulerConfig:
             _check_at_least("max_prefill_chunk", self.max_prefill_chunk, 1)
         if not 0.0 <= self.adapter_wait_limit_s < math.inf:
             raise ConfigError(f"adapter_wait_limit_s is {self.adapter_wait_limit_s}: must be finite and at least 0")
+        if self.max_step_s is not None and not 0.0 < self.max_step_s < math.inf:
+            raise ConfigError(f"max_step_s is {self.max_step_s}: must be a positive number")
+
+    @property
+    def max_lead(self) -> float:
+        """Service that a tenant may be ahead of one that waits: as set, or what the KV cache can hold (M of the VTC
+        paper), at the price of its dearest tokens."""
+        fairness = self.fairness
+        if fairness.max_lead is not None:
+            return fairness.max_lead
+        num_slots = self.num_kv_blocks * self.block_size
+        prices = fairness.prices
+        per_token = max(
+            prices.per_input_token, prices.outputs(self.max_model_len, self.max_model_len - 1, self.max_model_len)
+        )
+        return per_token * num_slots
 
 
 def _check_at_least(name: str, value: int, minimum: int) -> None:

@@ -2,7 +2,7 @@
 
 Continuous batching without phases (vLLM): a sequence has tokens known and tokens computed, and a step computes some of
 the difference. Under a token budget (Sarathi-Serve), running sequences come first, in order of admission, then waiting
-ones. Pure: decisions depend on the order of calls and their arguments alone.
+ones, then running ones that had to let those pass (``Claims``). Pure: decisions depend on calls and arguments alone.
 """
 
 import operator
@@ -16,10 +16,13 @@ from pomona.core.request import FinishReason, Request
 from pomona.sched.adapter_slots import AdapterSlots
 from pomona.sched.adapter_turn import AdapterTurn
 from pomona.sched.block_pool import BlockPool
+from pomona.sched.claims import Claims
 from pomona.sched.config import SchedulerConfig
+from pomona.sched.deadline import Deadlines
 from pomona.sched.fair_queue import FairQueue
 from pomona.sched.limits import check_request
 from pomona.sched.outputs import NO_LOGPROBS, logprobs_of, output_of
+from pomona.sched.pace import Allowance, Pace
 from pomona.sched.prefix_cache import PrefixCache
 from pomona.sched.sequence import Sequence, SequenceState
 
@@ -31,10 +34,11 @@ class Scheduler:
     may plan one step more.
 
     Invariants: a running sequence is held by the executor, holds its blocks and pins its adapter; a waiting or ended
-    one holds nothing. A sequence alone always fits the pool (checked by ``add``) and the oldest running one is never
-    preempted, so every step makes progress. Tokens count as computed once scheduled, and blocks become findable
-    when the step's result arrives, so that a later step can be planned in between. What ends while a later plan names
-    it is given up at once: plans are carried out in order, so whatever gets its blocks writes to them afterwards.
+    one holds nothing. A sequence alone always fits the pool (checked by ``add``), and the oldest running one is
+    preempted only for somebody with a claim to be served before it, so every step makes progress. Tokens count as
+    computed once scheduled, and blocks become findable when the step's result arrives, so that a later step can be
+    planned in between. What ends while a later plan names it is given up at once: plans are carried out in order, so
+    whatever gets its blocks writes to them afterwards.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -47,14 +51,23 @@ class Scheduler:
             is_enabled=config.enable_prefix_cache,
             min_wait_tokens=config.min_prefix_wait_tokens,
         )
-        self._queue = FairQueue()
+        self._queue = FairQueue(config.fairness, config.max_lead)
+        self._claims = Claims(config, self._queue, self._pool, self.adapters)
+        self._pace = Pace(config.max_num_batched_tokens)
+        self._deadlines = Deadlines(self._queue, self._pace, config.max_num_batched_tokens)
         self._seqs: dict[RequestId, Sequence] = {}
         self._running: list[Sequence] = []
         self._released: list[RequestId] = []
-        self._turn = AdapterTurn(self.adapters, config.adapter_wait_limit_s)
+        self._preempted: list[Sequence] = []
+        self._turn = AdapterTurn(self.adapters, config.adapter_wait_limit_s, self._queue.is_before)
         # The plans whose results are outstanding, oldest first: their steps and sequences, in plan order.
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        self._now_s = 0.0
         self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
+        self._rows_per_seq = 0
+        # Somebody waits who has a claim, but nothing is preempted while a result is outstanding.
+        self._has_open_claim = False
+        self._num_admissions = 0
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_prompt_tokens = 0
@@ -72,6 +85,8 @@ class Scheduler:
             InvalidRequestError: it can never be served; names the field.
             PromptTooLongError: it does not fit the context or the KV cache.
             QueueFullError: ``max_waiting`` requests wait already.
+            RequestRateError: the policy limits the tenant's requests per minute.
+            DeadlineError: its tenant's target for the time to first token would be missed.
         """
         check_request(request, self.config)
         if request.request_id in self._seqs:
@@ -83,6 +98,8 @@ class Scheduler:
             raise QueueFullError(f"{len(self._queue)} requests are waiting already: the limit is max_waiting")
         seq = Sequence(request, self.config.max_model_len)
         self._cache.prepare(seq)
+        self._queue.check_rate(request)
+        self._check_deadline(seq)
         if adapter_id is not None:
             self.adapters.use(adapter_id)
         self._seqs[request.request_id] = seq
@@ -108,7 +125,7 @@ class Scheduler:
             now_s: the engine's clock; must not run backwards.
         """
         assert not self._in_flight, "update comes before the next schedule"
-        return self._plan(*self._choose(now_s))
+        return self._plan(now_s, *self._choose(now_s))
 
     def schedule_ahead(self, now_s: float) -> StepPlan | None:
         """Plan the step after the one whose result is outstanding: its sampled tokens count as known, whatever they
@@ -122,6 +139,9 @@ class Scheduler:
             preempted, although some may have ended, or samples from all of its own tokens (penalties).
         """
         assert len(self._in_flight) == 1, "one step is planned ahead"
+        if self._has_open_claim or (len(self._queue) > 0 and self._claims.has_any()):
+            self._has_open_claim = False
+            return None
         _, seqs = self._in_flight[0]
         if any(seq.num_pending_tokens and seq.request.sampling.has_penalties for seq in seqs):
             return None
@@ -129,20 +149,45 @@ class Scheduler:
         if num_free < len(self._running) and num_free < sum(seq.will_grow for seq in self._running):
             return None
         chosen, loads = self._choose(now_s)
-        return self._plan(chosen, loads) if chosen else None
+        return self._plan(now_s, chosen, loads) if chosen else None
 
     def _choose(self, now_s: float) -> tuple[list[Sequence], list[AdapterLoad]]:
         """Decide who computes what next, and which adapters that needs."""
+        self._now_s = now_s
+        self._queue.settle(now_s)
         chosen: list[Sequence] = []
-        num_preemptions = self._num_preemptions
-        budget = self._schedule_running(chosen)
         loads: list[AdapterLoad] = []
-        if self._num_preemptions == num_preemptions and len(self._queue) > 0:
-            self._admit(now_s, budget, chosen, loads)
+        num_preemptions = self._num_preemptions
+        allowance = self._allowance()
+        budget, self._rows_per_seq = allowance.num_rows, allowance.rows_per_seq
+        is_waited_for = len(self._queue) > 0
+        running, held = self._claims.split(self._running) if is_waited_for else (self._running.copy(), [])
+        is_crowded = len(running) * (1 + self._rows_per_seq) > budget
+        budget = self._schedule_running(self._claims.by_turn(running) if is_crowded else running, budget, chosen)
+        if is_waited_for and (held or self._num_preemptions == num_preemptions):
+            budget = self._admit(now_s, budget, chosen, loads)
+        if held:
+            held = self._claims.may_go_on(held) if chosen else held
+            budget = self._schedule_running(held, budget, chosen)
+        if budget <= 0 and self._rows_per_seq:
+            taken = set(chosen)
+            self._running.sort(key=taken.__contains__)
+        for seq in self._preempted:
+            self._queue.requeue(seq)
+        self._preempted.clear()
         return chosen, loads
 
-    def _plan(self, chosen: list[Sequence], loads: list[AdapterLoad]) -> StepPlan:
+    def _allowance(self) -> Allowance:
+        """The token budget, held to the time that a step may take."""
+        if self.config.max_step_s is None and not self._queue.has_targets:
+            return Allowance(self.config.max_num_batched_tokens)
+        limits_s = (self.config.max_step_s, self._queue.tightest_tpot_s())
+        return self._pace.within(min((limit_s for limit_s in limits_s if limit_s is not None), default=None))
+
+    def _plan(self, now_s: float, chosen: list[Sequence], loads: list[AdapterLoad]) -> StepPlan:
         """Write down what was decided."""
+        if self._queue.has_targets or self.config.max_step_s is not None:
+            self._pace.observe(now_s, len(chosen), sum(seq.scheduled.num_scheduled_tokens for seq in chosen))
         # A stable sort: rows of one adapter stand together, base rows first, and in order of admission otherwise.
         chosen.sort(key=_adapter_order)
         released, self._released = tuple(self._released), []
@@ -227,26 +272,27 @@ class Scheduler:
             num_adapter_evictions=adapters.num_evictions,
         )
 
-    def _schedule_running(self, chosen: list[Sequence]) -> int:
-        """Give running sequences their tokens, preempting the newest when blocks run out; returns the budget left."""
-        budget, max_chunk = self.config.max_num_batched_tokens, self._max_chunk
-        # Preemption removes sequences from the end of the list; those before the end are not disturbed.
-        for seq in self._running:
-            if budget == 0:
+    def _schedule_running(self, running: list[Sequence], budget: int, chosen: list[Sequence]) -> int:
+        """Give running sequences their tokens, preempting others when blocks run out; returns the budget left."""
+        max_chunk, rows_per_seq = self._max_chunk, self._rows_per_seq
+        for seq in running:
+            if budget <= 0:
                 break
+            if seq.state is not SequenceState.RUNNING:
+                continue  # preempted for one before it
             start = seq.num_computed_tokens
             num_known = len(seq.token_ids) + seq.num_pending_tokens
             if num_known >= seq.max_tokens_total:
                 continue  # its last token is on the way
             num_tokens = num_known - start
             if num_tokens > 1:
-                num_tokens = min(num_tokens, max_chunk, budget)
+                num_tokens = min(num_tokens, max_chunk, max(1, budget - rows_per_seq))
             end = start + num_tokens
             new_block_ids: tuple[BlockId, ...] = ()
             if end > seq.num_slots:
                 assert num_tokens == 1, "blocks for all known tokens were taken at the start"
-                if not self._make_room(seq):
-                    break
+                if not self._make_room(seq, chosen):
+                    continue
                 new_block_ids = tuple(self._pool.allocate(1))
                 seq.block_ids.extend(new_block_ids)
                 seq.num_slots += self.config.block_size
@@ -256,46 +302,88 @@ class Scheduler:
             seq.num_pending_tokens += end == num_known
             seq.scheduled = ScheduledSeq(seq.request_id, start, num_tokens, end == num_known, new_block_ids)
             chosen.append(seq)
-            budget -= num_tokens
+            budget -= num_tokens + rows_per_seq
         return budget
 
-    def _make_room(self, seq: Sequence) -> bool:
-        """Preempt the newest running sequences until a block is free; False if ``seq`` itself had to go."""
+    def _make_room(self, seq: Sequence, chosen: list[Sequence]) -> bool:
+        """Preempt running sequences until a block is free; False if ``seq`` itself had to go."""
         while self._pool.num_free == 0:
-            victim = self._running.pop()
+            victim = self._claims.to_grow(self._running, chosen)
             self._preempt(victim)
             if victim is seq:
                 return False
         return True
 
     def _preempt(self, seq: Sequence) -> None:
+        """Take a running sequence off the device. It is in the queue again when the step has been planned."""
         assert not self._in_flight, "nothing is preempted while results are outstanding"
         self._num_preemptions += 1
+        self._running.remove(seq)
         self._leave_device(seq)
         seq.state = SequenceState.WAITING
-        self._queue.requeue(seq)
+        self._preempted.append(seq)
 
-    def _admit(self, now_s: float, budget: int, chosen: list[Sequence], loads: list[AdapterLoad]) -> None:
-        """Start waiting sequences. One that only lacks adapter pages, or waits to share a prefix, is passed over; one
-        that lacks blocks holds up those behind it, or long prompts would starve."""
+    def _admit(self, now_s: float, budget: int, chosen: list[Sequence], loads: list[AdapterLoad]) -> int:
+        """Start waiting sequences; returns the budget left. One that only lacks adapter pages, or waits to share a
+        prefix, is passed over; one that lacks blocks holds up those behind it, or long prompts would starve."""
         for seq in self._queue.candidates():
-            if budget == 0 or len(self._running) == self.config.max_num_seqs:
+            if budget <= 0:
                 break
-            if not self._turn.may_start(seq, now_s):
+            is_full = len(self._running) == self.config.max_num_seqs
+            if is_full and not self._queue.has_claim(seq.account):
+                break
+            if not self._turn.may_start(seq, now_s) and not self._make_pages(seq, chosen):
                 continue
             found = self._cache.find(seq)
             if self._cache.should_wait(seq, len(found)):
                 continue
-            if not self._fits(seq, found):
+            if not self._fits(seq, found) and not self._make_way(seq, found, chosen):
                 break
-            self._queue.remove(seq)
             self._start(seq, found, now_s, loads)
-            budget -= self._schedule_first(seq, budget)
+            budget -= self._schedule_first(seq, budget) + self._rows_per_seq
             chosen.append(seq)
+        return budget
+
+    def _make_way(self, seq: Sequence, found: list[BlockId], chosen: list[Sequence]) -> bool:
+        """Preempt running sequences that owe it to a waiting one, until it fits; False if it does not."""
+        if not self._queue.has_claim(seq.account):
+            return False
+        if self._in_flight:
+            self._has_open_claim = True
+            return False
+        for victim in self._claims.for_room(seq, self._running, chosen):
+            self._preempt(victim)
+            if self._fits(seq, found):
+                return True
+        return False
+
+    def _make_pages(self, seq: Sequence, chosen: list[Sequence]) -> bool:
+        """Preempt running sequences that owe it to a waiting one, until its adapter can be loaded; False if not."""
+        if self._turn.is_barred(seq) or not self._queue.has_claim(seq.account):
+            return False
+        if self._in_flight:
+            self._has_open_claim = True
+            return False
+        victims = self._claims.for_pages(seq, self._running, chosen)
+        for victim in victims:
+            self._preempt(victim)
+        return bool(victims)
+
+    def _check_deadline(self, seq: Sequence) -> None:
+        """Refuse a request whose first token would come too late."""
+        if seq.request.service_level.ttft_s is not None:
+            account = self._queue.account_of(seq.request)
+            has_room = not self._queue.is_waited_for(account.priority) and (
+                self._fits(seq, []) or self._queue.has_claim(account)
+            )
+            self._deadlines.check(seq, account, has_room=has_room)
 
     def _fits(self, seq: Sequence, found: list[BlockId]) -> bool:
-        """True if all known tokens of the sequence find room, and the running ones keep room to grow."""
+        """True if there is a place in the batch, all known tokens of the sequence find room, and the running ones keep
+        room to grow."""
         config = self.config
+        if len(self._running) == config.max_num_seqs:
+            return False
         num_new = -(-len(seq.token_ids) // config.block_size) - len(found)
         num_reserved = -(-len(self._running) * config.reserve_steps // config.block_size)
         return num_new + num_reserved <= self._pool.num_free - self._pool.num_idle(found)
@@ -309,11 +397,17 @@ class Scheduler:
         seq.num_slots = num_blocks * config.block_size
         seq.num_computed_tokens = len(found) * config.block_size
         self._cache.admit(seq, len(found))
+        num_loaded_pages = 0
         adapter_id = seq.request.adapter_id
         if adapter_id is not None:
             if not self.adapters.is_resident(adapter_id):
                 loads.append(self.adapters.load(adapter_id))
+                num_loaded_pages = len(loads[-1].page_ids)
             seq.adapter_order = self.adapters.pin(adapter_id)
+            self._queue.pin(seq, self.adapters.num_pages_of(adapter_id), now_s)
+        self._queue.admit(seq, seq.num_computed_tokens, num_loaded_pages)
+        self._num_admissions += 1
+        seq.admission_order = self._num_admissions
         if seq.first_scheduled_s is None:
             seq.first_scheduled_s = now_s
             seq.num_cached_tokens = seq.num_computed_tokens
@@ -324,7 +418,7 @@ class Scheduler:
     def _schedule_first(self, seq: Sequence, budget: int) -> int:
         """Plan the first tokens of a sequence just started; returns how many."""
         start, num_known = seq.num_computed_tokens, len(seq.token_ids)
-        num_tokens = min(num_known - start, self._max_chunk, budget)
+        num_tokens = min(num_known - start, self._max_chunk, max(1, budget - self._rows_per_seq))
         end = start + num_tokens
         self._num_prompt_tokens += max(0, min(end, seq.num_prompt_tokens) - start)
         seq.num_computed_tokens = end
@@ -345,6 +439,9 @@ class Scheduler:
         seq.token_ids.append(token_id)
         self._num_output_tokens += 1
         num_known = len(seq.token_ids)
+        if num_known > seq.num_charged_tokens:
+            seq.account.counter += seq.output_charge
+            seq.output_charge += seq.output_charge_step
         reason: FinishReason | None = None
         stop_token_id: int | None = None
         if token_id in seq.stop_token_ids and num_known > seq.min_tokens_total:
@@ -380,6 +477,7 @@ class Scheduler:
             self._leave_device(seq)
         else:
             self._queue.remove(seq)
+        self._queue.end(seq)
         if seq.request.adapter_id is not None:
             self.adapters.end_use(seq.request.adapter_id)
         self._turn.leave(seq)
@@ -393,6 +491,9 @@ class Scheduler:
         seq.block_ids = []
         seq.num_slots = 0
         seq.num_computed_tokens = 0
-        if seq.request.adapter_id is not None:
-            self.adapters.unpin(seq.request.adapter_id)
+        adapter_id = seq.request.adapter_id
+        if adapter_id is not None:
+            self.adapters.unpin(adapter_id)
+            self._queue.unpin(seq, self.adapters.num_pages_of(adapter_id), self._now_s)
+        self._queue.leave(seq)
         self._released.append(seq.request_id)

@@ -5,6 +5,7 @@ import enum
 from pomona.core.ids import BlockId, RequestId
 from pomona.core.plan import ScheduledSeq, SeqStart
 from pomona.core.request import Request
+from pomona.sched.account import Account
 
 
 class SequenceState(enum.Enum):
@@ -28,7 +29,9 @@ class Sequence:
 
     # Read and written for every sequence in every step, hence slots and plain attributes.
     __slots__ = (
+        "account",
         "adapter_order",
+        "admission_order",
         "block_ids",
         "block_keys",
         "first_blocked_s",
@@ -38,12 +41,15 @@ class Sequence:
         "min_tokens_total",
         "next_publish_tokens",
         "num_cached_tokens",
+        "num_charged_tokens",
         "num_computed_tokens",
         "num_pending_tokens",
         "num_prompt_logprobs_sent",
         "num_prompt_tokens",
         "num_published_blocks",
         "num_slots",
+        "output_charge",
+        "output_charge_step",
         "prefix_leader",
         "request",
         "request_id",
@@ -92,6 +98,16 @@ class Sequence:
         """When it was first passed over for want of adapter pages; None when that is not what it waits for."""
         self.num_cached_tokens = 0
         self.num_prompt_logprobs_sent = 0
+        self.account: Account
+        """Whom its service is charged to; set by the queue."""
+        self.admission_order = 0
+        """Its place among all admissions, the latest of its own."""
+        self.num_charged_tokens = self.num_prompt_tokens
+        """Known tokens that were charged for when it was admitted; further ones are charged as they come."""
+        self.output_charge = 0.0
+        """Charge for the next output token that has not been charged for."""
+        self.output_charge_step = 0.0
+        """By how much more each output token is charged than the one before it."""
 
     @property
     def was_admitted(self) -> bool:

@@ -1,0 +1,146 @@
+"""Claims: which running sequences make way for whom, by computing later in a step, or by being preempted.
+
+Who waits has a claim on whoever is of a lower class, or too far ahead of it in service; and a tenant that has nothing
+running has a claim to a seat: to the latest of the several requests of somebody. One that needs room to grow takes it
+from the lowest class first, there from the tenant most served, there from the latest, who has least to lose.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from pomona.core.ids import AdapterId
+from pomona.sched.account import Account
+from pomona.sched.adapter_slots import AdapterSlots
+from pomona.sched.block_pool import BlockPool
+from pomona.sched.config import SchedulerConfig
+from pomona.sched.fair_queue import FairQueue
+from pomona.sched.sequence import Sequence
+
+
+class Claims:
+    """Decides, but changes nothing.
+
+    Args:
+        config: limits of the scheduler.
+        queue: accounts of all tenants.
+        pool: KV blocks.
+        adapters: adapter pages.
+    """
+
+    def __init__(self, config: SchedulerConfig, queue: FairQueue, pool: BlockPool, adapters: AdapterSlots) -> None:
+        self._config = config
+        self._queue = queue
+        self._pool = pool
+        self._adapters = adapters
+
+    def split(self, running: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences that compute before new ones are admitted, and those that compute after, in their order."""
+        queue = self._queue
+        waiting = queue.best_accounts()
+        behind = {
+            account
+            for account in queue.running
+            if any(queue.must_yield(account, one) or queue.gives_seat(account, one) for one in waiting)
+        }
+        if not behind:
+            return running.copy(), []
+        oldest = self._oldest(running)
+        if not self._must_yield_to_any(oldest.account, waiting):
+            first = [seq for seq in running if seq is oldest or seq.account not in behind]
+            return first, [seq for seq in running if seq is not oldest and seq.account in behind]
+        return [seq for seq in running if seq.account not in behind], [seq for seq in running if seq.account in behind]
+
+    def has_any(self) -> bool:
+        """True if somebody who is next to be admitted may make running sequences go."""
+        return any(self._queue.has_claim(account) for account in self._queue.best_accounts())
+
+    def by_turn(self, running: list[Sequence]) -> list[Sequence]:
+        """Running sequences in the order of their right to be in a step that cannot hold them all: the oldest, so that
+        something ends, then by class, by the tenant's service, and who was left out last time."""
+        oldest = self._oldest(running)
+        others = [seq for seq in running if seq is not oldest]
+        return [oldest, *sorted(others, key=self._queue.turn_key)]
+
+    def may_go_on(self, held: Iterable[Sequence]) -> list[Sequence]:
+        """Those who computed later and may do so now: nobody is left waiting whom their tenant is too far ahead of."""
+        queue = self._queue
+        waiting = queue.best_accounts()
+        stopped = {
+            account
+            for account in queue.running
+            if any(account.priority is one.priority and queue.must_yield(account, one) for one in waiting)
+        }
+        return [seq for seq in held if seq.account not in stopped]
+
+    def to_grow(self, running: list[Sequence], chosen: list[Sequence]) -> Sequence:
+        """Who is preempted when a sequence needs another block: one that is not in the step yet, and the oldest only if
+        there is no other, so that something always comes to an end."""
+        taken = set(chosen)
+        oldest = self._oldest(running)
+        others = [seq for seq in running if seq not in taken and seq is not oldest]
+        return max(others, key=self._queue.preemption_key) if others else oldest
+
+    def for_room(self, seq: Sequence, running: list[Sequence], chosen: list[Sequence]) -> Iterator[Sequence]:
+        """Running sequences to preempt, one by one, until the waiting one has a place and blocks. None if all of them
+        together would not do."""
+        num_blocks = -(-len(seq.token_ids) // self._config.block_size)
+        debtors = self._debtors(seq, running, chosen, has_seat=num_blocks <= self._share(self._pool.num_blocks))
+        if num_blocks <= self._pool.num_free + sum(len(one.block_ids) for one in debtors):
+            for debtor in debtors:
+                if self._still_owes(debtor.account, seq.account):
+                    yield debtor
+
+    def for_pages(self, seq: Sequence, running: list[Sequence], chosen: list[Sequence]) -> list[Sequence]:
+        """Running sequences to preempt so that the waiting one's adapter can be loaded; none if that cannot be had."""
+        adapters, adapter_id = self._adapters, seq.request.adapter_id
+        assert adapter_id is not None
+        num_missing = adapters.num_pages_of(adapter_id) - adapters.num_loadable_pages
+        has_seat = adapters.num_pages_of(adapter_id) <= self._share(adapters.num_pages)
+        users: dict[AdapterId, list[Sequence]] = {}
+        for debtor in self._debtors(seq, running, chosen, has_seat=has_seat):
+            if debtor.request.adapter_id is not None:
+                users.setdefault(debtor.request.adapter_id, []).append(debtor)
+        victims: list[Sequence] = []
+        num_gone: dict[Account, int] = {}
+        for pinned_id, pinning in users.items():
+            if num_missing <= 0:
+                break
+            if len(pinning) < adapters.num_pins_of(pinned_id):
+                continue  # somebody goes on using it
+            account = pinning[0].account
+            num_gone[account] = num_gone.get(account, 0) + len(pinning)
+            if num_gone[account] >= account.num_running and not self._queue.must_yield(account, seq.account):
+                continue  # a tenant that only gives a seat keeps one itself
+            victims += pinning
+            num_missing -= adapters.num_pages_of(pinned_id)
+        return victims if num_missing <= 0 else []
+
+    def _debtors(
+        self, seq: Sequence, running: list[Sequence], chosen: list[Sequence], *, has_seat: bool
+    ) -> list[Sequence]:
+        """Running sequences that are not in the step yet and have to make way for a waiting one, first to go first."""
+        queue = self._queue
+        givers = {account for account in queue.running if has_seat and queue.gives_seat(account, seq.account)}
+        yielding = {account for account in queue.running if queue.must_yield(account, seq.account)}
+        if not givers and not yielding:
+            return []
+        taken = set(chosen)
+        oldest = self._oldest(running)
+        found = [
+            one
+            for one in running
+            if (one.account in yielding or (one.account in givers and one is not oldest)) and one not in taken
+        ]
+        return sorted(found, key=queue.preemption_key, reverse=True)
+
+    def _still_owes(self, account: Account, waiting: Account) -> bool:
+        return self._queue.must_yield(account, waiting) or self._queue.gives_seat(account, waiting)
+
+    def _must_yield_to_any(self, account: Account, waiting: list[Account]) -> bool:
+        return any(self._queue.must_yield(account, one) for one in waiting)
+
+    def _share(self, num_in_all: int) -> int:
+        return num_in_all // (len(self._queue.running) + 1)
+
+    @staticmethod
+    def _oldest(running: list[Sequence]) -> Sequence:
+        return min(running, key=lambda seq: (seq.account.priority, seq.admission_order))
