@@ -1,8 +1,8 @@
 """What the policies promise, for any arrivals: the bound on the gap between tenants who wait, and that nothing idles.
 
 The bound is that of docs/design/0011-fairness.md: over any stretch of steps in which two tenants of one class always
-have requests waiting, one gets at most ``2 * (max_lead + max(admission, step))`` more than the other, by weight. With the
-default lead this is the VTC paper's 2 * max(w_p * L_input, w_q * M), plus the largest single charges.
+have requests waiting, one gets at most ``2 * (max_lead + max(admission, step))`` more than the other, by weight. With
+the default lead this is the VTC paper's 2 * max(w_p * L_input, w_q * M), plus the largest single charges.
 """
 
 import itertools

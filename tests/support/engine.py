@@ -323,9 +323,10 @@ def check_integrity(scheduler: Scheduler) -> None:
     for account in {seq.account for seq in running + waiting}:
         mine = [seq for seq in running if seq.account is account]
         assert account.num_running == len(mine)
-        assert account.num_waiting == sum(seq.account is account for seq in waiting)
-        adapter_ids = {seq.request.adapter_id for seq in mine} - {None}
-        assert account.num_held_pages == sum(adapters.num_pages_of(adapter_id) for adapter_id in adapter_ids)
+        assert account.num_waiting == len([seq for seq in waiting if seq.account is account])
+        adapter_ids = {seq.request.adapter_id for seq in mine}
+        num_pages = [adapters.num_pages_of(adapter_id) for adapter_id in adapter_ids if adapter_id is not None]
+        assert account.num_held_pages == sum(num_pages)
     assert set(queue.running) == {seq.account for seq in running}
     pages: list[PageId] = []
     for status in adapters.statuses():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from pomona.core.errors import RequestRateError
+from pomona.core.errors import RateLimitError
 from pomona.core.ids import TenantId
 from pomona.core.request import Priority, Request
 from pomona.sched.account import Account
@@ -92,7 +92,7 @@ class FairQueue:
         """Count a request, under the policy that limits their rate.
 
         Raises:
-            RequestRateError: the tenant has sent too many.
+            RateLimitError: the tenant has sent too many.
         """
         limit = self.config.requests_per_minute
         if self.config.policy != "rpm":
@@ -102,7 +102,7 @@ class FairQueue:
             arrivals.popleft()
         if len(arrivals) >= limit:
             wait_s = _WINDOW_S - (request.arrival_s - arrivals[0])
-            raise RequestRateError(f"{limit} requests came in the last minute: the limit of the tenant", wait_s)
+            raise RateLimitError(f"{limit} requests came in the last minute: the limit of the tenant", wait_s)
         arrivals.append(request.arrival_s)
 
     def push(self, seq: Sequence) -> None:

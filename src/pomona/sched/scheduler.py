@@ -85,7 +85,7 @@ class Scheduler:
             InvalidRequestError: it can never be served; names the field.
             PromptTooLongError: it does not fit the context or the KV cache.
             QueueFullError: ``max_waiting`` requests wait already.
-            RequestRateError: the policy limits the tenant's requests per minute.
+            RateLimitError: the policy limits the tenant's requests per minute.
             DeadlineError: its tenant's target for the time to first token would be missed.
         """
         check_request(request, self.config)

@@ -69,6 +69,7 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     core.QueueFullError: _Row(429, "rate_limit_error", "queue_full", retry_after_s=1),
     core.RateLimitError: _Row(429, "rate_limit_error", "rate_limit_exceeded"),
     core.QuotaExceededError: _Row(429, "insufficient_quota", "insufficient_quota"),
+    core.DeadlineError: _Row(429, "rate_limit_error", "deadline_unreachable"),
     core.DatabaseUnavailableError: _Row(503, _SERVER, "accounts_unavailable", retry_after_s=5),
     core.AccountNotFoundError: _Row(404, _INVALID, "not_found"),
     core.AccountConflictError: _Row(409, _INVALID, "conflict"),
