@@ -28,6 +28,12 @@ _ERRORS: list[errors.PomonaError] = [
     errors.AdapterConfigError("r", "r is -1"),
     errors.CheckpointError("no config.json"),
     errors.ConfigError("max_waiting is 0"),
+    errors.RateLimitError("too fast", 1.5),
+    errors.QuotaExceededError("spent", None),
+    errors.DeadlineError("too late", 2.0),
+    errors.DatabaseUnavailableError("no database"),
+    errors.AccountNotFoundError("no tenant"),
+    errors.AccountConflictError("exists"),
 ]
 _INFO = AdapterInfo(AdapterId("ab"), 8, 2, 1000, ("q_proj",), ("dora",))
 _WIRE = pack_error(_ERRORS[1])
