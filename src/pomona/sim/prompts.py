@@ -1,5 +1,7 @@
 """Token ids of simulated prompts. What they say does not matter, only which prompts begin alike."""
 
+import itertools
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -72,3 +74,30 @@ class SystemPrompts:
         del number
         num_keys = self._num_shared(request) // self._key_tokens
         return tuple(f"{request.adapter_index}/{k}".encode() for k in range(num_keys))
+
+
+class RecordedPrompts:
+    """Prompts begin alike as far as a trace says so.
+
+    Args:
+        hashes: of every request in order of arrival, one per block; equal hashes mean equal prompts up to its end.
+        block_tokens: tokens that a hash stands for; Mooncake's traces have 512.
+    """
+
+    def __init__(self, hashes: Sequence[tuple[int, ...]], block_tokens: int = 512) -> None:
+        self._hashes = hashes
+        self._block_tokens = block_tokens
+
+    def token_ids(self, number: int, request: WorkloadRequest, num_delivered: int) -> tuple[int, ...]:
+        """See ``PromptSource``. Tokens beyond the recorded blocks are the request's own."""
+        size = self._block_tokens
+        num_shared = request.num_prompt_tokens // size
+        blocks = [(value + 1,) * size for value in self._hashes[number][:num_shared]]
+        shared = tuple(itertools.chain.from_iterable(blocks))
+        own = request.num_prompt_tokens + num_delivered - len(shared)
+        return shared + (2**30 + number,) * own
+
+    def prefix_keys(self, number: int, request: WorkloadRequest) -> tuple[bytes, ...]:
+        """See ``PromptSource``."""
+        adapter = f"{request.adapter_index}/"
+        return tuple(f"{adapter}{value}".encode() for value in self._hashes[number])

@@ -1,0 +1,208 @@
+"""From a spec to the objects of a simulation. Everything that can be refused is refused here, before time begins."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pomona.core.errors import ConfigError
+from pomona.core.ids import TenantId
+from pomona.metrics.slo import Slo
+from pomona.router.autoscale import AutoscalerConfig
+from pomona.router.fleet import RouterConfig
+from pomona.sched.config import SchedulerConfig
+from pomona.sim.cluster_config import ClusterConfig, LossConfig
+from pomona.sim.cost_model import CostModel
+from pomona.sim.hardware import MACHINES, MODELS, RooflineCost, plan_memory
+from pomona.sim.population import AdapterPages, AdapterPopulation
+from pomona.sim.profile_file import CostProfile
+from pomona.sim.prompts import PromptSource, RecordedPrompts
+from pomona.sim.sections import build
+from pomona.sim.spec import ARRIVALS, LENGTHS, POPULARITIES, SimulationSpec
+from pomona.workload.popularity import GroupPopularity, Popularity, RecordedPopularity
+from pomona.workload.servegen import client_requests, read_lengths, read_rates
+from pomona.workload.spec import WorkloadRequest, WorkloadSpec, iter_requests
+from pomona.workload.traces import READERS, TraceSelection, compose, read_lora_uses, read_spot_events
+
+ReadLines = Callable[[str], list[str]]
+"""The lines of a file that a spec names.
+
+Raises:
+    ConfigError: there is no such file, or it cannot be read.
+"""
+
+_NUM_SAMPLES = 300
+_ENDLESS = 10**12
+_SIZES = ("num_kv_blocks", "num_adapter_pages", "max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a simulation is made of."""
+
+    cluster: ClusterConfig
+    adapters: AdapterPopulation
+    prompts: PromptSource | None
+    workload: Iterator[WorkloadRequest]
+    num_requests: int | None
+    """Of the workload, if known."""
+    cost_error: float | None
+    """Median relative error of the profile on held-out steps; None for a machine from a data sheet."""
+
+
+def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
+    """Build a simulation.
+
+    Raises:
+        ConfigError: the spec, or a file that it names, is wrong; the message begins with the key's path.
+    """
+    scheduler, cost_model, cost_error = _replica(spec, read_lines)
+    pages = AdapterPages(rows_per_page=spec.replica.rows_per_page)
+    adapters = AdapterPopulation(spec.adapters.lora_ranks, pages)
+    popularity = _popularity(spec, read_lines)
+    requests, num_requests, horizon_s, prompts = _workload(spec, popularity, read_lines)
+    if spec.adapters.popularity.kind != "base":
+        _check_ranks(spec, scheduler, pages)
+    cluster = ClusterConfig(
+        scheduler=scheduler,
+        cost_model=cost_model,
+        router=build(RouterConfig, spec.router, "router"),
+        autoscaler=_autoscaler(spec),
+        losses=_losses(spec, read_lines),
+        slo=build(Slo, spec.slo, "slo"),
+        sample_interval_s=spec.sample_interval_s or max(horizon_s, 1.0) / _NUM_SAMPLES,
+        seed=spec.seed,
+        **spec.cluster.model_dump(),
+    )
+    return Setup(cluster, adapters, prompts, requests, num_requests, cost_error)
+
+
+def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConfig, CostModel, float | None]:
+    section = spec.replica
+    given = {name: getattr(section, name) for name in _SIZES if getattr(section, name) is not None}
+    given |= {
+        name: getattr(section, name) for name in ("max_waiting", "enable_prefix_cache", "adapter_wait_limit_s")
+    }
+    cost_model: CostModel
+    if section.profile is not None:
+        text = "\n".join(_at("replica.profile", lambda: read_lines(str(section.profile))))
+        profile = CostProfile.from_json(text, f"replica.profile: {section.profile}")
+        sizes: dict[str, Any] = profile.replica.model_dump()
+        cost_model, cost_error = profile.cost_model, profile.error.p50
+    else:
+        machine, model = MACHINES[str(section.machine)], MODELS[str(section.model)]
+        sizes = {"block_size": section.block_size or 16, "max_model_len": 8192}
+        plan = _at(
+            "replica.model",
+            lambda: plan_memory(
+                machine,
+                model,
+                num_devices=section.num_devices,
+                block_size=sizes["block_size"],
+                rows_per_page=section.rows_per_page,
+                adapter_share=section.adapter_share,
+            ),
+        )
+        sizes |= {"num_kv_blocks": plan.num_kv_blocks, "num_adapter_pages": plan.num_adapter_pages}
+        cost_model = RooflineCost(machine, model, section.rows_per_page, section.num_devices)
+        cost_error = None
+    scheduler = _at("replica", lambda: SchedulerConfig(**(sizes | given)), joiner=".")
+    num_slots = scheduler.num_kv_blocks * scheduler.block_size
+    if num_slots < scheduler.max_model_len:
+        # A sequence of full length must fit; a smaller context is what such a replica offers.
+        if section.max_model_len is not None:
+            raise ConfigError(
+                f"replica.max_model_len is {scheduler.max_model_len}: the KV cache of {num_slots} tokens is smaller"
+            )
+        scheduler = replace(scheduler, max_model_len=num_slots)
+    return scheduler, cost_model, cost_error
+
+
+def _popularity(spec: SimulationSpec, read_lines: ReadLines) -> Popularity:
+    section, path = spec.adapters.popularity, "adapters.popularity"
+    if section.kind == "recorded":
+        uses, num_requests = _at(f"{path}.file", lambda: read_lora_uses(read_lines(section.file)))
+        share = section.base_share
+        own_share = max(0.0, 1.0 - sum(uses) / num_requests)
+        return RecordedPopularity(tuple(float(use) for use in uses), own_share if share is None else share)
+    if section.kind == "group":
+        return GroupPopularity(section.groups, section.num_adapters, section.group_size)
+    popularity: Popularity = build(POPULARITIES[section.kind], section, path)
+    return popularity
+
+
+def _workload(
+    spec: SimulationSpec, popularity: Popularity, read_lines: ReadLines
+) -> tuple[Iterator[WorkloadRequest], int | None, float, PromptSource | None]:
+    """The requests, how many, about how long they take to arrive, and their prompts if recorded."""
+    section = spec.workload
+    tenants = tuple((TenantId(name), weight) for name, weight in spec.tenants.items())
+    if section.kind == "trace":
+        rows = _at("workload.file", lambda: READERS[section.format](read_lines(section.file)))
+        selection = build(TraceSelection, section.selection, "workload.selection")
+        chosen = _at("workload.selection", lambda: selection.apply(rows), joiner=".")
+        hashes = [row.prefix_hashes for row in chosen]
+        prompts = RecordedPrompts(hashes) if spec.replica.enable_prefix_cache and any(hashes) else None
+        return compose(chosen, popularity, tenants, spec.seed), len(chosen), chosen[-1].arrival_s, prompts
+    if section.kind == "clients":
+        rates = _at("workload.rates_file", lambda: read_rates(read_lines(section.rates_file)))
+        lengths = _at("workload.lengths_file", lambda: read_lengths(read_lines(section.lengths_file)))
+        clients = client_requests(rates, lengths, section.start_s, section.duration_s, spec.seed)
+        composed = compose(clients, popularity, tenants, spec.seed)
+        return composed, None, section.duration_s, None
+    synthetic = WorkloadSpec(
+        num_requests=section.num_requests or _ENDLESS,
+        arrivals=build(ARRIVALS[section.arrivals.kind], section.arrivals, "workload.arrivals"),
+        prompt_lengths=build(LENGTHS[section.prompt_lengths.kind], section.prompt_lengths, "workload.prompt_lengths"),
+        output_lengths=build(LENGTHS[section.output_lengths.kind], section.output_lengths, "workload.output_lengths"),
+        popularity=popularity,
+        tenant_weights=tenants,
+        seed=spec.seed,
+    )
+    requests = iter_requests(synthetic)
+    rate = getattr(section.arrivals, "rate_per_s", float("inf"))
+    if section.num_requests is not None:
+        return requests, section.num_requests, section.num_requests / rate, None
+    end_s = section.duration_s
+    return (
+        itertools.takewhile(lambda request: request.arrival_s < end_s, requests),
+        round(end_s * rate),
+        end_s,
+        None,
+    )
+
+
+def _check_ranks(spec: SimulationSpec, scheduler: SchedulerConfig, pages: AdapterPages) -> None:
+    for index, lora_rank in enumerate(spec.adapters.lora_ranks):
+        if pages.num_pages(lora_rank) > scheduler.num_adapter_pages:
+            raise ConfigError(
+                f"adapters.lora_ranks.{index} is {lora_rank}: needs {pages.num_pages(lora_rank)} adapter pages, a "
+                f"replica has {scheduler.num_adapter_pages}"
+            )
+
+
+def _autoscaler(spec: SimulationSpec) -> AutoscalerConfig:
+    config = build(AutoscalerConfig, spec.autoscaler, "autoscaler")
+    if config.policy == "fixed":
+        return replace(config, min_replicas=spec.cluster.num_replicas, max_replicas=spec.cluster.num_replicas)
+    return config
+
+
+def _losses(spec: SimulationSpec, read_lines: ReadLines) -> LossConfig:
+    section = spec.losses
+    values = {name: getattr(section, name) for name in LossConfig.__dataclass_fields__}
+    if section.capacity_file is not None:
+        events = _at("losses.capacity_file", lambda: read_spot_events(read_lines(section.capacity_file)))
+        start_s = section.capacity_start_s
+        before = [count for time_s, count in events if time_s <= start_s]
+        later: Sequence[tuple[float, int]] = [(time_s - start_s, count) for time_s, count in events if time_s > start_s]
+        values["capacity"] = ((0.0, before[-1] if before else 0), *later)
+    return _at("losses", lambda: LossConfig(**values), joiner=".")
+
+
+def _at(path: str, make: Callable[[], Any], joiner: str = ": ") -> Any:
+    """What ``make`` returns; its refusal with the key's path before it."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise ConfigError(f"{path}{joiner}{error}") from error

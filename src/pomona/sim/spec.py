@@ -1,0 +1,225 @@
+"""SimulationSpec: what ``pomona simulate`` is told, checked before anything runs. Files that it names are opened by
+whoever reads it.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pomona.core.errors import ConfigError
+from pomona.metrics.slo import Slo
+from pomona.router.autoscale import AutoscalerConfig
+from pomona.router.fleet import RouterConfig
+from pomona.sim.cluster_config import LossConfig
+from pomona.sim.hardware import MACHINES, MODELS
+from pomona.sim.sections import STRICT, section
+from pomona.workload.arrivals import AllAtOnce, ConstantArrivals, GammaArrivals, PoissonArrivals
+from pomona.workload.lengths import FixedLength, LognormalLength, UniformLength
+from pomona.workload.popularity import BaseOnly, GroupPopularity, ZipfPopularity
+from pomona.workload.traces import TraceSelection
+
+MAX_RANK = 4096
+
+ARRIVALS: dict[str, type] = {
+    "all-at-once": AllAtOnce,
+    "constant": ConstantArrivals,
+    "poisson": PoissonArrivals,
+    "gamma": GammaArrivals,
+}
+LENGTHS: dict[str, type] = {"fixed": FixedLength, "uniform": UniformLength, "lognormal": LognormalLength}
+POPULARITIES: dict[str, type] = {"base": BaseOnly, "zipf": ZipfPopularity, "group": GroupPopularity}
+
+# `kind` is a field of GroupPopularity's own; in a file it is `groups`.
+_Count = Annotated[int, Field(ge=1)]
+_Seconds = Annotated[float, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = STRICT
+
+
+class ReplicaSection(_Section):
+    """One replica: a profile that was measured, or a machine and a model; sizes given here go before theirs."""
+
+    profile: str | None = None
+    """File of `pomona profile`."""
+    machine: str | None = None
+    model: str | None = None
+    num_devices: _Count = 1
+    adapter_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Of the memory that the weights leave, what adapters get; with a machine only."""
+    rows_per_page: _Count = 4
+    """Rank rows of an adapter page."""
+    num_kv_blocks: _Count | None = None
+    num_adapter_pages: Annotated[int, Field(ge=0)] | None = None
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    block_size: _Count | None = None
+    max_num_batched_tokens: _Count | None = None
+    max_num_seqs: _Count | None = None
+    max_waiting: _Count = 1_000_000
+    enable_prefix_cache: bool = False
+    adapter_wait_limit_s: _Seconds = 2.0
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.profile is None) == (self.machine is None):
+            raise ValueError("needs either a profile, or a machine and a model")
+        if (self.machine is None) != (self.model is None):
+            raise ValueError("a machine needs a model, and a model a machine")
+        if self.machine is not None and self.machine not in MACHINES:
+            raise ValueError(f"machine {self.machine!r} is not known: must be one of {', '.join(MACHINES)}")
+        if self.model is not None and self.model not in MODELS:
+            raise ValueError(f"model {self.model!r} is not known: must be one of {', '.join(MODELS)}")
+        return self
+
+
+class RecordedSection(_Section):
+    """Uses counted in a file of Alibaba's GenTD26 trace."""
+
+    kind: Literal["recorded"]
+    file: str
+    base_share: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the requests without an adapter; by default the trace's own."""
+
+
+class GroupsSection(_Section):
+    """See GroupPopularity."""
+
+    kind: Literal["group"]
+    groups: Literal["identical", "distinct", "uniform", "zipf-1.5"]
+    num_adapters: _Count
+    group_size: _Count = 32
+
+
+class AdaptersSection(_Section):
+    """What adapters there are and which are asked for."""
+
+    lora_ranks: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_RANK)], ...], Field(min_length=1)] = (16,)
+    """Adapter k has rank lora_ranks[k % their number]."""
+    popularity: Annotated[
+        section(BaseOnly, "base") | section(ZipfPopularity, "zipf") | GroupsSection | RecordedSection,
+        Field(discriminator="kind"),
+    ] = Field(default_factory=lambda: section(BaseOnly, "base")(kind="base"))
+
+
+_Arrivals = Annotated[
+    section(AllAtOnce, "all-at-once")
+    | section(ConstantArrivals, "constant")
+    | section(PoissonArrivals, "poisson")
+    | section(GammaArrivals, "gamma"),
+    Field(discriminator="kind"),
+]
+_Lengths = Annotated[
+    section(FixedLength, "fixed") | section(UniformLength, "uniform") | section(LognormalLength, "lognormal"),
+    Field(discriminator="kind"),
+]
+
+
+class SyntheticSection(_Section):
+    """A workload made of distributions."""
+
+    kind: Literal["synthetic"]
+    num_requests: _Count | None = None
+    duration_s: _Positive | None = None
+    arrivals: _Arrivals
+    prompt_lengths: _Lengths
+    output_lengths: _Lengths
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if (self.num_requests is None) == (self.duration_s is None):
+            raise ValueError("needs either num_requests or duration_s")
+        if self.duration_s is not None and self.arrivals.kind == "all-at-once":
+            raise ValueError("all-at-once needs num_requests")
+        return self
+
+
+class TraceSection(_Section):
+    """Arrivals and lengths from a trace; the bundled samples have names without a path."""
+
+    kind: Literal["trace"]
+    file: str
+    format: Literal["azure", "mooncake", "plain"]
+    selection: section(TraceSelection) = Field(default_factory=section(TraceSelection))  # type: ignore[valid-type]
+
+
+class ClientsSection(_Section):
+    """ServeGen's clients; each is a tenant."""
+
+    kind: Literal["clients"]
+    rates_file: str
+    lengths_file: str
+    start_s: _Seconds = 0.0
+    duration_s: _Positive
+
+
+class LossesSection(section(LossConfig)):  # type: ignore[misc]
+    """How replicas are lost; capacity may come from a file."""
+
+    capacity_file: str | None = None
+    """Spot availability: lines of time_ms,add|remove,node; bundled samples have names without a path."""
+    capacity_start_s: _Seconds = 0.0
+    """What the file says of this moment is what the simulation begins with."""
+
+
+class ClusterSection(_Section):
+    """See ClusterConfig."""
+
+    num_replicas: _Count = 1
+    start_s: _Seconds = 60.0
+    counts_output_kv: bool = True
+    consolidation_interval_s: _Positive | None = None
+    max_moves: _Count = 32
+
+
+class SimulationSpec(_Section):
+    """A simulation."""
+
+    seed: int = 0
+    until_s: _Positive | None = None
+    """When to stop; by default, when the last request has ended."""
+    sample_interval_s: _Positive | None = None
+    """Time between samples of queue, memory and service; by default some 300 of them."""
+    replica: ReplicaSection
+    adapters: AdaptersSection = Field(default_factory=AdaptersSection)
+    workload: Annotated[SyntheticSection | TraceSection | ClientsSection, Field(discriminator="kind")]
+    tenants: dict[str, _Positive] = Field(default_factory=lambda: {"default": 1.0})
+    """Share of the requests, by tenant."""
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    router: section(RouterConfig) = Field(default_factory=section(RouterConfig))  # type: ignore[valid-type]
+    autoscaler: section(AutoscalerConfig) = Field(default_factory=section(AutoscalerConfig))  # type: ignore[valid-type]
+    losses: LossesSection = Field(default_factory=LossesSection)
+    slo: section(Slo) = Field(default_factory=section(Slo))  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _has_tenants(self) -> Self:
+        if not self.tenants:
+            raise ValueError("tenants must name at least one")
+        return self
+
+
+def parse_spec(values: Mapping[str, Any], name: str) -> SimulationSpec:
+    """Check a spec.
+
+    Args:
+        values: the file's content.
+        name: of the file, for messages.
+
+    Raises:
+        ConfigError: says which key is wrong, and how.
+    """
+    try:
+        return SimulationSpec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in first["loc"] if not _is_tag(part, first["loc"])) or "(file)"
+        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{name}: {path}: {message}") from error
+
+
+def _is_tag(part: int | str, path: tuple[int | str, ...]) -> bool:
+    """Pydantic puts the alternative's tag into the path; the file has no such key."""
+    tags = {*ARRIVALS, *LENGTHS, *POPULARITIES, "recorded", "synthetic", "trace", "clients"}
+    return part in tags and path.index(part) > 0 and path[0] in ("workload", "adapters")
