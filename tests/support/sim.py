@@ -39,3 +39,18 @@ def make_profile(**changes: Any) -> CostProfile:
         "measuring_s": 1.0,
     }
     return CostProfile(**(values | changes))
+
+
+def make_spec(**changes: Any) -> dict[str, Any]:
+    """Forty requests at 20 per second to one replica of the profile ``p.json``."""
+    values: dict[str, Any] = {
+        "replica": {"profile": "p.json"},
+        "workload": {
+            "kind": "synthetic",
+            "num_requests": 40,
+            "arrivals": {"kind": "poisson", "rate_per_s": 20.0},
+            "prompt_lengths": {"kind": "uniform", "min_tokens": 10, "max_tokens": 100},
+            "output_lengths": {"kind": "fixed", "num_tokens": 12},
+        },
+    }
+    return values | changes

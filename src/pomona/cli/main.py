@@ -315,6 +315,28 @@ register_keys(keys_app)
 
 
 @app.command()
+def simulate(
+    spec: Annotated[Path, typer.Argument(help="TOML file that describes replicas, workload, router and objectives.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Results as one JSON object to stdout.")] = False,  # noqa: FBT002
+    html: Annotated[Path | None, typer.Option(help="Write one page with charts.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write a trace of a window for ui.perfetto.dev.")] = None,
+    trace_window: Annotated[str, typer.Option(help="That window, seconds: START-END.")] = "0-10",
+) -> None:
+    """Simulate a cluster in virtual time: the same scheduler, adapters and router, with costs measured or computed.
+
+    The table goes to stderr. Specs are in docs/simulator.md.
+
+    Example:
+
+        pomona simulate cluster.toml --html cluster.html --trace cluster.json --trace-window 60-70
+    """
+    from pomona.cli.simulate import SimulateOutputs, read_window, run_simulate
+
+    start_s, end_s = read_window(trace_window)
+    run_simulate(spec, SimulateOutputs(as_json, html, trace, start_s, end_s))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(pomona.__version__)

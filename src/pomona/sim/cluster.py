@@ -24,6 +24,7 @@ from pomona.sim.ledger import Ending, FleetSample, Ledger, ReplicaRecord
 from pomona.sim.population import AdapterPopulation
 from pomona.sim.prompts import PromptSource, UniquePrompts
 from pomona.sim.replica import SimReplica
+from pomona.sim.step_work import StepWork
 from pomona.workload.spec import WorkloadRequest
 
 
@@ -68,6 +69,8 @@ class ClusterSim:
         self.replicas: dict[ReplicaId, ReplicaRecord] = {}
         """Every replica there ever was."""
         self.samples: list[FleetSample] = []
+        self.observe: Callable[[ReplicaId, float, StepWork], None] | None = None
+        """Told of every step that begins, if set before the run: replica, seconds, work."""
         self.num_moves = 0
         """Requests moved to consolidate."""
         self._adapters = adapters
@@ -250,6 +253,8 @@ class ClusterSim:
             lambda outputs: self._deliver(member, outputs),
             partial(self._reject, replica_id),
         )
+        if self.observe is not None:
+            replica.observe = partial(self.observe, replica_id)
         member = self._members[replica_id] = _Member(record, replica)
         self.replicas[replica_id] = record
         num_kv_tokens = config.scheduler.num_kv_blocks * config.scheduler.block_size

@@ -15,11 +15,14 @@ from pomona.engine.engine import Engine
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.clock import EventHeap
 from pomona.sim.executor import SimExecutor
+from pomona.sim.step_work import StepWork
 
 Deliver = Callable[[list[RequestOutput]], None]
 """Takes a turn's outputs, at the time when they are out; not called when there are none."""
 Reject = Callable[[Request, PomonaError], None]
 """Takes a request that the engine refused, at the time when it did."""
+Observe = Callable[[float, StepWork], None]
+"""Takes a step that begins: how long it will last, and what it has to do."""
 
 
 class SimReplica:
@@ -41,6 +44,8 @@ class SimReplica:
         """As of the end of its last turn, which is all that anybody outside could know."""
         self.busy_s = 0.0
         """Seconds of all steps that have ended."""
+        self.observe: Observe | None = None
+        """Told of every step, if set."""
         self.in_flight: dict[RequestId, Request] = {}
         """Requests that arrived and whose end has not been delivered, oldest first."""
         self._engine = Engine(config, executor)
@@ -113,6 +118,8 @@ class SimReplica:
         if engine.has_work:
             self._outputs = aborted + engine.step(self._heap.now_s)
             step_s = self._executor.last_step_s
+            if self.observe is not None:
+                self.observe(step_s, self._executor.last_work)
         self._heap.after(step_s, self._end)
         self.busy_s += step_s
 

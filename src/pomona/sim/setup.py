@@ -19,7 +19,7 @@ from pomona.sim.profile_file import CostProfile
 from pomona.sim.prompts import PromptSource, RecordedPrompts
 from pomona.sim.sections import build
 from pomona.sim.spec import ARRIVALS, LENGTHS, POPULARITIES, SimulationSpec
-from pomona.workload.popularity import GroupPopularity, Popularity, RecordedPopularity
+from pomona.workload.popularity import BaseOnly, GroupPopularity, Popularity, RecordedPopularity
 from pomona.workload.servegen import client_requests, read_lengths, read_rates
 from pomona.workload.spec import WorkloadRequest, WorkloadSpec, iter_requests
 from pomona.workload.traces import READERS, TraceSelection, compose, read_lora_uses, read_spot_events
@@ -61,7 +61,7 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
     adapters = AdapterPopulation(spec.adapters.lora_ranks, pages)
     popularity = _popularity(spec, read_lines)
     requests, num_requests, horizon_s, prompts = _workload(spec, popularity, read_lines)
-    if spec.adapters.popularity.kind != "base":
+    if not isinstance(popularity, BaseOnly):
         _check_ranks(spec, scheduler, pages)
     cluster = ClusterConfig(
         scheduler=scheduler,
@@ -78,11 +78,9 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
 
 
 def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConfig, CostModel, float | None]:
-    section = spec.replica
+    section: Any = spec.replica
     given = {name: getattr(section, name) for name in _SIZES if getattr(section, name) is not None}
-    given |= {
-        name: getattr(section, name) for name in ("max_waiting", "enable_prefix_cache", "adapter_wait_limit_s")
-    }
+    given |= {name: getattr(section, name) for name in ("max_waiting", "enable_prefix_cache", "adapter_wait_limit_s")}
     cost_model: CostModel
     if section.profile is not None:
         text = "\n".join(_at("replica.profile", lambda: read_lines(str(section.profile))))
@@ -119,7 +117,8 @@ def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConf
 
 
 def _popularity(spec: SimulationSpec, read_lines: ReadLines) -> Popularity:
-    section, path = spec.adapters.popularity, "adapters.popularity"
+    section: Any = spec.adapters.popularity
+    path = "adapters.popularity"
     if section.kind == "recorded":
         uses, num_requests = _at(f"{path}.file", lambda: read_lora_uses(read_lines(section.file)))
         share = section.base_share
@@ -135,7 +134,7 @@ def _workload(
     spec: SimulationSpec, popularity: Popularity, read_lines: ReadLines
 ) -> tuple[Iterator[WorkloadRequest], int | None, float, PromptSource | None]:
     """The requests, how many, about how long they take to arrive, and their prompts if recorded."""
-    section = spec.workload
+    section: Any = spec.workload
     tenants = tuple((TenantId(name), weight) for name, weight in spec.tenants.items())
     if section.kind == "trace":
         rows = _at("workload.file", lambda: READERS[section.format](read_lines(section.file)))
@@ -163,13 +162,9 @@ def _workload(
     rate = getattr(section.arrivals, "rate_per_s", float("inf"))
     if section.num_requests is not None:
         return requests, section.num_requests, section.num_requests / rate, None
-    end_s = section.duration_s
-    return (
-        itertools.takewhile(lambda request: request.arrival_s < end_s, requests),
-        round(end_s * rate),
-        end_s,
-        None,
-    )
+    end_s: float = section.duration_s
+    until_end = itertools.takewhile(lambda request: request.arrival_s < end_s, requests)
+    return until_end, round(end_s * rate), end_s, None
 
 
 def _check_ranks(spec: SimulationSpec, scheduler: SchedulerConfig, pages: AdapterPages) -> None:
@@ -189,7 +184,7 @@ def _autoscaler(spec: SimulationSpec) -> AutoscalerConfig:
 
 
 def _losses(spec: SimulationSpec, read_lines: ReadLines) -> LossConfig:
-    section = spec.losses
+    section: Any = spec.losses
     values = {name: getattr(section, name) for name in LossConfig.__dataclass_fields__}
     if section.capacity_file is not None:
         events = _at("losses.capacity_file", lambda: read_spot_events(read_lines(section.capacity_file)))
@@ -197,7 +192,8 @@ def _losses(spec: SimulationSpec, read_lines: ReadLines) -> LossConfig:
         before = [count for time_s, count in events if time_s <= start_s]
         later: Sequence[tuple[float, int]] = [(time_s - start_s, count) for time_s, count in events if time_s > start_s]
         values["capacity"] = ((0.0, before[-1] if before else 0), *later)
-    return _at("losses", lambda: LossConfig(**values), joiner=".")
+    losses: LossConfig = _at("losses", lambda: LossConfig(**values), joiner=".")
+    return losses
 
 
 def _at(path: str, make: Callable[[], Any], joiner: str = ": ") -> Any:

@@ -3,7 +3,7 @@ whoever reads it.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, Union
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -30,10 +30,32 @@ ARRIVALS: dict[str, type] = {
 LENGTHS: dict[str, type] = {"fixed": FixedLength, "uniform": UniformLength, "lognormal": LognormalLength}
 POPULARITIES: dict[str, type] = {"base": BaseOnly, "zipf": ZipfPopularity, "group": GroupPopularity}
 
-# `kind` is a field of GroupPopularity's own; in a file it is `groups`.
 _Count = Annotated[int, Field(ge=1)]
 _Seconds = Annotated[float, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0)]
+
+
+if TYPE_CHECKING:
+    # Made when the module is read, so a type checker cannot know them.
+    _Arrivals: TypeAlias = Any
+    _Lengths: TypeAlias = Any
+    _Base: TypeAlias = Any
+    _Zipf: TypeAlias = Any
+    _Selection: TypeAlias = Any
+    _Losses: TypeAlias = Any
+    _Router: TypeAlias = Any
+    _Autoscaler: TypeAlias = Any
+    _Slo: TypeAlias = Any
+else:
+    _Base, _Zipf = section(BaseOnly, "base"), section(ZipfPopularity, "zipf")
+    _Selection, _Losses, _Router = section(TraceSelection), section(LossConfig), section(RouterConfig)
+    _Autoscaler, _Slo = section(AutoscalerConfig), section(Slo)
+    _Arrivals = Annotated[
+        Union[tuple(section(kind, tag) for tag, kind in ARRIVALS.items())], Field(discriminator="kind")  # noqa: UP007
+    ]
+    _Lengths = Annotated[
+        Union[tuple(section(kind, tag) for tag, kind in LENGTHS.items())], Field(discriminator="kind")  # noqa: UP007
+    ]
 
 
 class _Section(BaseModel):
@@ -99,22 +121,9 @@ class AdaptersSection(_Section):
     lora_ranks: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_RANK)], ...], Field(min_length=1)] = (16,)
     """Adapter k has rank lora_ranks[k % their number]."""
     popularity: Annotated[
-        section(BaseOnly, "base") | section(ZipfPopularity, "zipf") | GroupsSection | RecordedSection,
+        _Base | _Zipf | GroupsSection | RecordedSection,
         Field(discriminator="kind"),
-    ] = Field(default_factory=lambda: section(BaseOnly, "base")(kind="base"))
-
-
-_Arrivals = Annotated[
-    section(AllAtOnce, "all-at-once")
-    | section(ConstantArrivals, "constant")
-    | section(PoissonArrivals, "poisson")
-    | section(GammaArrivals, "gamma"),
-    Field(discriminator="kind"),
-]
-_Lengths = Annotated[
-    section(FixedLength, "fixed") | section(UniformLength, "uniform") | section(LognormalLength, "lognormal"),
-    Field(discriminator="kind"),
-]
+    ] = Field(default_factory=lambda: _Base(kind="base"))
 
 
 class SyntheticSection(_Section):
@@ -142,7 +151,7 @@ class TraceSection(_Section):
     kind: Literal["trace"]
     file: str
     format: Literal["azure", "mooncake", "plain"]
-    selection: section(TraceSelection) = Field(default_factory=section(TraceSelection))  # type: ignore[valid-type]
+    selection: _Selection = Field(default_factory=_Selection)
 
 
 class ClientsSection(_Section):
@@ -155,7 +164,7 @@ class ClientsSection(_Section):
     duration_s: _Positive
 
 
-class LossesSection(section(LossConfig)):  # type: ignore[misc]
+class LossesSection(_Losses):  # type: ignore[misc]
     """How replicas are lost; capacity may come from a file."""
 
     capacity_file: str | None = None
@@ -188,10 +197,10 @@ class SimulationSpec(_Section):
     tenants: dict[str, _Positive] = Field(default_factory=lambda: {"default": 1.0})
     """Share of the requests, by tenant."""
     cluster: ClusterSection = Field(default_factory=ClusterSection)
-    router: section(RouterConfig) = Field(default_factory=section(RouterConfig))  # type: ignore[valid-type]
-    autoscaler: section(AutoscalerConfig) = Field(default_factory=section(AutoscalerConfig))  # type: ignore[valid-type]
+    router: _Router = Field(default_factory=_Router)
+    autoscaler: _Autoscaler = Field(default_factory=_Autoscaler)
     losses: LossesSection = Field(default_factory=LossesSection)
-    slo: section(Slo) = Field(default_factory=section(Slo))  # type: ignore[valid-type]
+    slo: _Slo = Field(default_factory=_Slo)
 
     @model_validator(mode="after")
     def _has_tenants(self) -> Self:

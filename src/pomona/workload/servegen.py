@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pomona.core.errors import ConfigError
 from pomona.core.ids import TenantId
-from pomona.workload.traces import csv_rows, fail_line
+from pomona.workload.traces import TraceRow, csv_rows, fail_line
 
 _WINDOW_S = 600.0
 _P90 = 1.2815515655446004
@@ -76,23 +76,13 @@ def read_lengths(lines: Iterable[str]) -> dict[tuple[str, str], list[ClientLengt
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class ClientRequest:
-    """One request of a client."""
-
-    arrival_s: float
-    num_prompt_tokens: int
-    num_output_tokens: int
-    tenant_id: TenantId
-
-
 def client_requests(
     rates: Mapping[str, list[ClientWindow]],
     lengths: Mapping[tuple[str, str], list[ClientLengths]],
     start_s: float,
     duration_s: float,
     seed: int = 0,
-) -> Iterator[ClientRequest]:
+) -> Iterator[TraceRow]:
     """Yield the requests of all clients in [start, start + duration), by ascending arrival from 0.
 
     Every client has a random stream of its own.
@@ -110,7 +100,7 @@ def _one_client(
     lengths: Mapping[tuple[str, str], list[ClientLengths]],
     span: tuple[float, float],
     rng: random.Random,
-) -> Iterator[ClientRequest]:
+) -> Iterator[TraceRow]:
     prompts, outputs = (lengths.get((client, field), []) for field in ("input_tokens", "output_tokens"))
     if not prompts or not outputs:
         return
@@ -124,7 +114,7 @@ def _one_client(
         while time_s < min(window.start_s + _WINDOW_S, span[1]):
             prompt, output = (_at(entries, time_s).draw(rng) for entries in (prompts, outputs))
             if time_s >= span[0]:
-                yield ClientRequest(time_s - span[0], prompt, output, TenantId(f"client-{client}"))
+                yield TraceRow(time_s - span[0], prompt, output, tenant_id=TenantId(f"client-{client}"))
             time_s += rng.gammavariate(shape, scale)
 
 

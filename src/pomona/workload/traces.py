@@ -33,6 +33,8 @@ class TraceRow:
     num_output_tokens: int
     prefix_hashes: tuple[int, ...] = ()
     """One per block of the prompt, if recorded; equal hashes mean equal prompts up to the block's end."""
+    tenant_id: TenantId | None = None
+    """Whose it was, if recorded."""
 
 
 def fail_line(line: int, message: str) -> ConfigError:
@@ -220,7 +222,8 @@ def compose(
     tenant_weights: Sequence[tuple[TenantId, float]] = ((DEFAULT_TENANT, 1.0),),
     seed: int = 0,
 ) -> Iterator[WorkloadRequest]:
-    """Give recorded requests adapters and tenants, each from a random stream of its own as in ``workload.spec``."""
+    """Give recorded requests adapters, and tenants if they have none, each from a random stream of its own as in
+    ``workload.spec``."""
     adapters = popularity.indices(random.Random(f"{seed}/adapters"))
     tenant_rng = random.Random(f"{seed}/tenant")
     tenants = [tenant for tenant, _ in tenant_weights]
@@ -231,7 +234,7 @@ def compose(
             num_prompt_tokens=row.num_prompt_tokens,
             num_output_tokens=row.num_output_tokens,
             adapter_index=adapter_index,
-            tenant_id=tenant_rng.choices(tenants, cum_weights=weights)[0],
+            tenant_id=row.tenant_id or tenant_rng.choices(tenants, cum_weights=weights)[0],
         )
 
 

@@ -1,0 +1,170 @@
+"""``pomona simulate``: reads a spec and what it names, simulates under a progress bar, shows and writes results."""
+
+import gzip
+import importlib.resources
+import json
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from pomona.cli.simulation_page import render_page
+from pomona.core.errors import ConfigError
+from pomona.sim.cluster import ClusterSim
+from pomona.sim.ledger import Percentiles
+from pomona.sim.perfetto import StepTrace, trace_events
+from pomona.sim.report import SimulationReport, make_report
+from pomona.sim.setup import Setup, prepare
+from pomona.sim.spec import SimulationSpec, parse_spec
+from pomona.workload.spec import WorkloadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SimulateOutputs:
+    """What to write besides the table."""
+
+    as_json: bool = False
+    """One JSON object to standard output."""
+    page: Path | None = None
+    trace: Path | None = None
+    trace_start_s: float = 0.0
+    trace_end_s: float = 10.0
+
+
+def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
+    """Simulate what a file describes.
+
+    Raises:
+        ConfigError: the file, or one that it names, is wrong; says where.
+    """
+    for flag, path in (("--html", outputs.page), ("--trace", outputs.trace)):
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"{flag} {path}: the folder does not exist")
+    spec = load_spec(spec_file)
+    try:
+        setup = prepare(spec, lambda name: read_lines(name, spec_file.parent))
+    except ConfigError as error:
+        raise ConfigError(f"{spec_file}: {error}") from error
+    console = Console(stderr=True)
+    report, trace_lines = simulate(spec, setup, outputs, console)
+    console.print(render_table(report, spec_file.stem))
+    if outputs.page is not None:
+        outputs.page.write_text(render_page(report, spec_file.stem))
+    if outputs.trace is not None:
+        outputs.trace.write_text(trace_lines)
+    if outputs.as_json:
+        sys.stdout.write(json.dumps(report.to_json()) + "\n")
+    return report
+
+
+def read_window(text: str) -> tuple[float, float]:
+    """``60-70`` is from the 60th second to the 70th.
+
+    Raises:
+        ConfigError: it is no window.
+    """
+    start, _, end = text.partition("-")
+    try:
+        window = float(start), float(end)
+    except ValueError:
+        window = 0.0, 0.0
+    if not 0.0 <= window[0] < window[1]:
+        raise ConfigError(f"--trace-window {text!r}: must be START-END in seconds, such as 60-70")
+    return window
+
+
+def load_spec(spec_file: Path) -> SimulationSpec:
+    """Read and check a spec.
+
+    Raises:
+        ConfigError: it cannot be read, or says something wrong; names the key.
+    """
+    try:
+        values = tomllib.loads(spec_file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{spec_file}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{spec_file}: {error}") from error
+    return parse_spec(values, str(spec_file))
+
+
+def read_lines(name: str, folder: Path) -> list[str]:
+    """Lines of a file relative to ``folder``, or of a bundled sample; unpacked if its name ends in .gz.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = folder / Path(name).expanduser()
+    bundled = importlib.resources.files("pomona").joinpath("workload", "data")
+    try:
+        if not path.is_file() and "/" not in name and bundled.joinpath(f"{name}.gz").is_file():
+            content = gzip.decompress(bundled.joinpath(f"{name}.gz").read_bytes())
+        else:
+            content = path.read_bytes()
+            content = gzip.decompress(content) if path.suffix == ".gz" else content
+        return content.decode().splitlines()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"{name}: cannot be read: {reason}") from error
+
+
+def simulate(
+    spec: SimulationSpec, setup: Setup, outputs: SimulateOutputs, console: Console
+) -> tuple[SimulationReport, str]:
+    """Run; returns the report and the trace's JSON, empty if none was asked for."""
+    sim = ClusterSim(setup.cluster, setup.adapters, setup.prompts)
+    trace = StepTrace(sim.heap, outputs.trace_start_s, outputs.trace_end_s)
+    if outputs.trace is not None:
+        sim.observe = trace.note
+    start_s = time.monotonic()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("simulating", total=setup.num_requests)
+
+        def counted() -> Iterator[WorkloadRequest]:
+            for number, request in enumerate(setup.workload):
+                if number % 256 == 0:
+                    progress.update(task, completed=number, description=f"simulating, {sim.heap.now_s:.1f} s")
+                yield request
+
+        sim.run(counted(), float("inf") if spec.until_s is None else spec.until_s)
+    report = make_report(sim, spec.model_dump(mode="json"), time.monotonic() - start_s, setup.cost_error)
+    if outputs.trace is None:
+        return report, ""
+    return report, json.dumps({"traceEvents": list(trace_events(trace, sim.ledger)), "displayTimeUnit": "ms"})
+
+
+def render_table(report: SimulationReport, title: str) -> Table:
+    """The figures for a terminal: one column for all requests, one per tenant if there are several."""
+    table = Table(
+        title=f"{title}: {report.simulated_s:.1f} s simulated in {report.wall_s:.2f} s, "
+        f"{report.requests_per_wall_s:.0f} requests per second",
+        caption=f"{report.replica_s / 3600:.2f} replica-hours, {report.busy_share:.0%} busy; {report.num_steps} steps, "
+        f"{report.num_preemptions} preemptions, {report.num_adapter_loads} adapter loads, "
+        f"{report.num_lost_replicas} replicas lost",
+    )
+    shown = [entry for entry in report.tenants if len(report.tenants) > 1][:8]
+    summaries = [report.all, *(entry.summary for entry in shown)]
+    table.add_column("")
+    for name in ("all", *(entry.tenant for entry in shown)):
+        table.add_column(name, justify="right")
+    table.add_row("requests", *(str(found.num_requests) for found in summaries))
+    table.add_row("finished", *(str(found.num_finished) for found in summaries))
+    table.add_row("rejected, failed", *(f"{found.num_rejected}, {found.num_failed}" for found in summaries))
+    for latency in ("ttft", "tpot", "e2e"):
+        for share in ("p50", "p90", "p99"):
+            cells = (_milliseconds(getattr(found, f"{latency}_s"), share) for found in summaries)
+            table.add_row(f"{latency.upper() if latency != 'e2e' else latency} {share} ms", *cells)
+    table.add_row("attainment", *(f"{found.attainment:.1%}" for found in summaries))
+    table.add_row("goodput/s", *(f"{found.goodput_rps:.2f}" for found in summaries))
+    table.add_row("output tokens/s", *(f"{found.output_tokens_per_s:.1f}" for found in summaries))
+    return table
+
+
+def _milliseconds(entry: Percentiles | None, share: str) -> str:
+    return "-" if entry is None else f"{1e3 * getattr(entry, share):.1f}"

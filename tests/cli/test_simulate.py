@@ -1,0 +1,107 @@
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from pomona.cli.simulate import SimulateOutputs, read_window, run_simulate
+from pomona.core.errors import ConfigError
+from support.sim import make_profile
+
+SPEC = """
+seed = 3
+[replica]
+profile = "p.json"
+[adapters]
+lora_ranks = [8, 16]
+popularity = { kind = "zipf", num_adapters = 20, alpha = 1.0 }
+[workload]
+kind = "trace"
+file = "azure-conv-2023.csv"
+format = "azure"
+selection = { duration_s = 40, max_prompt_tokens = 1000 }
+[tenants]
+"<gold>" = 3
+free = 1
+[cluster]
+num_replicas = 2
+[slo]
+ttft_s = 0.2
+"""
+
+
+@pytest.fixture
+def spec_file(tmp_path):
+    (tmp_path / "p.json").write_text(make_profile().to_json())
+    (tmp_path / "s.toml").write_text(SPEC)
+    return tmp_path / "s.toml"
+
+
+def test_a_spec_becomes_a_table_json_a_page_and_a_trace(spec_file, capsys):
+    page, trace = spec_file.with_suffix(".html"), spec_file.with_suffix(".json")
+    run_simulate(spec_file, SimulateOutputs(as_json=True, page=page, trace=trace, trace_start_s=2.0, trace_end_s=4.0))
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["all"]["num_finished"] == found["all"]["num_requests"] > 50
+    assert found["spec"]["cluster"]["num_replicas"] == 2
+    assert {entry["tenant"] for entry in found["tenants"]} == {"<gold>", "free"}
+    assert sum(entry["summary"]["num_requests"] for entry in found["tenants"]) == found["all"]["num_requests"]
+    assert "TTFT p99 ms" in captured.err
+    check_page(page.read_text())
+    check_trace(json.loads(trace.read_text()), found)
+
+
+def check_page(text):
+    parser = HTMLParser()
+    parser.feed(text)
+    assert text.count("<svg") == text.count("</svg>") == 9
+    assert "<gold>" not in text and "&lt;gold&gt;" in text
+    assert not re.search(r"(src|href)=|https?://", text), "the page needs nothing from elsewhere"
+    assert "nan" not in text.lower().replace("tenant", "")
+
+
+def check_trace(trace, found):
+    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    steps = [event for event in spans if event["cat"] == "step"]
+    assert {event["pid"] for event in steps} == {0, 1}
+    assert all(2e6 <= event["ts"] < 4e6 and event["dur"] > 0 for event in steps)
+    for replica in (0, 1):
+        ends = sorted((event["ts"], event["ts"] + event["dur"]) for event in steps if event["pid"] == replica)
+        assert all(end <= begin + 1e-3 for (_, end), (begin, _) in itertools.pairwise(ends))
+    requests = [event for event in spans if event["cat"] == "request"]
+    assert 0 < len(requests) <= 2 * found["all"]["num_requests"]
+
+
+def test_equal_specs_give_equal_results(spec_file):
+    reports = [run_simulate(spec_file, SimulateOutputs()).to_json() for _ in range(2)]
+    for report in reports:
+        del report["wall_s"], report["requests_per_wall_s"]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (("[cluster]", "[clutser]"), "s.toml: clutser: unknown key"),
+        (("seed = 3", "seed = "), "s.toml: "),
+        (('"p.json"', '"q.json"'), "s.toml: replica.profile: q.json: cannot be read: No such file"),
+        (("azure-conv-2023.csv", "azure-conv-1923.csv"), "s.toml: workload.file: azure-conv-1923.csv: cannot be read"),
+    ],
+)
+def test_a_bad_spec_is_one_line_that_names_file_and_key(spec_file, change, complaint):
+    spec_file.write_text(SPEC.replace(*change))
+    with pytest.raises(ConfigError, match=complaint):
+        run_simulate(spec_file, SimulateOutputs())
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_simulation(spec_file):
+    with pytest.raises(ConfigError, match="--html"):
+        run_simulate(spec_file, SimulateOutputs(page=spec_file.parent / "nowhere" / "a.html"))
+
+
+def test_windows_are_two_ascending_seconds():
+    assert read_window("60-70.5") == (60.0, 70.5)
+    for text in ("", "5", "7-3", "-1-3", "a-b"):
+        with pytest.raises(ConfigError, match="--trace-window"):
+            read_window(text)

@@ -1,0 +1,167 @@
+import copy
+
+import pytest
+
+from pomona.core.errors import ConfigError
+from pomona.sim.setup import prepare
+from pomona.sim.spec import parse_spec
+from support.sim import make_profile, make_spec
+
+FILES = {
+    "p.json": make_profile().to_json(),
+    "azure.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,30,4\n2023-11-16 18:15:47.1,30,4\n",
+    "empty.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n",
+    "unsorted.csv": "arrival_s,num_prompt_tokens,num_output_tokens\n2,5,5\n1,5,5\n",
+    "negative.csv": "arrival_s,num_prompt_tokens,num_output_tokens\n-2,5,5\n",
+    "mooncake.jsonl": '{"timestamp": 0, "input_length": 1100, "output_length": 5, "hash_ids": [0, 1, 2]}\n',
+    "spot.csv": "0,add,a\n0,add,b\n1000,remove,a\n",
+    "uses.csv": "lora_args\n\"[{'modelVersionId': 'x', 'scale': 1.0}]\"\n[]\n",
+}
+
+
+def read_lines(name):
+    if name not in FILES:
+        raise ConfigError(f"{name}: cannot be read: no such file")
+    return FILES[name].splitlines()
+
+
+def changed(path, value, **more):
+    values = copy.deepcopy(make_spec(**more))
+    section = values
+    *parents, last = path.split(".")
+    for name in parents:
+        section = section.setdefault(name, {})
+    section[last] = value
+    return values
+
+
+def trace(file, form="plain"):
+    return {"kind": "trace", "file": file, "format": form}
+
+
+@pytest.mark.parametrize(
+    "path, value, complaint",
+    [
+        ("surprise", 1, "surprise: unknown key"),
+        ("router.polcy", "random", "router.polcy: unknown key"),
+        ("router.affinity.foo", 1, "router.affinity.foo: unknown key"),
+        ("router.policy", "best", "router.policy: Input should be"),
+        ("workload.arrivals.rate", 1.0, "workload.arrivals.rate: unknown key"),
+        ("workload.arrivals.rate_per_s", "many", "workload.arrivals.rate_per_s: Input should be a valid number"),
+        ("workload.kind", "dreams", "workload: Input tag 'dreams'"),
+        ("workload.num_requests", 0, "workload.num_requests: "),
+        ("workload.duration_s", 5.0, "workload: needs either num_requests or duration_s"),
+        ("replica.num_kv_blocks", 0, "replica.num_kv_blocks: "),
+        ("replica.machine", "H100", "replica: needs either a profile"),
+        ("adapters.lora_ranks", [], "adapters.lora_ranks: "),
+        ("adapters.lora_ranks", [8, 0], "adapters.lora_ranks.1: "),
+        ("cluster.num_replicas", 0, "cluster.num_replicas: "),
+        ("cluster.start_s", -1.0, "cluster.start_s: "),
+        ("until_s", -5.0, "until_s: "),
+        ("tenants", {}, r"\(file\): tenants must name"),
+        ("tenants", {"a": -1.0}, "tenants.a: "),
+        ("slo.ttft_s", float("nan"), "slo.ttft_s: "),
+    ],
+)
+def test_a_bad_spec_is_refused_with_the_path_of_the_key(path, value, complaint):
+    with pytest.raises(ConfigError, match=f"^x.toml: {complaint}"):
+        parse_spec(changed(path, value), "x.toml")
+
+
+@pytest.mark.parametrize(
+    "path, value, complaint",
+    [
+        ("workload.arrivals.rate_per_s", 0.0, "workload.arrivals.rate_per_s is 0.0: must be positive"),
+        ("workload.prompt_lengths", {"kind": "uniform", "min_tokens": 9, "max_tokens": 3}, "workload.prompt_lengths."),
+        ("slo.ttft_s", -1.0, "slo.ttft_s is -1.0: must be a positive number"),
+        ("router.max_requests", 0, "router.max_requests is 0"),
+        ("autoscaler", {"policy": "light-load", "min_replicas": 3, "max_replicas": 2}, "autoscaler.min_replicas is 3"),
+        ("losses.capacity", [[0.0, 2], [-3.0, 1]], r"losses.capacity\[1\] is at -3.0 s"),
+        ("losses.capacity", [[5.0, 2], [3.0, 1]], r"losses.capacity\[1\] is at 3.0 s"),
+        ("losses.capacity_file", "nowhere.csv", "losses.capacity_file: nowhere.csv: cannot be read"),
+        ("replica.profile", "nowhere.json", "replica.profile: nowhere.json: cannot be read"),
+        ("replica.profile", "azure.csv", "replica.profile: azure.csv: "),
+        ("replica.max_model_len", 10**6, "replica.max_model_len is 1000000: the KV cache of 16384 tokens"),
+        ("replica", {"machine": "L40S", "model": "llama-3.1-70b"}, "replica.model: llama-3.1-70b needs 141 GB"),
+        ("workload", trace("nowhere.csv"), "workload.file: nowhere.csv: cannot be read"),
+        ("workload", trace("empty.csv", "azure"), "workload.file: the trace has no rows"),
+        ("workload", trace("unsorted.csv"), "workload.file: line 3: its time is 1 s before"),
+        ("workload", trace("negative.csv"), "workload.file: line 2: arrival_s is -2"),
+        ("workload", trace("azure.csv"), "workload.file: line 1: no column 'arrival_s'"),
+        ("workload", trace("azure.csv", "azure") | {"selection": {"start_s": 60}}, "workload.selection.start_s is 60"),
+        ("workload", trace("azure.csv", "azure") | {"selection": {"speed": 0}}, "workload.selection.speed is 0"),
+        ("adapters", {"lora_ranks": [8, 512], "popularity": {"kind": "zipf", "num_adapters": 5, "alpha": 1}},
+         "adapters.lora_ranks.1 is 512: needs 128 adapter pages, a replica has 64"),
+        ("adapters.popularity", {"kind": "zipf", "num_adapters": 5, "alpha": -1}, "adapters.popularity.alpha is -1"),
+        ("adapters.popularity", {"kind": "recorded", "file": "azure.csv"}, "adapters.popularity.file: line 1: "),
+    ],
+)  # fmt: skip
+def test_what_only_shows_when_the_spec_is_carried_out_is_refused_with_its_path_too(path, value, complaint):
+    with pytest.raises(ConfigError, match=f"^{complaint}"):
+        prepare(parse_spec(changed(path, value), "x.toml"), read_lines)
+
+
+def test_a_profile_gives_a_replica_its_cost_and_sizes_and_the_spec_overrides_them():
+    setup = prepare(parse_spec(changed("replica.num_kv_blocks", 512), "x"), read_lines)
+    assert setup.cluster.scheduler.num_kv_blocks == 512
+    assert setup.cluster.scheduler.max_num_seqs == 64
+    assert setup.cluster.cost_model == make_profile().cost_model
+    assert setup.cost_error == 0.01
+
+
+def test_a_context_that_the_kv_cache_cannot_hold_is_cut():
+    setup = prepare(parse_spec(changed("replica.num_kv_blocks", 32), "x"), read_lines)
+    assert setup.cluster.scheduler.max_model_len == 512
+
+
+def test_more_memory_for_adapters_leaves_less_for_kv():
+    sizes = []
+    for share in (0.1, 0.5):
+        section = {"machine": "H100", "model": "llama-3.1-8b", "adapter_share": share}
+        scheduler = prepare(parse_spec(changed("replica", section), "x"), read_lines).cluster.scheduler
+        sizes.append((scheduler.num_adapter_pages, scheduler.num_kv_blocks))
+    assert sizes[0][0] < sizes[1][0]
+    assert sizes[0][1] > sizes[1][1]
+
+
+def test_an_azure_trace_becomes_requests_with_adapters_and_tenants():
+    values = make_spec(
+        workload=trace("azure.csv", "azure"),
+        adapters={"popularity": {"kind": "zipf", "num_adapters": 4, "alpha": 1.0}},
+        tenants={"gold": 2.0},
+    )
+    requests = list(prepare(parse_spec(values, "x"), read_lines).workload)
+    assert [request.num_prompt_tokens for request in requests] == [30, 30]
+    assert all(request.tenant_id == "gold" and request.adapter_index in range(4) for request in requests)
+
+
+def test_prompts_of_a_trace_with_hashes_begin_alike_where_it_says_so():
+    values = make_spec(workload=trace("mooncake.jsonl", "mooncake"))
+    values["replica"]["enable_prefix_cache"] = True
+    setup = prepare(parse_spec(values, "x"), read_lines)
+    (request,) = setup.workload
+    token_ids = setup.prompts.token_ids(0, request, 3)
+    assert len(token_ids) == 1103
+    assert token_ids[:512] == (1,) * 512 and token_ids[512:1024] == (2,) * 512
+    assert set(token_ids[1024:]) == {2**30}
+
+
+def test_recorded_popularity_keeps_the_traces_share_of_requests_without_an_adapter():
+    values = make_spec(adapters={"popularity": {"kind": "recorded", "file": "uses.csv"}})
+    values["workload"]["num_requests"] = 1000
+    indices = [request.adapter_index for request in prepare(parse_spec(values, "x"), read_lines).workload]
+    assert set(indices) == {None, 0}
+    assert 400 < indices.count(None) < 600
+
+
+def test_spot_capacity_comes_from_a_file():
+    values = changed("losses.capacity_file", "spot.csv")
+    assert prepare(parse_spec(values, "x"), read_lines).cluster.losses.capacity == ((0.0, 2), (1.0, 1))
+
+
+def test_a_duration_ends_the_workload():
+    values = changed("workload.duration_s", 3.0)
+    del values["workload"]["num_requests"]
+    requests = list(prepare(parse_spec(values, "x"), read_lines).workload)
+    assert requests[-1].arrival_s < 3.0
+    assert len(requests) > 3
