@@ -40,7 +40,7 @@ def spec_file(tmp_path):
 
 def test_a_spec_becomes_a_table_json_a_page_and_a_trace(spec_file, capsys):
     page, trace = spec_file.with_suffix(".html"), spec_file.with_suffix(".json")
-    run_simulate(spec_file, SimulateOutputs(as_json=True, page=page, trace=trace, trace_start_s=2.0, trace_end_s=4.0))
+    run_simulate(spec_file, SimulateOutputs(as_json=True, page=page, trace=trace, trace_start_s=20.0, trace_end_s=24.0))
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["all"]["num_finished"] == found["all"]["num_requests"] > 50
@@ -65,7 +65,7 @@ def check_trace(trace, found):
     spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     steps = [event for event in spans if event["cat"] == "step"]
     assert {event["pid"] for event in steps} == {0, 1}
-    assert all(2e6 <= event["ts"] < 4e6 and event["dur"] > 0 for event in steps)
+    assert all(20e6 <= event["ts"] < 24e6 and event["dur"] > 0 for event in steps)
     for replica in (0, 1):
         ends = sorted((event["ts"], event["ts"] + event["dur"]) for event in steps if event["pid"] == replica)
         assert all(end <= begin + 1e-3 for (_, end), (begin, _) in itertools.pairwise(ends))
