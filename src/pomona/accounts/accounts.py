@@ -9,6 +9,7 @@ from typing import ParamSpec, Self, TypeVar
 
 from pomona.accounts import clock
 from pomona.accounts.authenticator import Authenticator
+from pomona.accounts.batches import BatchStore
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
 from pomona.accounts.journal import Start
@@ -55,10 +56,12 @@ class Accounts:
         config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         process_id = secrets.token_hex(8)
         self.config = config
+        self.process_id = process_id
         self.database = Database(config.url)
         self.tenants = TenantStore(self.database)
         self.usage = UsageStore(self.database)
         self.shares = ShareStore(self.database)
+        self.batches = BatchStore(self.database, config.data_dir / "files")
         self.authenticator = Authenticator(self.database, self.tenants, config)
         self.limiter = Limiter(self.database, config, process_id)
         self.ledger = Ledger(self.database, config, process_id, self.limiter.budgets.note)

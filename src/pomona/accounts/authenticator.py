@@ -45,6 +45,16 @@ class Authenticator:
         self._generation = 0
         self._listeners: list[Callable[[], None]] = []
 
+    async def principal_of(self, key_id: str) -> Principal | None:
+        """Return what a key stands for without having seen it, for work that it has ordered; None if it has ended.
+
+        Raises:
+            DatabaseUnavailableError: the key is not remembered and cannot be looked up.
+        """
+        principal = await self._principal(key_id)
+        has_ended = principal is None or (principal.expires_s is not None and principal.expires_s <= clock.now_s())
+        return None if has_ended else principal
+
     def on_change(self, listener: Callable[[], None]) -> None:
         """Have ``listener`` called whenever identities, limits, prices or shares have changed."""
         self._listeners.append(listener)

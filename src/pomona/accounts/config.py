@@ -31,6 +31,10 @@ class AccountsConfig:
     """An unknown key is looked up again after this long."""
     max_outage_s: float = 3600.0
     """With "answer": known keys are accepted for so long without the database."""
+    max_file_bytes: int = 200 * 2**20
+    """Largest file that a tenant may upload."""
+    batch_concurrency: int = 16
+    """Requests of one batch in flight at once."""
     max_journal_bytes: int = 2**30
     """Usage that waits for the database; past this, requests are refused."""
 

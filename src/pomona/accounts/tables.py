@@ -37,6 +37,12 @@ class TenantRow(Table):
     """Tenants of one group find each other's prompt beginnings in the prefix cache; None shares with nobody."""
     weight: Mapped[float]
     """Its share where tenants compete."""
+    priority: Mapped[str] = mapped_column(server_default="standard")
+    """interactive, standard or batch: the class of its requests."""
+    ttft_s: Mapped[float | None]
+    """Target for the time to first token."""
+    tpot_s: Mapped[float | None]
+    """Target for the time per output token."""
 
 
 class KeyRow(Table):
@@ -176,3 +182,49 @@ class ShareRow(Table):
     owner_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     name: Mapped[str] = mapped_column(primary_key=True)
     tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+
+
+class FileRow(Table):
+    """A file that a tenant has uploaded, or that a batch has written; its content lies in the data folder."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    filename: Mapped[str]
+    purpose: Mapped[str]
+    """batch, or batch_output."""
+    num_bytes: Mapped[int]
+    created_s: Mapped[float]
+
+
+class BatchRow(Table):
+    """A batch: a file of requests that are carried out when there is room."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(ForeignKey("tenants.id"), index=True)
+    key_id: Mapped[str]
+    """On whose behalf its requests are made."""
+    endpoint: Mapped[str]
+    input_file_id: Mapped[str]
+    output_file_id: Mapped[str | None]
+    error_file_id: Mapped[str | None]
+    status: Mapped[str]
+    """validating, in_progress, finalizing, completed, failed, expired, cancelling or cancelled, as OpenAI has them."""
+    errors: Mapped[str | None]
+    """JSON: what is wrong with the input file."""
+    user_metadata: Mapped[str | None]
+    """JSON: what the client attached."""
+    num_total: Mapped[int]
+    num_completed: Mapped[int]
+    num_failed: Mapped[int]
+    created_s: Mapped[float]
+    in_progress_s: Mapped[float | None]
+    ended_s: Mapped[float | None]
+    expires_s: Mapped[float]
+    process_id: Mapped[str | None]
+    """The server process that works on it."""
+    leased_until_s: Mapped[float]
+    """After this another process may take it over."""

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from pomona.server import account_types as wire
-from pomona.server import admin, openapi, usage
+from pomona.server import admin, batches, files, openapi, usage
 
 
 def add_to(app: FastAPI) -> None:
@@ -14,6 +14,7 @@ def add_to(app: FastAPI) -> None:
     _add_keys(app)
     _add_limits(app)
     _add_usage(app)
+    _add_batches(app)
 
 
 def _add_tenants(app: FastAPI) -> None:
@@ -122,4 +123,53 @@ def _add_usage(app: FastAPI) -> None:
     responses[200]["content"]["application/vnd.apache.parquet"] = {"schema": {"type": "string", "format": "binary"}}
     app.get("/v1/usage", tags=["accounts"], openapi_extra=openapi.query_parameters(parameters), responses=responses)(
         usage.get_usage
+    )
+
+
+def _add_batches(app: FastAPI) -> None:
+    file_id = openapi.path_parameter("file_id", "The file's id.")
+    paging = {"after": "Id of the last one already seen.", "limit": "Most of them in the answer."}
+    properties = {"purpose": {"type": "string", "enum": ["batch"]}, "file": {"type": "string", "format": "binary"}}
+    form = {"schema": {"type": "object", "required": ["purpose", "file"], "properties": properties}}
+    app.post(
+        "/v1/files",
+        tags=["batch"],
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": form}}},
+        responses=openapi.answers(wire.FileCard, 400, 403, 413, 503),
+    )(files.upload_file)
+    app.get(
+        "/v1/files",
+        tags=["batch"],
+        openapi_extra=openapi.query_parameters({"purpose": "Only files of this purpose.", "order": "desc.", **paging}),
+        responses=openapi.answers(wire.FileList, 400, 403, 503),
+    )(files.list_files)
+    found = openapi.answers(wire.FileCard, 403, 404, 503)
+    app.get("/v1/files/{file_id}", tags=["batch"], openapi_extra=file_id, responses=found)(files.get_file)
+    app.delete(
+        "/v1/files/{file_id}",
+        tags=["batch"],
+        openapi_extra=file_id,
+        responses=openapi.answers(wire.FileDeleted, 403, 404, 409, 503),
+    )(files.delete_file)
+    content = openapi.answers(wire.FileCard, 403, 404, 503)
+    content[200] = {"description": "The content.", "content": {"application/octet-stream": {}}}
+    app.get("/v1/files/{file_id}/content", tags=["batch"], openapi_extra=file_id, responses=content)(files.get_content)
+    example = {"input_file_id": "file-...", "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    app.post(
+        "/v1/batches",
+        tags=["batch"],
+        openapi_extra=openapi.request_body(wire.BatchCreateRequest, example),
+        responses=openapi.answers(wire.BatchCard, 400, 403, 404, 413, 503),
+    )(batches.create_batch)
+    app.get(
+        "/v1/batches",
+        tags=["batch"],
+        openapi_extra=openapi.query_parameters(paging),
+        responses=openapi.answers(wire.BatchList, 400, 403, 503),
+    )(batches.list_batches)
+    batch_id = openapi.path_parameter("batch_id", "The batch's id.")
+    card = openapi.answers(wire.BatchCard, 403, 404, 503)
+    app.get("/v1/batches/{batch_id}", tags=["batch"], openapi_extra=batch_id, responses=card)(batches.get_batch)
+    app.post("/v1/batches/{batch_id}/cancel", tags=["batch"], openapi_extra=batch_id, responses=card)(
+        batches.cancel_batch
     )

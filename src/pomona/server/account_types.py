@@ -1,11 +1,12 @@
 """Wire types of /v1/admin, /v1/shares and /v1/usage: bodies and answers."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import Field
 
 from pomona.server.protocol import Wire
+from pomona.server.wire_fields import Metadata, Neutral
 
 
 class TenantCreateRequest(Wire):
@@ -79,6 +80,19 @@ class ShareRequest(Wire):
     tenants: list[str] = Field(default_factory=list)
     public: bool = False
     """Shared with all tenants."""
+
+
+class BatchCreateRequest(Wire):
+    """Body of POST /v1/batches."""
+
+    input_file_id: str
+    """A file of purpose "batch": one JSON object per line, with custom_id, method, url and body."""
+    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    """Where its requests go."""
+    completion_window: Literal["24h"]
+    metadata: Metadata = None
+    """Kept with the batch."""
+    output_expires_after: Annotated[Any, Neutral()] = None
 
 
 class TenantCard(msgspec.Struct, frozen=True):
@@ -183,3 +197,92 @@ class UsageReport(msgspec.Struct, frozen=True):
 
     data: list[UsageSums]
     object: str = "usage"
+
+
+class FileCard(msgspec.Struct, frozen=True):
+    """A file, in OpenAI's shape."""
+
+    id: str
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str = "processed"
+    object: str = "file"
+
+
+class FileList(msgspec.Struct, frozen=True):
+    """Answer to GET /v1/files."""
+
+    data: list[FileCard]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"
+
+
+class FileDeleted(msgspec.Struct, frozen=True):
+    """Answer to DELETE /v1/files/{file_id}."""
+
+    id: str
+    deleted: bool = True
+    object: str = "file"
+
+
+class BatchError(msgspec.Struct, frozen=True):
+    """What is wrong with a line of a batch's input file."""
+
+    code: str
+    message: str
+    line: int | None
+    param: str | None = None
+
+
+class BatchErrors(msgspec.Struct, frozen=True):
+    """What is wrong with a batch's input file."""
+
+    data: list[BatchError]
+    object: str = "list"
+
+
+class BatchCounts(msgspec.Struct, frozen=True):
+    """How far a batch has come."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchCard(msgspec.Struct, frozen=True):
+    """A batch, in OpenAI's shape."""
+
+    id: str
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    metadata: dict[str, str] | None
+    object: str = "batch"
+
+
+class BatchList(msgspec.Struct, frozen=True):
+    """Answer to GET /v1/batches."""
+
+    data: list[BatchCard]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+    object: str = "list"

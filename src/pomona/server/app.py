@@ -1,5 +1,6 @@
 """Puts the HTTP application together."""
 
+import asyncio
 import contextlib
 import secrets
 import time
@@ -27,6 +28,7 @@ from pomona.server import (
 )
 from pomona.server.adapter_service import AdapterService
 from pomona.server.auth import AccountCheck
+from pomona.server.batch_runner import running_batches
 from pomona.server.config import ServedModel, ServerConfig
 from pomona.server.context import ServerContext
 from pomona.server.errors import handle_http_error, handle_pomona_error
@@ -60,9 +62,12 @@ def create_app(
     """
     metrics = ServerMetrics(client, model.name, config.max_adapter_labels)
 
+    wake_batches = asyncio.Event()
+
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running_batches(app, accounts, wake_batches):
+            yield
         await adapter_service.close()
 
     app = FastAPI(
@@ -83,6 +88,7 @@ def create_app(
         metrics=metrics,
         default_caller=default_caller(config.cache_secret or secrets.token_bytes(32)),
         accounts=accounts,
+        wake_batches=wake_batches,
         started_s=int(time.time()),  # noqa: TID251  # a date for people
     )
     # The last one added is the outermost.

@@ -1,5 +1,6 @@
 """What every endpoint needs, in one frozen object; built by ``app.create_app``."""
 
+import asyncio
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -29,6 +30,8 @@ class ServerContext:
     default_caller: Caller
     """Whom requests belong to on a server without accounts."""
     accounts: Accounts | None
+    wake_batches: asyncio.Event
+    """Set when a batch was made."""
     started_s: int
     """Unix time of the start."""
 

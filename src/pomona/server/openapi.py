@@ -23,6 +23,7 @@ _REQUESTS: Final[tuple[type[pydantic.BaseModel], ...]] = (
     account_types.LimitsRequest,
     account_types.PriceRequest,
     account_types.ShareRequest,
+    account_types.BatchCreateRequest,
 )
 _RESPONSES: Final[tuple[type[msgspec.Struct], ...]] = (
     responses.ChatCompletion,
@@ -45,6 +46,11 @@ _RESPONSES: Final[tuple[type[msgspec.Struct], ...]] = (
     account_types.PriceList,
     account_types.ShareCard,
     account_types.UsageReport,
+    account_types.FileCard,
+    account_types.FileList,
+    account_types.FileDeleted,
+    account_types.BatchCard,
+    account_types.BatchList,
 )
 _ERRORS: Final = {
     400: "A parameter is wrong; `error.param` names it. Also: malformed JSON, invalid UTF-8, prompt too long.",

@@ -1,0 +1,275 @@
+"""Files and batches of tenants: what there is, in the database; contents, in the data folder. Blocking."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import delete, or_, select, update
+
+from pomona.accounts.clock import now_s
+from pomona.accounts.database import Database
+from pomona.accounts.tables import BatchRow, FileRow
+from pomona.core.errors import AccountConflictError, AccountNotFoundError
+
+LEASE_S: Final = 30.0
+ACTIVE: Final = ("validating", "in_progress", "finalizing", "cancelling")
+_FILE_ID: Final = re.compile(r"file-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file."""
+
+    id: str
+    filename: str
+    purpose: str
+    num_bytes: int
+    created_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch as it is now."""
+
+    id: str
+    tenant_id: str
+    key_id: str
+    endpoint: str
+    input_file_id: str
+    output_file_id: str | None
+    error_file_id: str | None
+    status: str
+    errors: list[dict[str, Any]]
+    metadata: Mapping[str, str] | None
+    num_total: int
+    num_completed: int
+    num_failed: int
+    created_s: float
+    in_progress_s: float | None
+    ended_s: float | None
+    expires_s: float
+
+
+class BatchStore:
+    """Files and batches.
+
+    Args:
+        database: migrated.
+        folder: for the contents; several server processes that share the database share it too.
+    """
+
+    def __init__(self, database: Database, folder: Path) -> None:
+        self._database = database
+        self._folder = folder
+
+    def path_of(self, file_id: str) -> Path:
+        """Return where a file's content lies.
+
+        Raises:
+            AccountNotFoundError: it is not the id of a file.
+        """
+        if not _FILE_ID.fullmatch(file_id):
+            raise _no_file(file_id)
+        return self._folder / file_id
+
+    def new_file_id(self) -> str:
+        """Draw an id; the folder is there on return."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return f"file-{secrets.token_hex(16)}"
+
+    def add_file(self, file_id: str, tenant_id: str, filename: str, purpose: str) -> StoredFile:
+        """Write down a file whose content is in its place."""
+        num_bytes = self.path_of(file_id).stat().st_size
+        with self._database.session(is_write=True) as session:
+            row = FileRow(
+                id=file_id,
+                tenant_id=tenant_id,
+                filename=filename,
+                purpose=purpose,
+                num_bytes=num_bytes,
+                created_s=now_s(),
+            )
+            session.merge(row)
+        return StoredFile(file_id, filename, purpose, num_bytes, row.created_s)
+
+    def file(self, file_id: str, tenant_id: str) -> StoredFile:
+        """Look up a tenant's file.
+
+        Raises:
+            AccountNotFoundError: the tenant has none of that id.
+        """
+        with self._database.session() as session:
+            row = session.get(FileRow, file_id)
+            if row is None or row.tenant_id != tenant_id:
+                raise _no_file(file_id)
+            return _file(row)
+
+    def files(self, tenant_id: str, purpose: str | None, after: str | None, limit: int) -> list[StoredFile]:
+        """A tenant's files, the newest first; those after the one with id ``after``, at most ``limit``."""
+        query = select(FileRow).where(FileRow.tenant_id == tenant_id)
+        if purpose is not None:
+            query = query.where(FileRow.purpose == purpose)
+        with self._database.session() as session:
+            last = None if after is None else session.get(FileRow, after)
+            if last is not None:
+                is_older = (FileRow.created_s == last.created_s) & (FileRow.id < last.id)
+                query = query.where((FileRow.created_s < last.created_s) | is_older)
+            rows = session.scalars(query.order_by(FileRow.created_s.desc(), FileRow.id.desc()).limit(limit))
+            return [_file(row) for row in rows]
+
+    def delete_file(self, file_id: str, tenant_id: str) -> None:
+        """Remove a file.
+
+        Raises:
+            AccountNotFoundError: the tenant has none of that id.
+            AccountConflictError: a batch works on it.
+        """
+        self.file(file_id, tenant_id)
+        with self._database.session(is_write=True) as session:
+            users = select(BatchRow.id).where(BatchRow.input_file_id == file_id, BatchRow.status.in_(ACTIVE))
+            if session.scalars(users.limit(1)).first() is not None:
+                raise AccountConflictError(f"A batch still works on the file {file_id}.")
+            session.execute(delete(FileRow).where(FileRow.id == file_id))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path_of(file_id))
+
+    def create_batch(
+        self, tenant_id: str, key_id: str, endpoint: str, input_file_id: str, metadata: Mapping[str, str] | None
+    ) -> Batch:
+        """Add a batch.
+
+        Raises:
+            AccountNotFoundError: the tenant has no such file.
+        """
+        self.file(input_file_id, tenant_id)
+        now = now_s()
+        row = BatchRow(
+            id=f"batch_{secrets.token_hex(16)}",
+            tenant_id=tenant_id,
+            key_id=key_id,
+            endpoint=endpoint,
+            input_file_id=input_file_id,
+            output_file_id=None,
+            error_file_id=None,
+            status="validating",
+            errors=None,
+            user_metadata=None if metadata is None else json.dumps(metadata),
+            num_total=0,
+            num_completed=0,
+            num_failed=0,
+            created_s=now,
+            in_progress_s=None,
+            ended_s=None,
+            expires_s=now + 86_400.0,
+            process_id=None,
+            leased_until_s=0.0,
+        )
+        with self._database.session(is_write=True) as session:
+            session.add(row)
+        return _batch(row)
+
+    def batch(self, batch_id: str, tenant_id: str | None = None) -> Batch:
+        """Look up a batch, of a tenant or of any.
+
+        Raises:
+            AccountNotFoundError: there is none.
+        """
+        with self._database.session() as session:
+            row = session.get(BatchRow, batch_id)
+            if row is None or tenant_id not in (None, row.tenant_id):
+                raise AccountNotFoundError(f"There is no batch {batch_id[:100]!r}.")
+            return _batch(row)
+
+    def batches(self, tenant_id: str, after: str | None, limit: int) -> list[Batch]:
+        """A tenant's batches, the newest first; those after the one with id ``after``, at most ``limit``."""
+        query = select(BatchRow).where(BatchRow.tenant_id == tenant_id)
+        with self._database.session() as session:
+            last = None if after is None else session.get(BatchRow, after)
+            if last is not None:
+                is_older = (BatchRow.created_s == last.created_s) & (BatchRow.id < last.id)
+                query = query.where((BatchRow.created_s < last.created_s) | is_older)
+            rows = session.scalars(query.order_by(BatchRow.created_s.desc(), BatchRow.id.desc()).limit(limit))
+            return [_batch(row) for row in rows]
+
+    def claim(self, process_id: str) -> Batch | None:
+        """Take the oldest batch that nobody works on; its lease must be renewed by ``update``."""
+        now = now_s()
+        free = select(BatchRow.id).where(BatchRow.status.in_(ACTIVE), BatchRow.leased_until_s < now)
+        with self._database.session(is_write=True) as session:
+            batch_id = session.scalars(free.order_by(BatchRow.created_s).limit(1)).first()
+            if batch_id is None:
+                return None
+            take = update(BatchRow).where(BatchRow.id == batch_id, BatchRow.leased_until_s < now)
+            # Another process may have taken it since it was found: then no row fits.
+            taken = session.execute(
+                take.values(process_id=process_id, leased_until_s=now + LEASE_S).returning(BatchRow.id)
+            ).first()
+            row = None if taken is None else session.get(BatchRow, batch_id)
+            return None if row is None else _batch(row)
+
+    def update(self, batch_id: str, process_id: str, **values: Any) -> Batch | None:
+        """Change a batch that this process works on and renew its lease; None if it is no longer this process's.
+
+        Args:
+            batch_id: which.
+            process_id: this process.
+            **values: columns; ``is_released`` gives up the lease.
+        """
+        values["leased_until_s"] = 0.0 if values.pop("is_released", False) else now_s() + LEASE_S
+        with self._database.session(is_write=True) as session:
+            mine = update(BatchRow).where(BatchRow.id == batch_id, BatchRow.process_id == process_id)
+            if values.get("status") == "in_progress":
+                mine = mine.where(BatchRow.status == "validating")  # and not if it was cancelled meanwhile
+            if session.execute(mine.values(**values).returning(BatchRow.id)).first() is None:
+                return None
+            row = session.get(BatchRow, batch_id)
+            assert row is not None, "just changed"
+            return _batch(row)
+
+    def cancel(self, batch_id: str, tenant_id: str) -> Batch:
+        """Ask for the end of a batch; one that has ended stays as it is.
+
+        Raises:
+            AccountNotFoundError: there is none.
+        """
+        self.batch(batch_id, tenant_id)
+        with self._database.session(is_write=True) as session:
+            is_running = or_(BatchRow.status == "validating", BatchRow.status == "in_progress")
+            session.execute(update(BatchRow).where(BatchRow.id == batch_id, is_running).values(status="cancelling"))
+        return self.batch(batch_id)
+
+
+def _no_file(file_id: str) -> AccountNotFoundError:
+    return AccountNotFoundError(f"There is no file {file_id[:100]!r}.")
+
+
+def _file(row: FileRow) -> StoredFile:
+    return StoredFile(row.id, row.filename, row.purpose, row.num_bytes, row.created_s)
+
+
+def _batch(row: BatchRow) -> Batch:
+    return Batch(
+        id=row.id,
+        tenant_id=row.tenant_id,
+        key_id=row.key_id,
+        endpoint=row.endpoint,
+        input_file_id=row.input_file_id,
+        output_file_id=row.output_file_id,
+        error_file_id=row.error_file_id,
+        status=row.status,
+        errors=json.loads(row.errors or "[]"),
+        metadata=None if row.user_metadata is None else json.loads(row.user_metadata),
+        num_total=row.num_total,
+        num_completed=row.num_completed,
+        num_failed=row.num_failed,
+        created_s=row.created_s,
+        in_progress_s=row.in_progress_s,
+        ended_s=row.ended_s,
+        expires_s=row.expires_s,
+    )

@@ -1,0 +1,142 @@
+"""/v1/files: upload, list, show, read and delete a tenant's files, in OpenAI's shapes."""
+
+import os
+import tempfile
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, Response
+
+from pomona.accounts.batches import StoredFile
+from pomona.core.errors import InvalidRequestError
+from pomona.server import account_types as wire
+from pomona.server.admin import accounts_of, json_answer
+from pomona.server.errors import BodyError, BodyTooLargeError
+from pomona.server.tenant import principal_of
+
+_MAX_FORM_BYTES = 16 * 1024
+"""Of everything in the form but the file."""
+_MAX_NAME_CHARS = 200
+MAX_PAGE = 100
+
+
+def tenant_of(request: Request) -> str:
+    """Return the tenant on whose files and batches the request works."""
+    principal = principal_of(request)
+    assert principal is not None, "every request has a key"
+    assert principal.tenant_id is not None, "auth.RULES let in tenants only"
+    return principal.tenant_id
+
+
+def page_of(request: Request, default: int = 20, most: int = MAX_PAGE) -> tuple[str | None, int]:
+    """Return ``after`` and ``limit`` of the query.
+
+    Raises:
+        InvalidRequestError: the limit is not a number between 1 and ``most``.
+    """
+    text = request.query_params.get("limit", str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= most):
+        raise InvalidRequestError.out_of_range("limit", text[:20], f"between 1 and {most}")
+    return request.query_params.get("after"), int(text)
+
+
+async def upload_file(request: Request) -> Response:
+    """Take a file for a batch."""
+    accounts = accounts_of(request)
+    upload, purpose = await _read_form(request, accounts.config.max_file_bytes)
+    try:
+        if purpose != "batch":
+            raise InvalidRequestError.out_of_range("purpose", purpose[:_MAX_NAME_CHARS], "batch")
+        filename = Path(upload.filename or "upload.jsonl").name[:_MAX_NAME_CHARS]
+        tenant_id = tenant_of(request)
+
+        def store() -> StoredFile:
+            file_id = accounts.batches.new_file_id()
+            _copy(upload, accounts.batches.path_of(file_id))
+            return accounts.batches.add_file(file_id, tenant_id, filename, "batch")
+
+        return json_answer(_card(await accounts.database.run(store)))
+    finally:
+        await upload.close()
+
+
+async def list_files(request: Request) -> Response:
+    """List the tenant's files, the newest first."""
+    accounts = accounts_of(request)
+    after, limit = page_of(request, default=1000, most=10_000)
+    purpose, tenant_id = request.query_params.get("purpose"), tenant_of(request)
+    found = await accounts.database.run(accounts.batches.files, tenant_id, purpose, after, limit + 1)
+    cards = [_card(file) for file in found[:limit]]
+    ends = (cards[0].id, cards[-1].id) if cards else (None, None)
+    return json_answer(wire.FileList(cards, len(found) > limit, *ends))
+
+
+async def get_file(request: Request) -> Response:
+    """Show a file."""
+    return json_answer(_card(await _file(request)))
+
+
+async def get_content(request: Request) -> Response:
+    """Send a file's content."""
+    file = await _file(request)
+    path = accounts_of(request).batches.path_of(file.id)
+    return FileResponse(path, media_type="application/octet-stream", headers={"cache-control": "no-store"})
+
+
+async def delete_file(request: Request) -> Response:
+    """Remove a file."""
+    accounts, file_id = accounts_of(request), request.path_params["file_id"]
+    await accounts.database.run(accounts.batches.delete_file, file_id, tenant_of(request))
+    return json_answer(wire.FileDeleted(file_id))
+
+
+async def _file(request: Request) -> StoredFile:
+    accounts = accounts_of(request)
+    return await accounts.database.run(accounts.batches.file, request.path_params["file_id"], tenant_of(request))
+
+
+async def _read_form(request: Request, max_file_bytes: int) -> tuple[UploadFile, str]:
+    """Read a multipart form; the file goes to a temporary file on the way."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise BodyError("The request body must be multipart/form-data with the fields purpose and file.")
+    stream = _bounded(request, max_file_bytes + _MAX_FORM_BYTES)
+    parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=8, max_part_size=_MAX_FORM_BYTES)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise BodyError("The request body is not a well-formed multipart form.") from error
+    except ClientDisconnect as error:
+        raise BodyError("The client went away before its request was complete.") from error
+    upload, purpose = form.get("file"), form.get("purpose")
+    if not isinstance(upload, UploadFile):
+        await form.close()
+        raise InvalidRequestError("file", "file is missing")
+    if not isinstance(purpose, str):
+        await form.close()
+        raise InvalidRequestError("purpose", "purpose is missing")
+    return upload, purpose
+
+
+async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > max_bytes:
+            raise BodyTooLargeError(f"The file is larger than the limit of {max_bytes - _MAX_FORM_BYTES} bytes.")
+        yield chunk
+
+
+def _copy(upload: UploadFile, path: Path) -> None:
+    """Write the content beside its place and move it there, so that it is there whole or not at all."""
+    upload.file.seek(0)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        while chunk := upload.file.read(2**20):
+            file.write(chunk)
+    os.replace(file.name, path)
+
+
+def _card(file: StoredFile) -> wire.FileCard:
+    return wire.FileCard(file.id, file.num_bytes, int(file.created_s), file.filename, file.purpose)

@@ -1,0 +1,235 @@
+"""The Batch API with OpenAI's own client: files, batches, what is wrong with them, and what survives."""
+
+import asyncio
+import contextlib
+import json
+
+import openai
+import pytest
+
+from pomona.accounts.batches import BatchStore
+from pomona.accounts.config import AccountsConfig
+from pomona.server.batch_runner import running_batches
+from support.accounts import serve_accounts
+from support.server import BASE, listen
+
+
+@pytest.fixture
+async def served(config: AccountsConfig, tmp_path):
+    async with serve_accounts(tmp_path, config) as running:
+        yield running
+
+
+@pytest.fixture
+async def clients(served):
+    """OpenAI clients of both tenants."""
+    async with listen(served.served.app) as url:
+        found = {
+            who: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=served.keys[who], max_retries=0)
+            for who in ("acme", "bolt")
+        }
+        yield found
+        for client in found.values():
+            await client.close()
+
+
+@contextlib.asynccontextmanager
+async def working(served):
+    """Let the server work on batches."""
+    context = served.served.app.state.context
+    async with running_batches(served.served.app, served.accounts, context.wake_batches):
+        yield
+
+
+def lines(*bodies, url="/v1/completions"):
+    return b"".join(
+        json.dumps({"custom_id": f"line-{index}", "method": "POST", "url": url, "body": body}).encode() + b"\n"
+        for index, body in enumerate(bodies)
+    )
+
+
+def body(prompt="one two", **fields):
+    return {"model": BASE, "prompt": prompt, "max_tokens": 4, "temperature": 0, **fields}
+
+
+async def start(client, content, endpoint="/v1/completions", **fields):
+    file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+    return await client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **fields)
+
+
+async def until_ended(client, batch):
+    async with asyncio.timeout(30):
+        while batch.status in ("validating", "in_progress", "finalizing", "cancelling"):
+            await asyncio.sleep(0.05)
+            batch = await client.batches.retrieve(batch.id)
+    return batch
+
+
+async def results(client, file_id):
+    content = await client.files.content(file_id)
+    return {json.loads(line)["custom_id"]: json.loads(line) for line in content.text.splitlines()}
+
+
+async def test_a_batch_is_carried_out_line_by_line(served, clients):
+    client = clients["acme"]
+    async with working(served):
+        bodies = [*(body(f"one {'two ' * n}") for n in range(30)), body(model="absent"), body(max_tokens=-1)]
+        batch = await until_ended(client, await start(client, lines(*bodies), metadata={"job": "nightly"}))
+    assert (batch.status, batch.errors) == ("completed", None)
+    assert batch.metadata == {"job": "nightly"}
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (32, 30, 2)
+    answers = await results(client, batch.output_file_id)
+    assert sorted(answers) == sorted(f"line-{n}" for n in range(30))
+    direct = (await served.complete("acme", "one two two ", max_tokens=4)).json()
+    batched = answers["line-2"]["response"]
+    assert (batched["status_code"], batched["body"]["choices"]) == (200, direct["choices"])
+    errors = await results(client, batch.error_file_id)
+    assert {name: error["response"]["status_code"] for name, error in errors.items()} == {
+        "line-30": 404,
+        "line-31": 400,
+    }
+    rows = await served.usage(tenant_id="acme")
+    assert len(rows) == 31
+    assert {f"cmpl-{answer['response']['request_id']}" for answer in answers.values()} < {
+        row["request_id"] for row in rows
+    }
+
+
+async def test_chats_go_in_batches_too(served, clients):
+    client = clients["acme"]
+    chat = {"model": BASE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    async with working(served):
+        url = "/v1/chat/completions"
+        batch = await until_ended(client, await start(client, lines(chat, url=url), endpoint=url))
+    answer = (await results(client, batch.output_file_id))["line-0"]["response"]["body"]
+    assert answer["object"] == "chat.completion"
+
+
+async def test_what_is_wrong_with_a_file_is_said_by_line(served, clients):
+    good = lines(body())
+    bad = (
+        good + b"{\n" + b"[1]\n" + good + lines(body(), body(stream=True)).split(b"\n")[1] + b"\n"
+        + lines(body(), url="/v1/chat/completions").replace(b"line-0", b"x") + b'{"custom_id":"y","method":"GET"}\n'
+    )  # fmt: skip
+    async with working(served):
+        batch = await until_ended(clients["acme"], await start(clients["acme"], bad))
+        empty = await until_ended(clients["acme"], await start(clients["acme"], b"\n"))
+    assert batch.status == "failed"
+    assert [(error.line, error.code) for error in batch.errors.data] == [
+        (2, "invalid_json_line"),
+        (3, "invalid_json_line"),
+        (4, "duplicate_custom_id"),
+        (5, "invalid_request"),
+        (6, "mismatched_endpoint"),
+        (7, "invalid_method"),
+    ]
+    assert empty.errors.data[0].code == "empty_file"
+    assert await served.usage() == []
+
+
+async def test_files_and_batches_do_not_exist_for_others(served, clients):
+    batch = await start(clients["acme"], lines(body()))
+    other = clients["bolt"]
+    for call in (
+        lambda: other.files.retrieve(batch.input_file_id),
+        lambda: other.files.content(batch.input_file_id),
+        lambda: other.files.delete(batch.input_file_id),
+        lambda: other.batches.retrieve(batch.id),
+        lambda: other.batches.cancel(batch.id),
+        lambda: start_with(other, batch.input_file_id),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            await call()
+    assert (await other.files.list()).data == []
+    assert (await other.batches.list()).data == []
+    assert [file.id for file in (await clients["acme"].files.list()).data] == [batch.input_file_id]
+
+
+async def start_with(client, file_id):
+    return await client.batches.create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h")
+
+
+async def test_files_are_stored_read_paged_and_deleted(served, clients):
+    client = clients["acme"]
+    content = lines(body())
+    files = [await client.files.create(file=(f"{n}.jsonl", content), purpose="batch") for n in range(3)]
+    assert (files[0].bytes, files[0].filename, files[0].status) == (len(content), "0.jsonl", "processed")
+    assert (await client.files.content(files[1].id)).content == content
+    page = await client.files.list(limit=2)
+    assert [file.id for file in page.data] == [files[2].id, files[1].id]
+    assert page.has_more
+    assert [file.id async for file in page] == [file.id for file in reversed(files)]
+    assert (await client.files.delete(files[0].id)).deleted
+    with pytest.raises(openai.NotFoundError):
+        await client.files.retrieve(files[0].id)
+    batch = await start_with(client, files[1].id)
+    with pytest.raises(openai.ConflictError):
+        await client.files.delete(batch.input_file_id)
+
+
+async def test_forms_that_are_wrong_are_refused(served, clients):
+    for options, status in (
+        ({"files": {"file": b"x"}, "data": {"purpose": "fine-tune"}}, 400),
+        ({"files": {"file": b"x"}}, 400),
+        ({"data": {"purpose": "batch"}}, 400),
+        ({"content": b"junk", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400),
+        ({"content": b"junk", "headers": {"content-type": "multipart/form-data"}}, 400),
+        ({"files": [("file", b"x"), ("file", b"y")], "data": {"purpose": "batch"}}, 400),
+    ):
+        headers = {"authorization": f"Bearer {served.keys['acme']}", **options.pop("headers", {})}
+        response = await served.served.http.post("/v1/files", headers=headers, **options)
+        assert response.status_code == status, response.text
+        assert response.json()["error"]["message"]
+
+
+async def test_a_cancelled_batch_keeps_what_is_done(served, clients):
+    client = clients["acme"]
+    served.served.executor.gate.clear()
+    async with working(served):
+        batch = await start(client, lines(*(body() for _ in range(40))))
+        while batch.status != "in_progress":
+            await asyncio.sleep(0.05)
+            batch = await client.batches.retrieve(batch.id)
+        assert (await client.batches.cancel(batch.id)).status == "cancelling"
+        batch = await until_ended(client, batch)
+        served.served.executor.gate.set()
+    assert batch.status == "cancelled"
+    assert batch.request_counts.completed < 40
+
+
+async def test_a_batch_waits_for_limits_and_ends_with_its_key(served, clients):
+    client = clients["acme"]
+    await served.call("admin", "PUT", "/v1/admin/limits/tenant/acme", {"max_concurrency": 1})
+    async with working(served):
+        batch = await until_ended(client, await start(client, lines(*(body() for _ in range(3)))))
+        assert batch.request_counts.completed == 3
+        made = (await served.call("admin", "POST", "/v1/admin/keys", {"tenant": "acme"})).json()
+        doomed = client.with_options(api_key=made["key"])
+        file = await doomed.files.create(file=("in.jsonl", lines(body())), purpose="batch")
+        await served.call("admin", "DELETE", f"/v1/admin/keys/{made['id']}")
+        store: BatchStore = served.accounts.batches
+        orphan = store.create_batch("acme", made["id"], "/v1/completions", file.id, None)
+        ended = await until_ended(client, await client.batches.retrieve(orphan.id))
+    assert ended.request_counts.failed == 1
+
+
+async def test_a_batch_goes_on_where_a_dead_process_left_it(served, clients, monkeypatch):
+    client = clients["acme"]
+    monkeypatch.setattr("pomona.accounts.batches.LEASE_S", 0.3)
+    batch = await start(client, lines(*(body() for _ in range(6))))
+    store = served.accounts.batches
+    claimed = store.claim("dead")
+    assert claimed is not None
+    output, error = store.new_file_id(), store.new_file_id()
+    store.update(batch.id, "dead", num_total=6, output_file_id=output, error_file_id=error)
+    store.update(batch.id, "dead", status="in_progress")
+    done = [json.dumps({"custom_id": f"line-{n}", "response": "from before"}) for n in range(2)]
+    store.path_of(output).write_text("\n".join(done) + '\n{"custom_id":"line-2","resp')
+    assert store.claim("other") is None
+    async with working(served):
+        batch = await until_ended(client, batch)
+    assert batch.request_counts.completed == 6
+    answers = await results(client, batch.output_file_id)
+    assert [answers[f"line-{n}"]["response"] == "from before" for n in range(6)] == [True, True, *[False] * 4]
+    assert len(await served.usage()) == 4
