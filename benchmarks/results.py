@@ -153,7 +153,7 @@ def read(path: Path) -> list[Row]:
 
 def of_last_program(rows: Sequence[Row]) -> list[Row]:
     """The rows of the program that was measured last; a file may hold several."""
-    return [row for row in rows if row["program"] == rows[-1]["program"]]
+    return [row for row in rows if row.get("program") == rows[-1].get("program")]
 
 
 def latest(what: str, folder: Path = RESULTS) -> Path | None:

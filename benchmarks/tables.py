@@ -53,8 +53,8 @@ def sample(rows: Iterable[Row], field: str, **match: object) -> Sample | None:
 
 def of_one_program(rows: Sequence[Row]) -> list[Row]:
     """Without our own system's rows of earlier programs than the last one's: a file may hold several."""
-    ours = [row["program"] for row in rows if row["system"] == POMONA]
-    return [row for row in rows if row["system"] != POMONA or row["program"] == ours[-1]]
+    ours = [row.get("program") for row in rows if row["system"] == POMONA]
+    return [row for row in rows if row["system"] != POMONA or row.get("program") == ours[-1]]
 
 
 def ordered(values: Iterable[str], order: Sequence[str]) -> list[str]:

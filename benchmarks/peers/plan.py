@@ -54,7 +54,7 @@ def done_runs(rows: Sequence[Row], program: str) -> dict[Key, float]:
             json.dumps(row["settings"], sort_keys=True),
         ): row["wall_s"]
         for row in results.of_kind(rows, "peer")
-        if row["is_clean"] and (row["system"] != OURS or row["program"] == program)
+        if row["is_clean"] and (row["system"] != OURS or row.get("program") == program)
     }
 
 
