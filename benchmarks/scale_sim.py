@@ -1,0 +1,163 @@
+"""How fast a large cluster is simulated: 1,000 replicas, 1,000,000 adapters, 50,000 requests per second offered.
+
+    python -m benchmarks.scale_sim                     # two simulated seconds
+    python -m benchmarks.scale_sim --profile           # and where the time goes
+
+The simulator runs one scheduler per replica, the real one, so its work is that of the schedulers: some microseconds for
+every token of every request. The rate is steady after the first half second, so the time for ten simulated minutes
+follows by proportion; the row says that it was extrapolated.
+"""
+
+import argparse
+import cProfile
+import gc
+import json
+import pstats
+import resource
+import time
+from pathlib import Path
+
+from benchmarks import results
+from pomona.metrics.slo import Slo
+from pomona.router.autoscale import AutoscalerConfig
+from pomona.router.fleet import PolicyName, RouterConfig
+from pomona.sched.config import SchedulerConfig
+from pomona.sim.cluster import ClusterSim
+from pomona.sim.cluster_config import ClusterConfig
+from pomona.sim.cost_model import CostTerm, LinearCost
+from pomona.sim.population import AdapterPages, AdapterPopulation
+from pomona.workload.arrivals import PoissonArrivals
+from pomona.workload.lengths import UniformLength
+from pomona.workload.popularity import ZipfPopularity
+from pomona.workload.spec import WorkloadSpec, iter_requests
+
+GOAL_S = 600.0
+SCHEDULER = SchedulerConfig(
+    num_kv_blocks=6000,
+    max_model_len=2048,
+    num_adapter_pages=1024,
+    max_num_seqs=256,
+    enable_prefix_cache=False,
+    min_prefix_wait_tokens=0,
+)
+COST = LinearCost(
+    0.012,
+    (CostTerm("num_rows", 3.5e-5), CostTerm("num_kv_tokens", 1.5e-7), CostTerm("sum_adapter_ranks", 1e-6)),
+)
+"""Between an A100 and an H100 with a model of 7 billion weights."""
+PROMPTS, OUTPUTS = UniformLength(16, 240), UniformLength(8, 56)
+
+
+def make_sim(num_replicas: int, policy: PolicyName) -> ClusterSim:
+    config = ClusterConfig(
+        SCHEDULER,
+        COST,
+        RouterConfig(policy, max_requests=128),
+        AutoscalerConfig(max_replicas=num_replicas),
+        num_replicas,
+        slo=Slo(ttft_s=0.5, tpot_s=0.05),
+    )
+    return ClusterSim(config, AdapterPopulation((8, 16, 32, 64), AdapterPages(rows_per_page=8)))
+
+
+def workload(num_adapters: int, rate_rps: float, duration_s: float) -> WorkloadSpec:
+    return WorkloadSpec(
+        round(rate_rps * duration_s), PoissonArrivals(rate_rps), PROMPTS, OUTPUTS, ZipfPopularity(num_adapters, 0.92)
+    )
+
+
+def measure(
+    num_replicas: int, num_adapters: int, rate_rps: float, duration_s: float, policy: PolicyName
+) -> results.Row:
+    """Simulate to ``duration_s``; wall time is taken from half a second on, when the cluster is in its steady state."""
+    sim = make_sim(num_replicas, policy)
+    marks: list[tuple[float, int]] = []
+    sim.heap.at(0.5, lambda: marks.append((time.perf_counter(), len(sim.ledger))))
+    sim.run(iter_requests(workload(num_adapters, rate_rps, duration_s)), duration_s)
+    wall_s = time.perf_counter() - marks[0][0]
+    num_requests = len(sim.ledger) - marks[0][1]
+    simulated_s = duration_s - 0.5
+    ended = sim.ledger.numbers(0.5, duration_s - 0.5)
+    summary = sim.ledger.summary(sim.config.slo, simulated_s, ended)
+    records = sim.replicas.values()
+    return {
+        "num_replicas": num_replicas,
+        "num_adapters": num_adapters,
+        "rate_rps": rate_rps,
+        "policy": policy,
+        "simulated_s": simulated_s,
+        "wall_s": wall_s,
+        "num_requests": num_requests,
+        "requests_per_wall_s": num_requests / wall_s,
+        "tokens_per_wall_s": sum(record.num_output_tokens for record in records) / duration_s * simulated_s / wall_s,
+        "steps_per_wall_s": sum(record.num_steps for record in records) / duration_s * simulated_s / wall_s,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "num_adapters_named": len(sim._adapters.lora_rank_of),
+        "attainment": summary.attainment,
+        "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
+    }
+
+
+PARTS = {
+    "scheduler": ("pomona/sched/", "pomona/engine/", "pomona/core/"),
+    "executor and cost model": ("sim/executor", "sim/step_work", "sim/cost_model"),
+    "replica and heap": ("sim/replica", "sim/clock"),
+    "router": ("pomona/router/",),
+    "cluster and ledger": ("sim/cluster", "sim/ledger", "sim/fleet_size", "sim/prompts", "sim/population"),
+    "workload": ("pomona/workload/", "random.py"),
+}
+
+
+def profile(
+    num_replicas: int, num_adapters: int, rate_rps: float, duration_s: float, policy: PolicyName
+) -> results.Row:
+    """Share of the time in each part, built-in functions counted where they are called."""
+    sim = make_sim(num_replicas, policy)
+    requests = list(iter_requests(workload(num_adapters, rate_rps, duration_s)))
+    profiler = cProfile.Profile()
+    profiler.enable()
+    sim.run(requests, duration_s)
+    profiler.disable()
+    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    totals = dict.fromkeys((*PARTS, "other"), 0.0)
+
+    def part_of(path: str) -> str:
+        return next((name for name, places in PARTS.items() if any(place in path for place in places)), "other")
+
+    for (path, _, _), (_, _, own_s, _, callers) in stats.items():
+        if path == "~" and callers:
+            for (caller, _, _), (_, _, caller_own_s, _) in callers.items():
+                totals[part_of(caller)] += caller_own_s
+        else:
+            totals[part_of(path)] += own_s
+    whole_s = sum(totals.values())
+    return {f"share {name}": seconds / whole_s for name, seconds in totals.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, nargs="+", default=[1000])
+    parser.add_argument("--adapters", type=int, default=1_000_000)
+    parser.add_argument("--rate-per-replica", type=float, default=50.0)
+    parser.add_argument("--duration", type=float, default=2.0, help="simulated seconds")
+    parser.add_argument("--policy", default="affinity")
+    parser.add_argument("--profile", action="store_true", help="a second, shorter run under a profiler")
+    parser.add_argument("--output", type=Path, help="default: today's benchmarks/results/DATE-scale.jsonl")
+    options = parser.parse_args()
+    output = options.output or results.RESULTS / f"{results.today()}-scale.jsonl"
+    setup = results.setup()
+    # Nothing the simulator makes is cyclic garbage; the collector would visit every live request again and again.
+    gc.disable()
+    for num_replicas in options.replicas:
+        rate_rps = options.rate_per_replica * num_replicas
+        row = measure(num_replicas, options.adapters, rate_rps, options.duration, options.policy)
+        results.append(output, setup | {"kind": "scale"} | row)
+        print(json.dumps(row))
+        if options.profile:
+            shares = profile(num_replicas, options.adapters, rate_rps, min(options.duration, 0.8), options.policy)
+            results.append(output, setup | {"kind": "profile", "num_replicas": num_replicas} | shares)
+            print(json.dumps(shares))
+
+
+if __name__ == "__main__":
+    main()
