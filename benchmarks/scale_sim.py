@@ -1,7 +1,8 @@
 """How fast a large cluster is simulated: 1,000 replicas, 1,000,000 adapters, 50,000 requests per second offered.
 
-    python -m benchmarks.scale_sim                     # two simulated seconds
-    python -m benchmarks.scale_sim --profile           # and where the time goes
+    python -m benchmarks.scale_sim                     # two simulated seconds, one process
+    python -m benchmarks.scale_sim --processes 2       # replicas in two more processes
+    python -m benchmarks.scale_sim --profile           # and where the time of one process goes
 
 The simulator runs one scheduler per replica, the real one, so its work is that of the schedulers: some microseconds for
 every token of every request. The rate is steady after the first half second, so the time for ten simulated minutes
@@ -15,9 +16,13 @@ import json
 import pstats
 import resource
 import time
+from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.shard_processes import ProcessShard
+from pomona.core.ids import ReplicaId
 from pomona.metrics.slo import Slo
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.router.fleet import PolicyName, RouterConfig
@@ -26,10 +31,11 @@ from pomona.sim.cluster import ClusterSim
 from pomona.sim.cluster_config import ClusterConfig
 from pomona.sim.cost_model import CostTerm, LinearCost
 from pomona.sim.population import AdapterPages, AdapterPopulation
+from pomona.sim.sharded import ShardedSim, shard_of
 from pomona.workload.arrivals import PoissonArrivals
 from pomona.workload.lengths import UniformLength
 from pomona.workload.popularity import ZipfPopularity
-from pomona.workload.spec import WorkloadSpec, iter_requests
+from pomona.workload.spec import WorkloadRequest, WorkloadSpec, iter_requests
 
 GOAL_S = 600.0
 SCHEDULER = SchedulerConfig(
@@ -48,8 +54,11 @@ COST = LinearCost(
 PROMPTS, OUTPUTS = UniformLength(16, 240), UniformLength(8, 56)
 
 
-def make_sim(num_replicas: int, policy: PolicyName) -> ClusterSim:
-    config = ClusterConfig(
+RANKS, ROWS_PER_PAGE = (8, 16, 32, 64), 8
+
+
+def make_config(num_replicas: int, policy: PolicyName) -> ClusterConfig:
+    return ClusterConfig(
         SCHEDULER,
         COST,
         RouterConfig(policy, max_requests=128),
@@ -57,7 +66,10 @@ def make_sim(num_replicas: int, policy: PolicyName) -> ClusterSim:
         num_replicas,
         slo=Slo(ttft_s=0.5, tpot_s=0.05),
     )
-    return ClusterSim(config, AdapterPopulation((8, 16, 32, 64), AdapterPages(rows_per_page=8)))
+
+
+def make_adapters() -> AdapterPopulation:
+    return AdapterPopulation(RANKS, AdapterPages(ROWS_PER_PAGE))
 
 
 def workload(num_adapters: int, rate_rps: float, duration_s: float) -> WorkloadSpec:
@@ -70,7 +82,7 @@ def measure(
     num_replicas: int, num_adapters: int, rate_rps: float, duration_s: float, policy: PolicyName
 ) -> results.Row:
     """Simulate to ``duration_s``; wall time is taken from half a second on, when the cluster is in its steady state."""
-    sim = make_sim(num_replicas, policy)
+    sim = ClusterSim(make_config(num_replicas, policy), make_adapters())
     marks: list[tuple[float, int]] = []
     sim.heap.at(0.5, lambda: marks.append((time.perf_counter(), len(sim.ledger))))
     sim.run(iter_requests(workload(num_adapters, rate_rps, duration_s)), duration_s)
@@ -83,6 +95,7 @@ def measure(
     return {
         "num_replicas": num_replicas,
         "num_adapters": num_adapters,
+        "num_processes": 1,
         "rate_rps": rate_rps,
         "policy": policy,
         "simulated_s": simulated_s,
@@ -96,6 +109,54 @@ def measure(
         "attainment": summary.attainment,
         "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
     }
+
+
+def measure_sharded(
+    num_replicas: int, num_adapters: int, rate_rps: float, duration_s: float, policy: PolicyName, num_processes: int
+) -> results.Row:
+    """The same with the replicas in processes of their own, which report to the router every 50 ms."""
+    config, context = make_config(num_replicas, policy), get_context("spawn")
+    shares = [
+        [ReplicaId(k) for k in range(num_replicas) if shard_of(k, num_processes) == shard]
+        for shard in range(num_processes)
+    ]
+    shards = [ProcessShard(context, config, RANKS, ROWS_PER_PAGE, share) for share in shares]
+    try:
+        sim = ShardedSim(config, make_adapters(), shards)
+        marks: list[tuple[float, int]] = []
+        sim.run(_marked(workload(num_adapters, rate_rps, duration_s), marks), duration_s)
+        wall_s = time.perf_counter() - marks[0][0]
+        figures = [shard.figures() for shard in shards]
+    finally:
+        for shard in shards:
+            shard.close()
+    num_requests, simulated_s = len(sim.ledger) - marks[0][1], duration_s - 0.5
+    summary = sim.ledger.summary(config.slo, simulated_s, sim.ledger.numbers(0.5, duration_s - 0.5))
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "num_replicas": num_replicas,
+        "num_adapters": num_adapters,
+        "num_processes": num_processes,
+        "rate_rps": rate_rps,
+        "policy": policy,
+        "simulated_s": simulated_s,
+        "wall_s": wall_s,
+        "num_requests": num_requests,
+        "requests_per_wall_s": num_requests / wall_s,
+        "tokens_per_wall_s": sum(one.num_output_tokens for one in figures) / duration_s * simulated_s / wall_s,
+        "steps_per_wall_s": sum(one.num_steps for one in figures) / duration_s * simulated_s / wall_s,
+        "peak_rss_gib": own + sum(one.peak_rss_bytes for one in figures) / 2**30,
+        "attainment": summary.attainment,
+        "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
+    }
+
+
+def _marked(spec: WorkloadSpec, marks: list[tuple[float, int]]) -> Iterator[WorkloadRequest]:
+    """The spec's requests; the first after half a second leaves a mark."""
+    for number, request in enumerate(iter_requests(spec)):
+        if not marks and request.arrival_s >= 0.5:
+            marks.append((time.perf_counter(), number))
+        yield request
 
 
 PARTS = {
@@ -112,7 +173,7 @@ def profile(
     num_replicas: int, num_adapters: int, rate_rps: float, duration_s: float, policy: PolicyName
 ) -> results.Row:
     """Share of the time in each part, built-in functions counted where they are called."""
-    sim = make_sim(num_replicas, policy)
+    sim = ClusterSim(make_config(num_replicas, policy), make_adapters())
     requests = list(iter_requests(workload(num_adapters, rate_rps, duration_s)))
     profiler = cProfile.Profile()
     profiler.enable()
@@ -141,6 +202,7 @@ def main() -> None:
     parser.add_argument("--rate-per-replica", type=float, default=50.0)
     parser.add_argument("--duration", type=float, default=2.0, help="simulated seconds")
     parser.add_argument("--policy", default="affinity")
+    parser.add_argument("--processes", type=int, default=1, help="1 simulates in this process, on one heap")
     parser.add_argument("--profile", action="store_true", help="a second, shorter run under a profiler")
     parser.add_argument("--output", type=Path, help="default: today's benchmarks/results/DATE-scale.jsonl")
     options = parser.parse_args()
@@ -150,7 +212,8 @@ def main() -> None:
     gc.disable()
     for num_replicas in options.replicas:
         rate_rps = options.rate_per_replica * num_replicas
-        row = measure(num_replicas, options.adapters, rate_rps, options.duration, options.policy)
+        case = (num_replicas, options.adapters, rate_rps, options.duration, options.policy)
+        row = measure(*case) if options.processes == 1 else measure_sharded(*case, options.processes)
         results.append(output, setup | {"kind": "scale"} | row)
         print(json.dumps(row))
         if options.profile:
