@@ -208,6 +208,7 @@ class EngineMachine(RuleBasedStateMachine):
             with suppress(Raised):
                 while harness.alive:  # overlapped, all may end before another step is launched
                     harness.step()
+                assert self.overlap_steps, "a step computes something while requests are alive"
             harness.executor.raises = None
             if is_restarted:
                 harness.executor.reset()

@@ -99,6 +99,23 @@ def test_launches_as_they_were_at_capture_are_right_for_later_steps_of_other_ada
         assert compared.num_compared >= 4
 
 
+@pytest.mark.skipif(
+    "triton" not in backends_of("lora") or torch.cuda.is_available(), reason="needs Triton's interpreter"
+)
+def test_layers_of_different_windows_have_a_plan_each(tmp_path):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    base = make_checkpoint(tmp_path / "base", "qwen2", **sizes, **windows, num_key_value_heads=1, vocab_size=32)
+    with use_backend("triton"):
+        engine = TinyEngine(base, decode_graphs=True, graph_batch_sizes=(2,), block_size=16)
+        assert engine.loaded.spec.sliding_windows == (None, 5)
+        compared = compare_every_step(engine, 5e-4, is_frozen=True)
+        engine.add(range(3, 12), SamplingParams(max_tokens=4, temperature=0.0))
+        engine.add(range(4, 7), SamplingParams(max_tokens=4, temperature=0.0))
+        engine.run()
+        assert compared.num_compared == 3
+
+
 def test_steps_that_no_graph_is_made_for_run_as_they_come(base_path, adapter_paths):
     engine = TinyEngine(base_path, decode_graphs=True, graph_batch_sizes=(2,), graph_max_lora_rank=8)
     graphs = engine.loaded.runner.graphs
