@@ -1,16 +1,15 @@
-"""The two ends of the wire: PUSH/PULL sockets, one pair for commands and one for reports, over ipc:// or inproc://.
+"""The two ends of the wire: a pair of connected Unix sockets; commands go down, reports come up, as frames.
 
-The engine's end never blocks while the engine runs: what a slow client has not taken is joined per request and sent
-later, so nothing is lost and memory is bounded by the tokens of accepted requests. The client's end is read by the
-event loop itself: a callback on the socket's file descriptor drains it. That costs neither the thread switch of a
-reader thread nor the future and task switch per message of zmq.asyncio.
+Neither end ever waits for the other while the engine runs. What a slow client has not taken is joined per request and
+sent later, so nothing is lost and memory is bounded by the tokens of accepted requests. The client's end is read by
+the event loop itself. There is no thread between the ends: a step's report costs one system call on each side.
 """
 
 import asyncio
+import select
+import socket
+import time
 from collections.abc import Callable
-from typing import NamedTuple
-
-import zmq
 
 from pomona.core.output import EngineStats, RequestOutput
 from pomona.driver.messages import (
@@ -20,6 +19,7 @@ from pomona.driver.messages import (
     Ready,
     Reply,
     Report,
+    Shutdown,
     Starting,
     TurnReport,
     decode_command,
@@ -28,35 +28,84 @@ from pomona.driver.messages import (
 )
 from pomona.driver.outputs import join_by_request
 
-_MAX_COMMANDS_PER_TURN = 256
-_LAST_WORDS_MS = 1000
-"""How long an engine that ends waits for its last reports to leave."""
+_LAST_WORDS_S = 1.0
+"""How long an engine waits for a slow client to take a report that is not part of a turn."""
 _MIN_OUTPUTS_TO_JOIN = 1024
+_LENGTH_BYTES = 4
+_READ_BYTES = 1 << 18
 
 
-class Address(NamedTuple):
-    """zmq endpoints of one engine's life; the client binds, the engine connects."""
+def socket_pair() -> tuple[socket.socket, socket.socket]:
+    """Connected sockets for a ClientChannel and an EngineChannel."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
-    commands: str
-    reports: str
 
-    @classmethod
-    def in_directory(cls, directory: str) -> "Address":
-        """Unix sockets in a private directory."""
-        return cls(f"ipc://{directory}/commands", f"ipc://{directory}/reports")
+class _Frames:
+    """Byte strings in both directions over a stream socket, each behind its length; nothing here ever waits."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        self._socket = end
+        self._unsent = bytearray()
+        self._arrived = bytearray()
+        self.is_over = False
+        """The other end is closed. What it sent before can still be received; what is sent to it is dropped."""
+
+    @property
+    def has_unsent(self) -> bool:
+        """True while the socket has not taken all that was sent."""
+        return bool(self._unsent)
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, or what the socket takes of it now; ``flush`` sends the rest."""
+        self._unsent += len(frame).to_bytes(_LENGTH_BYTES, "little")
+        self._unsent += frame
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.is_over = True
+            self._unsent.clear()
+
+    def receive(self) -> list[bytes]:
+        """The frames that have arrived, in order; maybe not all, if there are many."""
+        try:
+            data = self._socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b""
+        self.is_over = self.is_over or not data
+        arrived = self._arrived
+        arrived += data
+        frames, start = [], 0
+        while len(arrived) >= start + _LENGTH_BYTES:
+            begin = start + _LENGTH_BYTES
+            end = begin + int.from_bytes(arrived[start:begin], "little")
+            if len(arrived) < end:
+                break
+            frames.append(bytes(arrived[begin:end]))
+            start = end
+        del arrived[:start]
+        return frames
 
 
 class EngineChannel:
     """The engine's end. Used by one thread."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: Address, max_queued_reports: int) -> None:
-        """Connect both sockets."""
-        self._commands = context.socket(zmq.PULL)
-        self._commands.connect(address.commands)
-        self._reports = context.socket(zmq.PUSH)
-        self._reports.set_hwm(max_queued_reports)
-        self._reports.setsockopt(zmq.SNDTIMEO, _LAST_WORDS_MS)
-        self._reports.connect(address.reports)
+    def __init__(self, end: socket.socket) -> None:
+        """Take over a socket of ``socket_pair``."""
+        self._socket = end
+        self._frames = _Frames(end)
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(end, select.POLLIN)
+        self._writable.register(end, select.POLLOUT)
         self._num_commands = 0
         self._num_commands_told = 0
         self._outputs: list[RequestOutput] = []
@@ -66,28 +115,29 @@ class EngineChannel:
     @property
     def has_unsent(self) -> bool:
         """True when the client was too slow to take the last turn's report."""
-        return bool(self._outputs or self._replies or self._num_commands != self._num_commands_told)
+        has_news = self._outputs or self._replies or self._num_commands != self._num_commands_told
+        return bool(has_news) or self._frames.has_unsent
 
     def receive(self, timeout_s: float | None) -> list[Command]:
-        """Commands that have arrived, in order; waits for the first up to ``timeout_s`` (0: not at all, None: ever)."""
-        if timeout_s != 0 and not self._commands.poll(None if timeout_s is None else int(timeout_s * 1000)):
-            return []
-        commands: list[Command] = []
-        while len(commands) < _MAX_COMMANDS_PER_TURN:
-            try:
-                commands.append(decode_command(self._commands.recv(zmq.NOBLOCK)))
-            except zmq.Again:
-                break
+        """Commands that have arrived, in order; waits for the first up to ``timeout_s`` (0: not at all, None: ever).
+
+        When the client is gone, that is a Shutdown.
+        """
+        if timeout_s != 0:
+            self._readable.poll(None if timeout_s is None else timeout_s * 1000)
+        commands = [decode_command(frame) for frame in self._frames.receive()]
         self._num_commands += len(commands)
+        if self._frames.is_over and not commands:
+            return [Shutdown()]
         return commands
 
     def tell(self, report: Hello | Starting | Ready | Ended) -> None:
-        """Send a report that is not part of a turn; waits a moment for a slow client, then drops it."""
-        try:
-            self._reports.send(encode(report))
-        except zmq.Again:
-            # Nobody listens: a client that is gone, or one that will see this process end.
-            return
+        """Send a report that is not part of a turn; waits a moment for a slow client."""
+        self._frames.send(encode(report))
+        give_up_s = time.monotonic() + _LAST_WORDS_S
+        while self._frames.has_unsent and time.monotonic() < give_up_s:
+            self._writable.poll(_LAST_WORDS_S * 1000)
+            self._frames.flush()
 
     def tell_turn(self, outputs: list[RequestOutput], replies: list[Reply], stats: EngineStats) -> None:
         """Send what a turn brought, if anything, with what could not be sent before; never blocks."""
@@ -96,73 +146,69 @@ class EngineChannel:
         self._replies.extend(replies)
         if not self.has_unsent:
             return
-        if is_behind and not self._reports.poll(0, zmq.POLLOUT):
+        self._frames.flush()
+        if self._frames.has_unsent:
             if len(self._outputs) >= self._join_at:
                 self._outputs = join_by_request(self._outputs)
                 self._join_at = max(_MIN_OUTPUTS_TO_JOIN, 2 * len(self._outputs))
             return
-        joined = join_by_request(self._outputs) if is_behind else self._outputs
-        try:
-            self._reports.send(encode(TurnReport(self._num_commands, stats, joined, self._replies)), zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        self._outputs, self._replies = [], []
-        self._num_commands_told = self._num_commands
+        if self._outputs or self._replies or self._num_commands != self._num_commands_told:
+            joined = join_by_request(self._outputs) if is_behind else self._outputs
+            self._frames.send(encode(TurnReport(self._num_commands, stats, joined, self._replies)))
+            self._outputs, self._replies = [], []
+            self._num_commands_told = self._num_commands
 
     def close(self) -> None:
-        """Close both sockets; reports already sent still leave."""
-        self._commands.close(linger=0)
-        self._reports.close(linger=_LAST_WORDS_MS)
+        """Close the socket; what was sent can still be read at the other end."""
+        self._socket.close()
 
 
 class ClientChannel:
     """The client's end. Used by the thread of the event loop in which it was built."""
 
-    def __init__(
-        self,
-        context: "zmq.Context[zmq.Socket[bytes]]",
-        address: Address,
-        max_queued_reports: int,
-        on_report: Callable[[Report], None],
-    ) -> None:
-        """Bind both sockets and have the running event loop hand every report to ``on_report``."""
+    def __init__(self, end: socket.socket, on_report: Callable[[Report], None]) -> None:
+        """Take over a socket of ``socket_pair``; the running event loop hands every report to ``on_report``."""
         self.num_sent = 0
         """Commands sent since the channel was opened."""
         self._on_report = on_report
-        # No limit of its own: the client bounds the commands that wait for an answer.
-        self._commands = context.socket(zmq.PUSH)
-        self._commands.set_hwm(0)
-        self._commands.bind(address.commands)
-        self._reports = context.socket(zmq.PULL)
-        self._reports.set_hwm(max_queued_reports)
-        self._reports.bind(address.reports)
+        self._socket = end
+        self._frames = _Frames(end)
+        self._is_closed = False
         self._loop = asyncio.get_running_loop()
-        self._reports_fd = self._reports.fileno()
-        self._loop.add_reader(self._reports_fd, self.read)
+        self._loop.add_reader(end, self.read)
 
-    def send(self, command: Command, wait_ms: int = 0) -> bool:
-        """Send a command; False when nobody is connected (after ``wait_ms``)."""
-        if self._commands.closed or (wait_ms and not self._commands.poll(wait_ms, zmq.POLLOUT)):
+    def send(self, command: Command) -> bool:
+        """Send a command, later if the engine is behind; False when the engine is gone."""
+        if self._is_closed or self._frames.is_over:
             return False
-        try:
-            self._commands.send(encode(command), zmq.NOBLOCK)
-        except zmq.Again:
+        self._frames.send(encode(command))
+        if self._frames.has_unsent:
+            self._loop.add_writer(self._socket, self._flush)
+        if self._frames.is_over:
             return False
         self.num_sent += 1
         return True
 
     def read(self) -> None:
-        """Take every report that has arrived. The descriptor signals edges: read on until nothing is left."""
-        while not self._reports.closed:
-            try:
-                frame = self._reports.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        """Take reports that have arrived; the last one after the engine is gone."""
+        if self._is_closed:
+            return
+        for frame in self._frames.receive():
             self._on_report(decode_report(frame))
+            if self._is_closed:
+                return
+        if self._frames.is_over:
+            self._loop.remove_reader(self._socket)
+
+    def _flush(self) -> None:
+        self._frames.flush()
+        if not self._frames.has_unsent:
+            self._loop.remove_writer(self._socket)
 
     def close(self) -> None:
-        """Close both sockets; commands not yet taken are dropped. May be called twice."""
-        if not self._reports.closed:
-            self._loop.remove_reader(self._reports_fd)
-            self._reports.close(linger=0)
-            self._commands.close(linger=0)
+        """Close the socket; commands not yet taken are dropped. May be called twice."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()

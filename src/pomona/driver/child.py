@@ -10,14 +10,13 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
 
-import zmq
-
 from pomona.core.errors import EngineUnavailableError, PomonaError
-from pomona.driver.channel import Address, EngineChannel
+from pomona.driver.channel import EngineChannel
 from pomona.driver.loop import EngineBuilder, EngineLoop, EngineParts
 from pomona.driver.messages import Begin, Ended, Hello, Ready, Starting, pack_error
 from pomona.driver.process import ChildConfig
@@ -30,26 +29,25 @@ _BEGIN_LIMIT_S = 60.0
 """A parent that has not answered Hello for this long never will."""
 
 
-def main(directory: str, parent_pid: int, life_fd: int) -> int:
+def main(directory: str, parent_pid: int, life_fd: int, channel_fd: int) -> int:
     """Run one engine's life and return the exit status.
 
     Args:
-        directory: private folder of the sockets, the pickled config and builder; the parent removes it after Hello.
+        directory: private folder of the pickled config and builder; the parent removes it after Hello.
         parent_pid: process that started this one.
         life_fd: read end of a pipe whose write end only the parent holds.
+        channel_fd: the engine's end of the channel.
     """
     _die_with_parent(parent_pid, life_fd)
     faulthandler.enable()
     with Path(directory, "config").open("rb") as file:
         config: ChildConfig = pickle.load(file)
     builder_pickle = Path(directory, "builder").read_bytes()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    channel = EngineChannel(context, Address.in_directory(directory), config.max_queued_reports)
+    channel = EngineChannel(socket.socket(fileno=channel_fd))
     try:
         return _live(channel, builder_pickle, config.num_staging_threads)
     finally:
         channel.close()
-        context.term()
 
 
 def _live(channel: EngineChannel, builder_pickle: bytes, num_staging_threads: int) -> int:

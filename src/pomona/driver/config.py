@@ -15,8 +15,6 @@ class DriverConfig:
 
     max_unanswered_commands: int = 4096
     """Requests are refused (QueueFullError) while this many commands wait for an engine that is busy with one step."""
-    max_queued_reports: int = 64
-    """Reports under way to a slow server; beyond it the engine joins the outputs of several steps into one."""
     num_staging_threads: int = 2
     """Adapters read and verified at the same time, beside the step."""
     ping_interval_s: float = 2.0

@@ -4,12 +4,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import zmq
-
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import EngineUnavailableError, PomonaError
 from pomona.core.ids import AdapterId
-from pomona.driver.channel import ClientChannel
+from pomona.driver.channel import ClientChannel, socket_pair
 from pomona.driver.config import DriverConfig
 from pomona.driver.loop import EngineBuilder
 from pomona.driver.messages import Begin, Ended, Hello, Ready, Report, Shutdown, Starting, TurnReport, unpack_error
@@ -18,7 +16,6 @@ from pomona.driver.session import EngineSession
 
 _TICK_S = 0.1
 """How often the process is looked at; bounds how late a death is noticed."""
-_CONNECT_LIMIT_MS = 5000
 _REAP_LIMIT_S = 60.0
 """A killed process with much memory takes a while to go; one stuck in the kernel is not waited for any longer."""
 
@@ -29,19 +26,16 @@ class EngineLife:
     """A running engine process. Build it with ``begin``; always end it with ``end``."""
 
     def __init__(self, config: DriverConfig, adapters: dict[AdapterId, str], on_progress: OnProgress) -> None:
-        """Prepare the sockets; no process yet."""
+        """Make the sockets; no process yet.
+
+        Raises:
+            OSError: the system refuses.
+        """
         self._config = config
         self._on_progress = on_progress
+        own_end, self._engine_end = socket_pair()
         self._process = EngineProcess()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        try:
-            self._channel = ClientChannel(
-                self._context, self._process.address, config.max_queued_reports, self._on_report
-            )
-        except BaseException:
-            self._process.release()
-            self._context.destroy(linger=0)
-            raise
+        self._channel = ClientChannel(own_end, self._on_report)
         self.session = EngineSession(self._channel, adapters, config.max_unanswered_commands)
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = loop.create_future()
@@ -64,10 +58,11 @@ class EngineLife:
         """
         try:
             life = cls(config, adapters, on_progress)
-        except (OSError, zmq.ZMQError) as error:
+        except OSError as error:
             raise EngineUnavailableError(f"the engine's sockets could not be made: {error}") from error
         try:
-            life._process.start(build, ChildConfig(config.num_staging_threads, config.max_queued_reports))
+            with life._engine_end:  # closed here, so that the child's end is the last one
+                life._process.start(build, ChildConfig(config.num_staging_threads), life._engine_end.fileno())
             await life._watch(life._ready, config.start_silence_limit_s)
             return life, life._ready.result()
         except BaseException:
@@ -104,7 +99,6 @@ class EngineLife:
                 await self._wait_for_exit(_REAP_LIMIT_S)
             finally:
                 self._process.release()
-                self._context.term()
 
     @property
     def _is_listening(self) -> bool:
@@ -135,7 +129,7 @@ class EngineLife:
             passed_s, last_s = min(now_s - last_s, 1.0), now_s
             how = self._process.end_text()
             if how is not None:
-                await self._read_last_words()
+                self._read_last_words()
                 if news.done():
                     return
                 raise EngineUnavailableError(f"the engine's process {how}")
@@ -149,14 +143,12 @@ class EngineLife:
             if silence_s >= silence_limit_s:
                 raise EngineUnavailableError(f"the engine has not answered for {silence_limit_s:g} s")
 
-    async def _read_last_words(self) -> None:
-        """Reports of a process that has ended may still be on their way through this process's own I/O thread."""
-        for _ in range(5):
+    def _read_last_words(self) -> None:
+        """What a process sent before it ended waits in the socket."""
+        self._has_news = True
+        while self._has_news:
             self._has_news = False
-            await asyncio.sleep(0.01)
             self._channel.read()
-            if not self._has_news:
-                return
 
     def _on_report(self, report: Report) -> None:
         self._has_news = True
@@ -164,7 +156,7 @@ class EngineLife:
             case TurnReport():
                 self.session.on_turn(report)
             case Hello():
-                if self._channel.send(Begin(), _CONNECT_LIMIT_MS):
+                if self._channel.send(Begin()):
                     self._process.remove_directory()
             case Starting(progress):
                 self._on_progress(progress)

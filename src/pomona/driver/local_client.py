@@ -10,21 +10,18 @@ import threading
 import time
 from typing import Self
 
-import zmq
-
 from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import EngineUnavailableError
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.output import EngineStats
 from pomona.core.request import Request
-from pomona.driver.channel import Address, ClientChannel, EngineChannel
+from pomona.driver.channel import ClientChannel, EngineChannel, socket_pair
 from pomona.driver.config import DriverConfig
 from pomona.driver.loop import EngineLoop, EngineParts
 from pomona.driver.messages import Ended, Report, Shutdown, TurnReport, pack_error, unpack_error
 from pomona.driver.session import EngineSession, RequestStream
 
-_ADDRESS = Address("inproc://commands", "inproc://reports")
 _LOGGER = logging.getLogger(__name__)
 
 _TICK_S = 0.005
@@ -44,8 +41,6 @@ class LocalClient:
         self._parts = parts
         self._config = config or DriverConfig()
         self._state = "not started"
-        self._thread = threading.Thread(target=self._run, name="pomona-engine", daemon=True)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel: ClientChannel | None = None
         self._open_session: EngineSession | None = None
 
@@ -79,8 +74,12 @@ class LocalClient:
 
     async def start(self) -> EngineInfo:
         """Start the engine's thread on the running event loop."""
-        self._channel = ClientChannel(self._context, _ADDRESS, self._config.max_queued_reports, self._on_report)
+        own_end, engine_end = socket_pair()
+        self._channel = ClientChannel(own_end, self._on_report)
         self._open_session = EngineSession(self._channel, {}, self._config.max_unanswered_commands)
+        self._thread = threading.Thread(
+            target=self._run, args=(EngineChannel(engine_end),), name="pomona-engine", daemon=True
+        )
         self._thread.start()
         self._state = "ready"
         return self._parts.info
@@ -98,8 +97,6 @@ class LocalClient:
             if self._thread.is_alive():
                 # A thread cannot be killed; it is a daemon, and ends with the process.
                 _LOGGER.error("The engine's thread has not stopped within %g s", self._config.stop_limit_s)
-                return
-        self._context.term()
 
     def submit(self, request: Request) -> RequestStream:
         """Send a request; see EngineClient.submit. Request ids are never used twice."""
@@ -123,9 +120,8 @@ class LocalClient:
             raise EngineUnavailableError(f"the engine is not ready: {self._state}")
         return self._open_session
 
-    def _run(self) -> None:
+    def _run(self, channel: EngineChannel) -> None:
         """The thread: one engine's life."""
-        channel = EngineChannel(self._context, _ADDRESS, self._config.max_queued_reports)
         loop = EngineLoop(self._parts, channel, self._config.num_staging_threads)
         error = loop.run()
         channel.tell(Ended(None if error is None else pack_error(error)))

@@ -1,7 +1,7 @@
 """The engine's process as its parent holds it: start, look whether it lives, kill, reap.
 
 A plain subprocess rather than multiprocessing: the caller's main module is not run again in the child, and no resource
-tracker process stays behind. Only files in a private directory and one pipe are shared, and no shared memory.
+tracker process stays behind. Shared are files in a private directory, a pipe and a socket; no memory.
 """
 
 import os
@@ -15,11 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pomona.core.errors import ConfigError, EngineUnavailableError
-from pomona.driver.channel import Address
 from pomona.driver.loop import EngineBuilder
-
-_MAX_SOCKET_PATH = 100
-"""Characters; the kernel's limit for Unix sockets is 107 on Linux and 103 on macOS, the terminating zero apart."""
 
 # Signals first: the terminal sends Ctrl-C to every process of the foreground group, but the parent decides when the
 # engine ends. The parent's module search path next, so that whatever the builder refers to is found.
@@ -28,11 +24,11 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 import pickle, sys
-directory, parent_pid, life_fd = sys.argv[1:]
+directory, *numbers = sys.argv[1:]
 with open(directory + "/path", "rb") as file:
     sys.path[:] = pickle.load(file)
 from pomona.driver.child import main
-sys.exit(main(directory, int(parent_pid), int(life_fd)))
+sys.exit(main(directory, *map(int, numbers)))
 """
 
 
@@ -41,34 +37,30 @@ class ChildConfig:
     """What the engine's process needs of DriverConfig."""
 
     num_staging_threads: int
-    max_queued_reports: int
 
 
 class EngineProcess:
     """One child process with its private directory."""
 
     def __init__(self) -> None:
-        """Make the directory: mode 0700, so that no other user of the machine can reach the sockets."""
+        """Make the directory: mode 0700, so that no other user of the machine can change what the child unpickles."""
         self._directory = tempfile.mkdtemp(prefix="pomona-")
         self._popen: subprocess.Popen[bytes] | None = None
         self._life_fd = -1
-        self.address = Address.in_directory(self._directory)
-        longest = max(len(endpoint.removeprefix("ipc://")) for endpoint in self.address)
-        if longest > _MAX_SOCKET_PATH:
-            self.remove_directory()
-            raise ConfigError(
-                f"TMPDIR: {self._directory} is too long for a socket's path: "
-                f"{longest} characters, at most {_MAX_SOCKET_PATH} are possible"
-            )
 
     @property
     def pid(self) -> int:
         """Of the child; 0 before ``start``."""
         return 0 if self._popen is None else self._popen.pid
 
-    def start(self, build: EngineBuilder, config: ChildConfig) -> None:
+    def start(self, build: EngineBuilder, config: ChildConfig, channel_fd: int) -> None:
         """Start the child. Call it on a thread that lives as long as the engine shall: the kernel's death signal fires
         when the *thread* that started a process ends.
+
+        Args:
+            build: made into the engine there.
+            config: of the child.
+            channel_fd: the engine's end of the channel; the caller closes its own copy.
 
         Raises:
             ConfigError: the builder cannot be pickled.
@@ -85,16 +77,16 @@ class EngineProcess:
         ):
             Path(self._directory, name).write_bytes(content)
         read_fd, self._life_fd = os.pipe()
-        arguments = [sys.executable, "-P", "-c", _BOOT, self._directory, str(os.getpid()), str(read_fd)]
+        arguments = [sys.executable, "-P", "-c", _BOOT, self._directory, *map(str, (os.getpid(), read_fd, channel_fd))]
         try:
-            self._popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(read_fd,))
+            self._popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(read_fd, channel_fd))
         except OSError as error:
             raise EngineUnavailableError(f"the engine's process could not be started: {error}") from error
         finally:
             os.close(read_fd)
 
     def remove_directory(self) -> None:
-        """Remove the directory. Connected sockets need it no longer, so nothing can be left behind after Hello."""
+        """Remove the directory. The child has read it by its Hello, so that nothing is left behind after that."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
