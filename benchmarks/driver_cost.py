@@ -20,7 +20,7 @@ from pomona.driver.client import ProcessClient
 from pomona.driver.session import RequestStream
 from support.driver import TinyBuilder, make_request
 
-_NUM_TOKENS = {1: 600, 32: 600, 256: 300}
+_NUM_TOKENS = {1: 600, 32: 300, 256: 150}
 _NUM_REPEATS = 3
 
 
