@@ -14,6 +14,7 @@ from pomona.engine.engine import Engine
 from pomona.runner.config import RunnerConfig
 from pomona.runner.loading import load_runner
 from pomona.sched.config import SchedulerConfig
+from pomona.sched.fairness import FairnessConfig, ServicePrices
 
 
 def _as_it_is(executor: Executor) -> Executor:
@@ -47,6 +48,8 @@ class BuildEngine:
             max_waiting=config.max_waiting,
             enable_prefix_cache=config.prefix_cache,
             adapter_wait_limit_s=config.adapter_wait_limit_s,
+            fairness=fairness_config(config),
+            max_step_s=config.max_step_s,
         )
         info = EngineInfo(
             max_model_len=loaded.max_model_len,
@@ -68,6 +71,24 @@ class BuildEngine:
             overlap_steps=overlap_steps and isinstance(executor, LaunchingExecutor),
         )
         return EngineParts(engine=engine, adapter_host=loaded.adapters, info=info)
+
+
+def fairness_config(config: AppConfig) -> FairnessConfig:
+    """The scheduler's part of the settings that is about tenants."""
+    return FairnessConfig(
+        policy=config.fairness,
+        prices=ServicePrices(
+            per_input_token=config.input_token_price,
+            per_cached_token=config.cached_token_price,
+            per_output_token=config.output_token_price,
+            per_page_loaded=config.page_load_price,
+            per_page_second=config.page_second_price,
+        ),
+        prediction=config.fairness_prediction,
+        requests_per_minute=config.fairness_requests_per_minute,
+        max_lead=config.fairness_max_lead,
+        has_seats=config.fairness_seats,
+    )
 
 
 def engine_builder(config: AppConfig) -> BuildEngine:

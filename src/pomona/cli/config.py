@@ -89,6 +89,38 @@ class AppConfig(BaseSettings):
         2.0, gt=0, description="After this long, a request waiting for adapter memory goes before all that need it."
     )
 
+    fairness: Literal["fcfs", "rpm", "lcf", "vtc", "wvtc", "drr"] = Field(
+        "wvtc",
+        description="Whose request is next: first come first served, that with a limit per tenant and minute, least "
+        "service first, virtual token counter, the same with weights, deficit round robin.",
+    )
+    fairness_requests_per_minute: int = Field(60, ge=1, description="With rpm: requests of one tenant per minute.")
+    fairness_prediction: Literal["none", "mean", "max_tokens"] = Field(
+        "none", description="Output charged in advance: none, the mean of the tenant's last five, or max_tokens."
+    )
+    fairness_max_lead: float | None = Field(
+        None, gt=0, description="Service a tenant may be ahead of one that waits; default: what the KV cache holds."
+    )
+    fairness_seats: bool = Field(
+        default=True, description="A waiting tenant with nothing running may take the place of others' latest requests."
+    )
+    input_token_price: float = Field(1.0, ge=0, description="Service charged per prompt token computed.")
+    cached_token_price: float = Field(0.0, ge=0, description="The same per prompt token found in the prefix cache.")
+    output_token_price: float = Field(2.0, ge=0, description="The same per output token.")
+    page_load_price: float = Field(0.0, ge=0, description="The same per adapter page copied to the device.")
+    page_second_price: float = Field(0.0, ge=0, description="The same per adapter page and second in use there.")
+    max_step_s: float | None = Field(
+        None, gt=0, description="Keep steps to this many seconds, for the sake of who comes next; default: no limit."
+    )
+    target: tuple[str, ...] = Field(
+        (),
+        description="TENANT=TTFT_S,TPOT_S: requests that would miss the first are refused, steps keep to the second; "
+        "* stands for all tenants; repeatable.",
+    )
+    priority_tenant: tuple[str, ...] = Field(
+        (), description="With accounts: who may ask for service_tier priority; * for all; repeatable."
+    )
+
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="Largest request body.")
     step_timeout_s: float = Field(300.0, gt=0, description="A step longer than this counts as a hung engine.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to print.")

@@ -29,6 +29,7 @@ from pomona.driver.config import DriverConfig
 from pomona.server.adapter_service import AdapterService
 from pomona.server.app import create_app
 from pomona.server.config import ServedModel, ServerConfig
+from pomona.server.service_level import ServiceLevels, parse_targets
 from pomona.text.chat_template import ChatTemplate
 from pomona.text.tokenizer import Tokenizer
 
@@ -206,7 +207,11 @@ def _api_sources(config: AppConfig) -> AdapterSources:
 
 def _server_config(config: AppConfig) -> ServerConfig:
     return ServerConfig(
-        api_key=config.api_key.get_secret_value() if config.api_key else None, max_body_bytes=config.max_body_bytes
+        api_key=config.api_key.get_secret_value() if config.api_key else None,
+        max_body_bytes=config.max_body_bytes,
+        service_levels=ServiceLevels(
+            frozenset(config.priority_tenant), tuple(parse_targets(target) for target in config.target)
+        ),
     )
 
 

@@ -62,7 +62,7 @@ class Deadlines:
         """
         ahead = self._queue.ahead_of(account)
         num_running = max(1, self._num_running)
-        num_output = account.mean_output_tokens or (seq.max_tokens_total - seq.num_prompt_tokens) / 2
+        num_output = self._queue.mean_output_tokens or (seq.max_tokens_total - seq.num_prompt_tokens) / 2
         place_s = num_output * self._pace.seconds(num_running, num_running) / num_running
         prompts_s = self._pace.seconds(ahead.num_requests, ahead.num_prompt_tokens, 0)
         return ((ahead.num_requests + 1) * place_s + prompts_s) / ahead.share

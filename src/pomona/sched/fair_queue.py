@@ -58,6 +58,7 @@ class FairQueue:
         self.config = config
         self.running: dict[Account, None] = {}
         """Accounts with running sequences, in the order in which they began."""
+        self._outputs = (0.0, 0.0)  # tokens and requests of those that ended, old ones counting less and less
         self.has_targets = False
         """True once a request came with a target of its own."""
         self._max_lead = max_lead if config.has_bound else math.inf
@@ -69,6 +70,12 @@ class FairQueue:
 
     def __len__(self) -> int:
         return sum(self._num_waiting.values())
+
+    @property
+    def mean_output_tokens(self) -> float | None:
+        """Output tokens of the requests that ended of late; None before the first."""
+        num_tokens, num_requests = self._outputs
+        return num_tokens / num_requests if num_requests else None
 
     def is_waited_for(self, priority: Priority) -> bool:
         """True if requests of this class or a more urgent one wait."""
@@ -180,6 +187,7 @@ class FairQueue:
         num_known = len(seq.token_ids)
         num_output = num_known - seq.num_prompt_tokens
         account.remember(num_output)
+        self._outputs = (0.95 * self._outputs[0] + num_output, 0.95 * self._outputs[1] + 1.0)
         if num_known < seq.num_charged_tokens:
             num_charged = seq.num_charged_tokens - seq.num_prompt_tokens
             refund = self.config.prices.outputs(seq.num_prompt_tokens, num_output, num_charged)

@@ -177,6 +177,8 @@ class DeficitRoundRobin:
         """Take in an account that has nothing waiting and is about to."""
         paid = self._quantum * (self._num_rounds - self._left_at.pop(account, self._num_rounds))
         account.counter = max(0.0, account.counter - paid)
+        if not self._ring:
+            account.counter -= self._quantum  # its turn begins
         self._ring.append(account)
 
     def leave(self, account: Account) -> None:

@@ -56,4 +56,5 @@ async def _job_of(context: ServerContext, body: ChatCompletionRequest, response_
         has_echo=False,
         is_stream=bool(body.stream),
         has_usage_event=bool(body.stream_options and body.stream_options.include_usage),
+        service_tier=body.service_tier,
     )

@@ -52,6 +52,7 @@ async def _job_of(context: ServerContext, body: CompletionRequest, response_id: 
         has_echo=bool(body.echo),
         is_stream=bool(body.stream),
         has_usage_event=bool(body.stream_options and body.stream_options.include_usage),
+        service_tier=body.service_tier,
     )
 
 

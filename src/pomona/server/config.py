@@ -1,8 +1,9 @@
 """Settings of the HTTP server, and the facts of the base model that it checks requests against."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pomona.core.errors import ConfigError
+from pomona.server.service_level import ServiceLevels
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,9 @@ class ServerConfig:
     """Adapters with their own label in metrics; those seen later are counted together as "other"."""
     cache_secret: bytes | None = None
     """Secret from which tenants' prefix-cache salts are derived; None draws a new one per start."""
+
+    service_levels: ServiceLevels = field(default=ServiceLevels())
+    """Which tenants may go before others, and what targets they have."""
 
     def __post_init__(self) -> None:
         """Limits must allow at least one of what they limit."""

@@ -23,6 +23,7 @@ from pomona.server.prompts import Prompt
 from pomona.server.protocol import GenerationRequest
 from pomona.server.reply import Reply, WatchedResponse
 from pomona.server.responses import PromptTokensDetails, Usage
+from pomona.server.service_level import ServiceTier
 from pomona.server.tenant import Caller, principal_of, tenant_caller
 from pomona.server.tenant_adapters import adapters_of
 
@@ -42,6 +43,7 @@ class Job:
     has_echo: bool
     is_stream: bool
     has_usage_event: bool
+    service_tier: ServiceTier | None = None
 
     def size(self, body: GenerationRequest) -> RequestSize:
         """Return what limits are asked about: output counts as far as the client has bounded it."""
@@ -137,7 +139,7 @@ async def run(context: ServerContext, job: Job, backing: _Backing, answer: Answe
     """
     progress = _start_choices(context, job, answer)
     series = context.metrics.series_of(backing.lease.adapter_name)
-    requests = _engine_requests(job, backing)
+    requests = _engine_requests(context, job, backing)
     try:
         async with FanOut(context.client, requests, series, backing.entry) as fan_out:
             async for index, output in fan_out:
@@ -182,7 +184,8 @@ def _start_choices(context: ServerContext, job: Job, answer: AnswerFormat) -> li
     return progress
 
 
-def _engine_requests(job: Job, backing: _Backing) -> list[Request]:
+def _engine_requests(context: ServerContext, job: Job, backing: _Backing) -> list[Request]:
+    level = context.config.service_levels.level_of(backing.caller, job.service_tier)
     return [
         Request(
             request_id=RequestId(f"{job.response_id}-{index}"),
@@ -192,6 +195,7 @@ def _engine_requests(job: Job, backing: _Backing) -> list[Request]:
             tenant_id=backing.caller.tenant_id,
             adapter_id=backing.lease.adapter_id,
             cache_salt=backing.caller.cache_salt,
+            service_level=level,
         )
         for index, sampling in enumerate(job.sampling)
     ]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pomona.server.service_level import ServiceTier
 from pomona.server.wire_fields import (
     Content,
     LogitBias,
@@ -88,6 +89,8 @@ class GenerationRequest(Wire):
     stream: bool | None = None
     """Answer with server-sent events, one per step."""
     stream_options: StreamOptions | None = None
+    service_tier: ServiceTier | None = None
+    """"priority" goes before others where the operator allows it; "flex" fills what they leave. Default "auto"."""
     user: str | None = None
     """Accepted; has no effect."""
 
@@ -143,7 +146,6 @@ class ChatCompletionRequest(GenerationRequest):
     prompt_cache_retention: Annotated[Any, Neutral("in_memory", "in-memory")] = None
     reasoning_effort: Annotated[Any, Neutral()] = None
     response_format: Annotated[Any, Neutral({"type": "text"})] = None
-    service_tier: Annotated[Any, Neutral("auto", "default")] = None
     store: Annotated[Any, Neutral(False)] = None
     tool_choice: Annotated[Any, Neutral("none", "auto")] = None
     tools: Annotated[Any, Neutral([])] = None
