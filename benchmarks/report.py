@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import charts, floors, results, tables
+from benchmarks import charts, floors, precision, results, tables
 from benchmarks.results import RESULTS, ROOT, Row, of_kind
 
 DOCS = ROOT / "docs"
@@ -50,6 +50,7 @@ class Report:
                 yield f"benchmarks/{_chart_name(what, shape)}", chart(rows, shape)
         yield "benchmarks/step.md", self._page("The engine's step", "step", self._step_sections())
         yield "benchmarks/engine.md", self._page("What adapters cost", "engine", self._engine_sections())
+        yield "benchmarks/precision.md", self._page("Precision of the base", "precision", self._precision_sections())
         yield "benchmarks/ops.md", self._page("Ops", "ops", self._op_sections())
         yield PERFORMANCE, fill(performance, self._parts())
 
@@ -110,6 +111,9 @@ class Report:
                 title = f"{shape}: {tables.batch_title(batch)}"
                 yield f"\n## {title}\n\n{tables.noise_text(here)}\n![Tax]({_chart_name('engine', shape)})\n\n"
                 yield tables.job_table(here)
+
+    def _precision_sections(self) -> Iterator[str]:
+        return precision.sections(self._rows("precision"))
 
     def _op_sections(self) -> Iterator[str]:
         for shape, rows in self._by_shape("ops", "op"):

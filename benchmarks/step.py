@@ -232,6 +232,7 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     bare = {"base": Bench(shape, ()), workload.BASE_INT8: Bench(shape, (), "int8")}
     loaded = Bench(shape, [folder.name for folder, _, _ in assets.adapter_folders(shape)])
     todo = cases(arguments.batch or BATCHES, PREFILL_ROWS)
+    todo = [(phase, mix) for phase, mix in todo if mix.name in (arguments.mix or [mix.name])]
     setup = results.setup(dtype=loaded.dtype)
     for _, mix in todo:  # warm up: adapters become resident, prompts cached, kernels and buffers made
         bare.get(mix.name, loaded).decode(mix)
@@ -270,6 +271,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--batch", type=int, action="append", help="repeatable; default: 1, 8, 32")
+    parser.add_argument("--mix", action="append", help="repeatable, such as base; default: all")
     results.add_arguments(parser, "step")
     parser.add_argument("--profile", action="store_true", help="also where decode steps of 32 spend their time")
     arguments = results.parse(parser, "step", words)
