@@ -230,10 +230,12 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     """Time all cases of a shape."""
     assets.make(shape)
     bare = {"base": Bench(shape, ()), workload.BASE_INT8: Bench(shape, (), "int8")}
-    loaded = Bench(shape, [folder.name for folder, _, _ in assets.adapter_folders(shape)])
     todo = cases(arguments.batch or BATCHES, PREFILL_ROWS)
     todo = [(phase, mix) for phase, mix in todo if mix.name in (arguments.mix or [mix.name])]
-    setup = results.setup(dtype=loaded.dtype)
+    needs_adapters = any(mix.name not in bare for _, mix in todo)
+    folders = assets.adapter_folders(shape) if needs_adapters else []
+    loaded = Bench(shape, [folder.name for folder, _, _ in folders])
+    setup = results.setup(dtype=bare["base"].dtype)
     for _, mix in todo:  # warm up: adapters become resident, prompts cached, kernels and buffers made
         bare.get(mix.name, loaded).decode(mix)
     with Progress(console=console) as progress:
