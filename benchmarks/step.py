@@ -232,9 +232,9 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     bare = {"base": Bench(shape, ()), workload.BASE_INT8: Bench(shape, (), "int8")}
     todo = cases(arguments.batch or BATCHES, PREFILL_ROWS)
     todo = [(phase, mix) for phase, mix in todo if mix.name in (arguments.mix or [mix.name])]
-    needs_adapters = any(mix.name not in bare for _, mix in todo)
-    folders = assets.adapter_folders(shape) if needs_adapters else []
-    loaded = Bench(shape, [folder.name for folder, _, _ in folders])
+    loaded = bare["base"]
+    if any(mix.name not in bare for _, mix in todo):
+        loaded = Bench(shape, [folder.name for folder, _, _ in assets.adapter_folders(shape)])
     setup = results.setup(dtype=bare["base"].dtype)
     for _, mix in todo:  # warm up: adapters become resident, prompts cached, kernels and buffers made
         bare.get(mix.name, loaded).decode(mix)
