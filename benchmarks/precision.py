@@ -224,14 +224,15 @@ def speed_table(rows: Sequence[Row]) -> str:
 
 
 def sections(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the parts of docs/benchmarks/precision.md."""
-    found = list(of_kind(rows, "precision"))
+    """Yield the parts of docs/benchmarks/precision.md: of either kind the program that was measured last."""
+    found = results.of_last_program(list(of_kind(rows, "precision")))
     if found:
         yield "\n## Accuracy\n\nThe bundled model against itself in float32, with its adapters and alone; KL in nats."
-        yield f"\n\n{precision_table(found)}"
-    steps = list(of_kind(rows, "step"))
+        yield f"\n\n{tables.setup_text(found)}\n{precision_table(found)}"
+    steps = results.of_last_program(list(of_kind(rows, "step")))
     if steps:
-        yield f"\n## Speed\n\nThe engine's steps, base alone.\n\n{tables.noise_text(steps)}\n{speed_table(steps)}"
+        yield f"\n## Speed\n\nThe engine's steps, base alone, in turns.\n\n{tables.setup_text(steps)}\n"
+        yield f"{tables.noise_text(steps)}\n{speed_table(steps)}"
 
 
 def main(words: Sequence[str] | None = None) -> None:

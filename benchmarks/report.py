@@ -113,7 +113,8 @@ class Report:
                 yield tables.job_table(here)
 
     def _precision_sections(self) -> Iterator[str]:
-        return precision.sections(self._rows("precision"))
+        path = results.latest("precision", self._folder)
+        return precision.sections(results.read(path) if path else [])
 
     def _op_sections(self) -> Iterator[str]:
         for shape, rows in self._by_shape("ops", "op"):

@@ -95,6 +95,17 @@ def op_row(backend: str = "cpu", median_us: float = 10.0) -> Row:
     return {**SETUP, **limits, **what, **numbers}
 
 
+def precision_rows() -> list[Row]:
+    part = {"num_positions": 9, "kl_mean": 2e-6, "kl_max": 3e-4, "same_top": 0.998, "logprob_error_mean": 0.04}
+    what = {**SETUP, "kind": "precision", "right_mean": 0.995, "right_least": 0.98}
+    steps = [
+        {**step_row("base", 9.0), "quantization": "none"},
+        {**step_row("base int8", 6.0), "quantization": "int8", "floor_ms": 2.5, "program": "another"},
+        {**step_row("base", 8.0), "quantization": "none", "program": "another"},
+    ]
+    return [{**what, "variant": "float32"}, {**what, "variant": "int8", "adapters": part, "base": part}, *steps]
+
+
 @pytest.fixture
 def results_folder(tmp_path):
     profile = {"kind": "step_profile", "shape": "tiny", "batch": 32, "mix": "base"}
@@ -110,6 +121,7 @@ def results_folder(tmp_path):
         "server": [server_row()],
         "ceilings": [ceilings_row()],
         "ops": [op_row(), op_row("reference", 50.0)],
+        "precision": precision_rows(),
     }
     for what, of_kind in rows.items():
         for row in of_kind:
@@ -132,6 +144,9 @@ def test_every_page_can_be_made_from_sample_rows(results_folder):
     assert ranks in files["benchmarks/step.md"]
     assert ranks in files["performance.md"]
     assert "| 256 streams, base | 900 | 10.0 | 10.5 | 20.0 | 21.0 | 1.05 | 30 |" in files["performance.md"]
+    both = "2.0e-06 | 3.0e-04 | 99.80% | 0.040 | 2.0e-06 | 3.0e-04 | 99.80% | 0.040 |"
+    assert f"| int8 | 99.5% | 98% | {both}" in files["benchmarks/precision.md"]
+    assert "| tiny, decode of 32 | 8.00 | 6.00 | 1.33 | 5.00 | 2.50 |" in files["benchmarks/precision.md"]
     assert "With 500 GFLOP/s and 25 GB/s" in files["performance.md"]
     assert "No results yet" not in "".join(files.values())
 

@@ -49,7 +49,8 @@ def test_adapters_answer_as_right_as_without_quantization() -> None:
 def test_the_setting_reaches_the_runner_and_the_engine_says_what_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _llm("bfloat16", "int8").info.quantization == "int8"
     assert _llm("float32", "none").info.quantization == "none"
-    assert _llm("bfloat16", "int8").info.dtype == "bfloat16"
+    assert _llm("bfloat16", "int8").info.precision == "bfloat16 over int8 weights"
+    assert _llm("float32", "none").info.precision == "float32"
     monkeypatch.setenv("POMONA_QUANTIZATION", "int8")
     assert runner_config(load_config({}), "somewhere").quantization == "int8"
 

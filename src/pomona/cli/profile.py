@@ -87,7 +87,7 @@ def describe(
     sizes = {(info.lora_rank, info.num_pages, info.num_host_bytes) for info in adapters}
     return CostProfile(
         model=model_name(config.model),
-        dtype=parts.info.dtype,
+        dtype=parts.info.precision,
         device=parts.info.device,
         hardware=describe_hardware(),
         commit=find_commit(),

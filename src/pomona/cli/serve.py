@@ -217,8 +217,7 @@ def _server_config(config: AppConfig) -> ServerConfig:
 
 def _summary(base_name: str, info: EngineInfo) -> str:
     tokens = info.num_kv_blocks * info.block_size
-    dtype = info.dtype if info.quantization == "none" else f"{info.dtype} over {info.quantization} weights"
     return (
-        f"{base_name}: {dtype} on {info.device}, context {info.max_model_len} tokens, "
+        f"{base_name}: {info.precision} on {info.device}, context {info.max_model_len} tokens, "
         f"KV cache {tokens} tokens, {info.num_adapter_pages} adapter pages"
     )

@@ -15,10 +15,15 @@ class EngineInfo:
     num_kv_blocks: int
     num_adapter_pages: int
     dtype: str
-    """Of weights and activations, for people: "bfloat16"."""
+    """Of activations, adapters, and weights unless they are quantized: "bfloat16"."""
     device: str
     """For people: "cpu (16 threads, avx512)", "cuda:0 (NVIDIA H200)"."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end an answer, from the checkpoint's config; () if it names none."""
     quantization: str = "none"
     """Of the base's matrices: none or int8."""
+
+    @property
+    def precision(self) -> str:
+        """For people: "bfloat16", "bfloat16 over int8 weights"."""
+        return self.dtype if self.quantization == "none" else f"{self.dtype} over {self.quantization} weights"
