@@ -53,7 +53,7 @@ def current(console: Console, *, is_quick: bool = False) -> Ceilings:
 
     console.print("no ceilings of this machine in benchmarks/results: measuring them, for this run only")
     small = CeilingsConfig(num_runs=1, run_s=0.01, is_small=True)
-    return from_row(measure(small if is_quick else CeilingsConfig(num_runs=3, run_s=0.2)))
+    return from_row(measure(small if is_quick else CeilingsConfig(num_runs=1, run_s=0.05)))
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -202,17 +202,17 @@ def precision_table(rows: Sequence[Row]) -> str:
 
 
 def speed_table(rows: Sequence[Row]) -> str:
-    """Steps of the base alone with bfloat16 and int8 weights, measured in turns."""
+    """Steps of one shape, base alone, with bfloat16 and with int8 weights."""
     lines = []
-    for shape, phase, batch in dict.fromkeys((row["shape"], row["phase"], row["batch"]) for row in rows):
-        here = [row for row in rows if (row["shape"], row["phase"], row["batch"]) == (shape, phase, batch)]
+    for phase, batch in dict.fromkeys((row["phase"], row["batch"]) for row in rows):
+        here = [row for row in rows if (row["phase"], row["batch"]) == (phase, batch)]
         plain, int8 = (tables.sample(here, "step_ms", quantization=name) for name in ("none", "int8"))
         if plain is None or int8 is None:
             continue
         floors = [next(row["floor_ms"] for row in here if row["quantization"] == name) for name in ("none", "int8")]
         lines.append(
             [
-                f"{shape}, {phase} of {batch}",
+                f"{phase} of {batch}",
                 plain.text("{:.2f}"),
                 int8.text("{:.2f}"),
                 f"{plain.median / int8.median:.2f}",
@@ -224,15 +224,16 @@ def speed_table(rows: Sequence[Row]) -> str:
 
 
 def sections(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the parts of docs/benchmarks/precision.md: of either kind the program that was measured last."""
+    """Yield the parts of docs/benchmarks/precision.md: of accuracy and of each shape the program measured last."""
     found = results.of_last_program(list(of_kind(rows, "precision")))
     if found:
         yield "\n## Accuracy\n\nThe bundled model against itself in float32, with its adapters and alone; KL in nats."
         yield f"\n\n{tables.setup_text(found)}\n{precision_table(found)}"
-    steps = results.of_last_program(list(of_kind(rows, "step")))
-    if steps:
-        yield f"\n## Speed\n\nThe engine's steps, base alone, in turns.\n\n{tables.setup_text(steps)}\n"
-        yield f"{tables.noise_text(steps)}\n{speed_table(steps)}"
+    steps = list(of_kind(rows, "step"))
+    for shape in dict.fromkeys(row["shape"] for row in steps):
+        here = results.of_last_program([row for row in steps if row["shape"] == shape])
+        yield f"\n## Speed: {shape}\n\nThe engine's steps, base alone, in turns.\n\n{tables.setup_text(here)}\n"
+        yield f"{tables.noise_text(here)}\n{speed_table(here)}"
 
 
 def main(words: Sequence[str] | None = None) -> None:

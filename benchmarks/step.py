@@ -232,6 +232,7 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     bare = {"base": Bench(shape, ()), workload.BASE_INT8: Bench(shape, (), "int8")}
     todo = cases(arguments.batch or BATCHES, PREFILL_ROWS)
     todo = [(phase, mix) for phase, mix in todo if mix.name in (arguments.mix or [mix.name])]
+    todo = [(phase, mix) for phase, mix in todo if phase in (arguments.phase or phase)]
     loaded = bare["base"]
     if any(mix.name not in bare for _, mix in todo):
         loaded = Bench(shape, [folder.name for folder, _, _ in assets.adapter_folders(shape)])
@@ -273,6 +274,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--batch", type=int, action="append", help="repeatable; default: 1, 8, 32")
+    parser.add_argument("--phase", choices=("decode", "prefill"), help="default: both")
     parser.add_argument("--mix", action="append", help="repeatable, such as base; default: all")
     results.add_arguments(parser, "step")
     parser.add_argument("--profile", action="store_true", help="also where decode steps of 32 spend their time")
