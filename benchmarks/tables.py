@@ -275,6 +275,7 @@ def server_table(rows: Sequence[Row]) -> str:
                 f"{median(lambda row: row['client_itl_ms']['p99']):.1f}",
                 f"{median(lambda row: row['itl_p99_ratio']):.2f}",
                 f"{median(lambda row: row['server_cpu_us_per_token']):.0f}",
+                f"{median(lambda row: row['engine_host_cpu_us_per_token']):.1f}",
             ]
         )
     header = [
@@ -286,6 +287,7 @@ def server_table(rows: Sequence[Row]) -> str:
         "client",
         "ratio",
         "server CPU µs/token",
+        "engine's host part",
     ]
     return table(header, lines)
 

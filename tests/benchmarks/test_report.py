@@ -79,6 +79,7 @@ def server_row() -> Row:
         "output_tokens_per_s": 900.0,
         "itl_p99_ratio": 1.05,
         "server_cpu_us_per_token": 30.0,
+        "engine_host_cpu_us_per_token": 4.5,
     }
 
 
@@ -143,7 +144,7 @@ def test_every_page_can_be_made_from_sample_rows(results_folder):
     ranks = "| 32 sequences | 7.00 | 7.50 | +0.50 | 0.20 | 4.0 | 0.100 | 132 |"
     assert ranks in files["benchmarks/step.md"]
     assert ranks in files["performance.md"]
-    assert "| 256 streams, base | 900 | 10.0 | 10.5 | 20.0 | 21.0 | 1.05 | 30 |" in files["performance.md"]
+    assert "| 256 streams, base | 900 | 10.0 | 10.5 | 20.0 | 21.0 | 1.05 | 30 | 4.5 |" in files["performance.md"]
     both = "2.0e-06 | 3.0e-04 | 99.80% | 0.040 | 2.0e-06 | 3.0e-04 | 99.80% | 0.040 |"
     assert f"| int8 | 99.5% | 98% | {both}" in files["benchmarks/precision.md"]
     assert "| decode of 32 | 8.00 | 6.00 | 1.33 | 5.00 | 2.50 |" in files["benchmarks/precision.md"]
