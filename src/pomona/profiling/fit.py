@@ -22,6 +22,7 @@ _NUM_FOLDS = 8
 _AS_GOOD = 1.02
 """Forms whose error is within this factor of the least predict alike."""
 _KNEES = (4, 8, 16, 32, 64, 128, 256)
+_ROUGH = "roofline, knee at 32 rows"
 _RAMPS = (0, 1, 4, 16, 64, 256, 1024)
 _ALWAYS = (
     "num_seqs",
@@ -101,18 +102,19 @@ def design_row(work: StepWork, terms: Sequence[CostTerm]) -> Floats:
     return np.array([1.0, *(term.amount(work) for term in terms)])
 
 
-def fit(samples: Sequence[Sample]) -> Fit:
+def fit(samples: Sequence[Sample], *, is_rough: bool = False) -> Fit:
     """Find the form that predicts held-out points best, and fit it to all.
 
     Args:
         samples: at least two points.
+        is_rough: try one form only, the one that is right most often: good enough to choose the next point by.
     """
     tried: list[tuple[FormError, list[CostTerm]]] = []
     has_adapters = any(sample.work.num_adapters for sample in samples)
     for (dense, dense_terms), (adapters, adapter_terms) in itertools.product(
         dense_forms().items(), ADAPTER_FORMS.items()
     ):
-        if has_adapters == (adapters == "none"):
+        if has_adapters == (adapters == "none") or (is_rough and (dense != _ROUGH or adapters == "largest rank")):
             continue
         terms = _linear(*_ALWAYS) + dense_terms + adapter_terms
         errors = _held_out_errors(samples, terms)
@@ -178,18 +180,19 @@ def non_negative_least_squares(matrix: Floats, target: Floats) -> Floats:
     scale = np.linalg.norm(matrix, axis=0)
     scale[scale == 0.0] = 1.0
     matrix = matrix / scale
-    x = np.zeros(matrix.shape[1])
+    # All that is needed of the samples; columns are few.
+    gram, moment = matrix.T @ matrix, matrix.T @ target
+    x = np.zeros(len(moment))
     is_free = np.zeros(len(x), dtype=bool)
-    tolerance = 1e-10 * max(1.0, float(np.abs(matrix.T @ target).max(initial=0.0)))
+    tolerance = 1e-10 * max(1.0, float(np.abs(moment).max(initial=0.0)))
     for _ in range(10 * len(x)):
-        gradient = matrix.T @ (target - matrix @ x)
-        gradient[is_free] = -math.inf
+        gradient = np.where(is_free, -math.inf, moment - gram @ x)
         if is_free.all() or gradient.max() <= tolerance:
             break
         is_free[int(gradient.argmax())] = True
         while True:
             step = np.zeros_like(x)
-            step[is_free] = np.linalg.lstsq(matrix[:, is_free], target, rcond=None)[0]
+            step[is_free] = np.linalg.lstsq(gram[np.ix_(is_free, is_free)], moment[is_free], rcond=None)[0]
             blocked = is_free & (step <= 0.0)
             if not blocked.any():
                 x = step

@@ -86,7 +86,7 @@ def run_profile(
         if waiting:
             point = waiting.pop(0)
         else:
-            current = fit(samples)
+            current = fit(samples, is_rough=True)
             errors.append(_expected_error(design, samples, current))
             report(ProfileProgress(num_points, len(samples), elapsed_s, errors[-1], point))
             if _has_settled(errors, num_points):

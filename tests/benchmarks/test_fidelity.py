@@ -1,0 +1,54 @@
+import pytest
+
+from benchmarks import fidelity
+from pomona.engine.engine import Engine
+from pomona.workload.arrivals import AllAtOnce, PoissonArrivals
+from pomona.workload.spec import generate
+from support.engine import FakeExecutor, make_config, make_request
+
+LIVE = {"ttft_p50_s": 0.1, "ttft_p99_s": 0.2, "tpot_p50_s": 0.01, "tpot_p99_s": 0.02, "output_tokens_per_s": 100.0}
+
+
+def row(load, live, simulated):
+    setup = {"hardware": {"cpu": "a cpu", "cores": 2}, "commit": "abc", "utc": "today", "program": "p"}
+    figures = {"live": LIVE | live, "simulated": LIVE | simulated}
+    return {"kind": "fidelity", "model": "m", "workload": "chat", "load": load, **figures, **setup}
+
+
+def test_errors_are_against_the_median_of_the_live_runs_and_spread_is_the_farthest_of_them():
+    rows = [row(0.3, {"ttft_p50_s": live}, {"ttft_p50_s": 0.11}) for live in (0.09, 0.10, 0.13)]
+    cell = next(cell for cell in fidelity.cells(rows) if cell["metric"] == "ttft_p50_s")
+    assert cell["error"] == pytest.approx(0.10)
+    assert cell["spread"] == pytest.approx(0.30)
+    assert cell["num_runs"] == 3
+
+
+def test_the_page_has_a_line_per_figure_and_says_what_is_worst():
+    page = fidelity.render([row(0.3, {}, {}), row(0.9, {}, {"output_tokens_per_s": 80.0})])
+    assert page.count("| chat |") == 10
+    assert "| 10 | 0.0% | 20.0% | 0.0% | 0.0% | 9 |" in page
+    assert "| chat | 90% | 1 | throughput | 100.0 tokens/s | 80.0 tokens/s | -20.0% | 0.0% |" in page
+    assert "No rows yet" in fidelity.render([])
+
+
+@pytest.mark.parametrize("name", fidelity.WORKLOADS)
+def test_workloads_fit_a_context_of_1024_tokens_and_differ(name):
+    requests = generate(fidelity.spec(name, 12, AllAtOnce(), 500))
+    assert max(request.num_prompt_tokens + request.num_output_tokens for request in requests) < 1024
+    assert {request.adapter_index for request in requests} <= set(range(12))
+
+
+def test_the_live_loop_serves_what_has_arrived_and_measures_from_the_arrival():
+    config = make_config()
+    engine = Engine(config, FakeExecutor(config))
+    requests = [make_request(f"r{number}", arrival_s=0.01 * number, max_tokens=3) for number in range(5)]
+    found = fidelity.run_live(engine, requests)
+    assert set(found) == set(fidelity.METRICS)
+    assert 0 < found["ttft_p50_s"] <= found["ttft_p99_s"]
+    assert found["output_tokens_per_s"] <= 15 / 0.04
+    assert not engine.has_work
+
+
+def test_bursts_are_bursty():
+    assert isinstance(fidelity.arrivals_of("chat", 3.0), PoissonArrivals)
+    assert fidelity.arrivals_of("bursts", 3.0).cv == 3.0
