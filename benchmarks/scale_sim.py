@@ -89,8 +89,6 @@ def measure(
     wall_s = time.perf_counter() - marks[0][0]
     num_requests = len(sim.ledger) - marks[0][1]
     simulated_s = duration_s - 0.5
-    ended = sim.ledger.numbers(0.5, duration_s - 0.5)
-    summary = sim.ledger.summary(sim.config.slo, simulated_s, ended)
     records = sim.replicas.values()
     return {
         "num_replicas": num_replicas,
@@ -105,8 +103,7 @@ def measure(
         "tokens_per_wall_s": sum(record.num_output_tokens for record in records) / duration_s * simulated_s / wall_s,
         "steps_per_wall_s": sum(record.num_steps for record in records) / duration_s * simulated_s / wall_s,
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "num_adapters_named": len(sim._adapters.lora_rank_of),
-        "attainment": summary.attainment,
+        "busy_share": sum(record.busy_s for record in records) / (num_replicas * duration_s),
         "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
     }
 
@@ -131,7 +128,6 @@ def measure_sharded(
         for shard in shards:
             shard.close()
     num_requests, simulated_s = len(sim.ledger) - marks[0][1], duration_s - 0.5
-    summary = sim.ledger.summary(config.slo, simulated_s, sim.ledger.numbers(0.5, duration_s - 0.5))
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "num_replicas": num_replicas,
@@ -146,7 +142,7 @@ def measure_sharded(
         "tokens_per_wall_s": sum(one.num_output_tokens for one in figures) / duration_s * simulated_s / wall_s,
         "steps_per_wall_s": sum(one.num_steps for one in figures) / duration_s * simulated_s / wall_s,
         "peak_rss_gib": own + sum(one.peak_rss_bytes for one in figures) / 2**30,
-        "attainment": summary.attainment,
+        "busy_share": sum(one.busy_s for one in figures) / (num_replicas * duration_s),
         "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
     }
 
