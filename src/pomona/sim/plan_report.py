@@ -3,9 +3,9 @@
 import json
 from dataclasses import asdict
 
+from pomona.sched.config import SchedulerConfig
 from pomona.sim.plan_search import Plan, PlanSettings, TrialOutcome
-from pomona.sim.plan_spec import PlanSpec
-from pomona.sim.plan_trial import memory_split
+from pomona.sim.population import AdapterPages
 
 BINDING_WORDS = {
     "compute": "compute: step times halved",
@@ -16,15 +16,20 @@ BINDING_WORDS = {
 """Resource -> how it was made plentiful."""
 
 
-def plan_fields(spec: PlanSpec, plan: Plan) -> dict[str, object]:
-    """The plan as values for JSON."""
-    num_blocks, num_pages = memory_split(spec, plan.settings.adapter_share)
+def plan_fields(plan: Plan, replica: SchedulerConfig, pages: AdapterPages) -> dict[str, object]:
+    """The plan as values for JSON.
+
+    Args:
+        plan: the answer.
+        replica: a replica of the answer.
+        pages: of the adapters.
+    """
     return {
         "answer": asdict(plan.settings)
         | {
-            "num_kv_blocks": num_blocks,
-            "num_adapter_pages": num_pages,
-            "adapter_rank_rows": num_pages * spec.replica.rows_per_page,
+            "num_kv_blocks": replica.num_kv_blocks,
+            "num_adapter_pages": replica.num_adapter_pages,
+            "adapter_rank_rows": replica.num_adapter_pages * pages.rows_per_page,
         },
         "outcome": asdict(plan.outcome),
         "one_fewer": None if plan.one_fewer is None else asdict(plan.one_fewer),
@@ -37,19 +42,25 @@ def plan_fields(spec: PlanSpec, plan: Plan) -> dict[str, object]:
     }
 
 
-def plan_json(spec: PlanSpec, plan: Plan) -> str:
+def plan_json(plan: Plan, replica: SchedulerConfig, pages: AdapterPages) -> str:
     """One line of JSON."""
-    return json.dumps(plan_fields(spec, plan))
+    return json.dumps(plan_fields(plan, replica, pages))
 
 
-def plan_text(spec: PlanSpec, plan: Plan) -> str:
-    """The plan for people."""
+def plan_text(plan: Plan, replica: SchedulerConfig, pages: AdapterPages, wanted: float) -> str:
+    """The plan for people.
+
+    Args:
+        plan: the answer.
+        replica: a replica of the answer.
+        pages: of the adapters.
+        wanted: the attainment that was asked for.
+    """
     settings = plan.settings
-    num_blocks, num_pages = memory_split(spec, settings.adapter_share)
-    wanted = spec.slo.min_attainment
+    num_rows, num_tokens = replica.num_adapter_pages * pages.rows_per_page, replica.num_kv_blocks * replica.block_size
     lines = [
-        f"{_replicas(settings.num_replicas)}, router {settings.policy}, {settings.adapter_share:.0%} of the cache "
-        f"memory for adapters ({num_pages * spec.replica.rows_per_page} rank rows beside {num_blocks} KV blocks each)",
+        f"{_replicas(settings.num_replicas)}, {_settings(settings)}: each {num_rows} rank rows of adapters and "
+        f"{num_tokens} KV tokens",
         f"  whole workload: {_outcome(plan.outcome)}; wanted {wanted:.1%}",
     ]
     if plan.one_fewer is not None and plan.one_fewer_settings is not None:
@@ -73,7 +84,8 @@ def _replicas(num_replicas: int) -> str:
 
 
 def _settings(settings: PlanSettings) -> str:
-    return f"{settings.policy}, adapter share {settings.adapter_share:g}"
+    share = "" if settings.adapter_share is None else f", adapter share {settings.adapter_share:g}"
+    return f"router {settings.policy}{share}"
 
 
 def _outcome(outcome: TrialOutcome) -> str:

@@ -21,8 +21,8 @@ class PlanSettings:
     """One configuration of the fleet."""
 
     num_replicas: int
-    adapter_share: float
-    """Part of a replica's memory for KV and adapters that is given to adapter rows."""
+    adapter_share: float | None
+    """Part of a replica's memory for KV and adapters that is given to adapter rows; None leaves it as it is."""
     policy: PolicyName
 
 
@@ -60,7 +60,7 @@ class SearchSpace:
     """
 
     max_replicas: int = 64
-    adapter_shares: tuple[float, ...] = (0.1, 0.25, 0.5)
+    adapter_shares: tuple[float | None, ...] = (None,)
     policies: tuple[PolicyName, ...] = ("least-loaded", "affinity")
     min_attainment: float = 0.95
 
@@ -68,7 +68,7 @@ class SearchSpace:
         """Check every range once."""
         if self.max_replicas < 1:
             raise ConfigError(f"max_replicas is {self.max_replicas}: must be at least 1")
-        if not self.adapter_shares or not all(0.0 < share < 1.0 for share in self.adapter_shares):
+        if not self.adapter_shares or not all(share is None or 0.0 < share < 1.0 for share in self.adapter_shares):
             raise ConfigError(f"adapter_shares is {list(self.adapter_shares)}: must be shares between 0 and 1")
         if not self.policies:
             raise ConfigError("policies is empty: must name at least one")
@@ -199,8 +199,9 @@ class PlanSearch:
         for scale in (0.8, 0.9, 1.1, 1.2):
             plan.sensitivity.append((f"rate x {scale:g}", self._try(Trial(settings, rate_scale=scale)).attainment))
         for share in self._space.adapter_shares:
-            trial = Trial(replace(settings, adapter_share=share))
-            plan.sensitivity.append((f"adapter share {share:g}", self._try(trial).attainment))
+            if share is not None:
+                trial = Trial(replace(settings, adapter_share=share))
+                plan.sensitivity.append((f"adapter share {share:g}", self._try(trial).attainment))
         for policy in self._space.policies:
             trial = Trial(replace(settings, policy=policy))
             plan.sensitivity.append((f"router {policy}", self._try(trial).attainment))
