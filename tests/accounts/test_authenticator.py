@@ -12,6 +12,7 @@ from pomona.accounts.database import Database
 from pomona.accounts.principal import Limits, Role
 from pomona.accounts.tenants import TenantStore
 from pomona.core.errors import AccountConflictError, AccountNotFoundError, DatabaseUnavailableError, InvalidRequestError
+from pomona.core.request import ServiceLevel
 
 
 @pytest.fixture
@@ -160,6 +161,6 @@ async def test_what_cannot_be_is_refused_by_name(accounts):
     with pytest.raises(InvalidRequestError, match="requests_per_minute is -1"):
         await accounts.change(tenants.set_limits, "tenant", "acme", Limits(requests_per_minute=-1))
     with pytest.raises(InvalidRequestError, match="weight"):
-        await accounts.change(tenants.update_tenant, "acme", weight=float("nan"))
+        await accounts.change(tenants.update_tenant, "acme", change_level=lambda _: ServiceLevel(weight=float("nan")))
     with pytest.raises(InvalidRequestError, match="expires_at"):
         await new_key(accounts, expires_s=1.0)

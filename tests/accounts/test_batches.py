@@ -9,6 +9,7 @@ import pytest
 
 from pomona.accounts.batches import BatchStore
 from pomona.accounts.config import AccountsConfig
+from pomona.core.request import Priority
 from pomona.server.batch_runner import running_batches
 from support.accounts import serve_accounts
 from support.server import BASE, listen
@@ -233,3 +234,12 @@ async def test_a_batch_goes_on_where_a_dead_process_left_it(served, clients, mon
     answers = await results(client, batch.output_file_id)
     assert [answers[f"line-{n}"]["response"] == "from before" for n in range(6)] == [True, True, *[False] * 4]
     assert len(await served.usage()) == 4
+
+
+async def test_lines_of_a_batch_give_way_to_everything_else(served, clients, monkeypatch):
+    submitted = []
+    submit = served.served.client.submit
+    monkeypatch.setattr(served.served.client, "submit", lambda request: submitted.append(request) or submit(request))
+    async with working(served):
+        await until_ended(clients["acme"], await start(clients["acme"], lines(body())))
+    assert [request.service_level.priority for request in submitted] == [Priority.BATCH]

@@ -7,6 +7,7 @@ import pytest
 
 from pomona.accounts.accounts import Accounts
 from pomona.core.errors import ConfigError
+from pomona.core.request import Priority, ServiceLevel
 from pomona.server.limits import duration
 from support.accounts import serve_accounts
 from support.server import BASE, Connection, listen
@@ -261,3 +262,21 @@ def test_a_server_has_either_one_key_or_accounts(tmp_path):
 
     with pytest.raises(ConfigError, match="api_key and accounts"):
         asyncio.run(run())
+
+
+async def test_the_scheduler_is_told_what_a_tenant_may_expect(served, monkeypatch):
+    submitted = []
+    submit = served.served.client.submit
+    monkeypatch.setattr(served.served.client, "submit", lambda request: submitted.append(request) or submit(request))
+    changes = {"weight": 3.0, "priority": "interactive", "ttft_s": 60.0}
+    card = (await served.call("admin", "PATCH", "/v1/admin/tenants/acme", changes)).json()
+    assert (card["weight"], card["priority"], card["ttft_s"], card["tpot_s"]) == (3.0, "interactive", 60.0, None)
+    await served.complete("acme")
+    await served.complete("bolt")
+    first, second = submitted
+    assert first.tenant_id == "acme"
+    assert first.service_level == ServiceLevel(Priority.INTERACTIVE, 3.0, 60.0)
+    assert second.service_level == ServiceLevel()
+    assert first.cache_salt != second.cache_salt
+    card = (await served.call("admin", "PATCH", "/v1/admin/tenants/acme", {"ttft_s": 0.0})).json()
+    assert (card["weight"], card["ttft_s"]) == (3.0, None)

@@ -1,17 +1,20 @@
 """Classes and targets: from the body and the operator's settings to the engine."""
 
+from typing import Any
+
 import pytest
 
 from pomona.accounts.principal import Principal
 from pomona.core.errors import ConfigError
 from pomona.core.ids import TenantId
-from pomona.core.request import Priority
+from pomona.core.request import Priority, ServiceLevel
 from pomona.server.service_level import ServiceLevels, Targets, parse_targets
-from pomona.server.tenant import Caller, default_caller, tenant_caller
+from pomona.server.tenant import Caller, default_caller
 
 
-def caller(tenant: str, weight: float = 1.0) -> Caller:
-    return tenant_caller(Principal("k", "k", TenantId(tenant), None, b"", None, weight=weight))
+def caller(tenant: str, **level: Any) -> Caller:
+    tenant_id = TenantId(tenant)
+    return Caller(tenant_id, b"", ServiceLevel(**level), Principal("k", "k", tenant_id, None, b"", None))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,21 @@ def test_targets_are_the_tenants_own_or_else_everybodys():
     assert (level.weight, level.ttft_s, level.tpot_s) == (3.0, 0.5, 0.05)
     level = levels.level_of(caller("bolt"), None)
     assert (level.ttft_s, level.tpot_s) == (None, 0.2)
+
+
+def test_a_tenants_own_level_holds_where_nothing_else_is_said():
+    own = caller("acme", priority=Priority.INTERACTIVE, ttft_s=0.3)
+    level = ServiceLevels(targets=(parse_targets("*=9,9"),)).level_of(own, None)
+    assert (level.priority, level.ttft_s, level.tpot_s) == (Priority.INTERACTIVE, 0.3, None)
+    assert ServiceLevels().level_of(own, "flex").priority is Priority.BATCH
+    assert ServiceLevels(targets=(parse_targets("acme=0.1"),)).level_of(own, None).ttft_s == 0.1
+
+
+def test_batch_work_never_hurries_and_has_no_targets():
+    levels = ServiceLevels(frozenset({"*"}), (parse_targets("*=0.5"),))
+    for tier in (None, "auto", "priority", "flex"):
+        level = levels.level_of(caller("acme", priority=Priority.BATCH), tier)
+        assert (level.priority, level.ttft_s) == (Priority.BATCH, None)
 
 
 def test_a_target_may_be_left_out():

@@ -78,9 +78,10 @@ class Accounts:
             DatabaseUnavailableError: the database does not answer.
         """
         await self.database.run(self.database.migrate)
+        revision = await self.database.run(self.database.revision)
         await self.ledger.adopt()
         await self.facts()
-        for work in (self.authenticator.watch(), self.ledger.run(), self._maintain()):
+        for work in (self.authenticator.watch(revision), self.ledger.run(), self._maintain()):
             self._tasks.append(asyncio.create_task(work))
         return self
 

@@ -128,18 +128,22 @@ class Authenticator:
             if len(table) > self._config.key_cache_size:
                 table.popitem(last=False)
 
-    async def watch(self) -> None:
-        """Follow changes made by other processes, until cancelled."""
-        seen: int | None = None
+    async def watch(self, revision: int) -> None:
+        """Follow changes made by other processes since ``revision``, until cancelled."""
+        seen, num_own_seen = revision, self._database.num_own_changes
+        is_down = False
         while True:
+            await asyncio.sleep(self._config.revision_poll_s)
+            num_own = self._database.num_own_changes
             try:
                 revision = await self._database.run(self._database.revision)
             except DatabaseUnavailableError as error:
-                if seen is not None:
+                if not is_down:
                     _LOGGER.warning("%s", error)
-                seen = None
-            else:
-                if seen != revision:
-                    self.forget_all()
-                seen = revision
-            await asyncio.sleep(self._config.revision_poll_s)
+                is_down = True
+                continue
+            is_down = False
+            # What this process has changed it has forgotten already; anything else moves the revision further.
+            if revision - seen != num_own - num_own_seen:
+                self.forget_all()
+            seen, num_own_seen = revision, num_own

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,9 @@ class Database:
             event.listen(self._engine, "connect", _set_up_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="pomona-database")
+        self._lock = threading.Lock()
+        self.num_own_changes = 0
+        """Changes of the revision that this process has committed."""
         self.down_since_s: float | None = None
         """Monotonic time of the first failure since the last success; None while the database answers."""
 
@@ -119,6 +123,9 @@ class Database:
                 session.flush()
             if is_change:
                 connection.execute(sqlalchemy.update(RevisionRow).values(value=RevisionRow.value + 1))
+        if is_change:
+            with self._lock:
+                self.num_own_changes += 1
 
     async def run(
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pomona.core.ids import TenantId
+from pomona.core.request import ServiceLevel
 
 
 class Role(enum.StrEnum):
@@ -16,6 +17,9 @@ class Role(enum.StrEnum):
     """Load and share adapters, read everything but usage; no tenants, keys, limits or prices are changed."""
     AUDITOR = "auditor"
     """Read everything, usage included; change nothing."""
+
+
+DEFAULT_SERVICE_LEVEL: Final = ServiceLevel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,8 @@ class Principal:
     expires_s: float | None
     cache_salt: bytes = b""
     """Of the tenant's blocks in the prefix cache."""
-    weight: float = 1.0
+    service_level: ServiceLevel = DEFAULT_SERVICE_LEVEL
+    """What the tenant may expect of the scheduler."""
     tenant_limits: Limits = NO_LIMITS
     key_limits: Limits = NO_LIMITS
 

@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Final
 
@@ -18,6 +18,7 @@ from pomona.accounts.principal import NO_LIMITS, Limits, Principal, Role
 from pomona.accounts.tables import KeyRow, LimitsRow, TenantRow
 from pomona.core.errors import AccountConflictError, AccountNotFoundError, InvalidRequestError
 from pomona.core.ids import TenantId
+from pomona.core.request import Priority, ServiceLevel
 
 _TENANT_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _MAX_NAME_CHARS: Final = 100
@@ -32,7 +33,7 @@ class Tenant:
     id: str
     created_s: float
     is_disabled: bool
-    weight: float
+    service_level: ServiceLevel
     prefix_group: str | None
 
 
@@ -61,18 +62,20 @@ class TenantStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def create_tenant(self, tenant_id: str, *, weight: float = 1.0, prefix_group: str | None = None) -> Tenant:
+    def create_tenant(
+        self, tenant_id: str, service_level: ServiceLevel | None = None, *, prefix_group: str | None = None
+    ) -> Tenant:
         """Add a tenant.
 
         Raises:
-            InvalidRequestError: the id or the weight is out of range.
+            InvalidRequestError: the id is malformed.
             AccountConflictError: there is one of that id.
         """
         if not _TENANT_ID.fullmatch(tenant_id):
             raise InvalidRequestError.out_of_range(
                 "id", tenant_id[:_MAX_NAME_CHARS], "1 to 63 lower-case letters, digits and inner dashes"
             )
-        _check_weight(weight)
+        level = service_level or ServiceLevel()
         with self._database.session(is_change=True) as session:
             if session.get(TenantRow, tenant_id) is not None:
                 raise AccountConflictError(f"There is a tenant {tenant_id!r} already.")
@@ -82,7 +85,10 @@ class TenantStore:
                 disabled_s=None,
                 cache_secret=secrets.token_bytes(32),
                 prefix_group=prefix_group,
-                weight=weight,
+                weight=level.weight,
+                priority=level.priority.name.lower(),
+                ttft_s=level.ttft_s,
+                tpot_s=level.tpot_s,
             )
             session.add(row)
             return _tenant(row)
@@ -91,21 +97,28 @@ class TenantStore:
         self,
         tenant_id: str,
         *,
-        weight: float | None = None,
+        change_level: Callable[[ServiceLevel], ServiceLevel] | None = None,
         is_disabled: bool | None = None,
         prefix_group: str | None = None,
     ) -> Tenant:
-        """Change what is given; an empty ``prefix_group`` leaves the group.
+        """Change what is given.
+
+        Args:
+            tenant_id: which.
+            change_level: makes the new service level of the old one.
+            is_disabled: none of its keys is accepted.
+            prefix_group: whom it shares its prefix cache with; empty leaves the group.
 
         Raises:
             AccountNotFoundError: there is none of that id.
-            InvalidRequestError: the weight is out of range.
+            InvalidRequestError: the service level is out of range.
         """
         with self._database.session(is_change=True) as session:
             row = _tenant_row(session, tenant_id)
-            if weight is not None:
-                _check_weight(weight)
-                row.weight = weight
+            if change_level is not None:
+                level = change_level(_service_level(row))
+                row.weight, row.priority = level.weight, level.priority.name.lower()
+                row.ttft_s, row.tpot_s = level.ttft_s, level.tpot_s
             if is_disabled is not None:
                 row.disabled_s = now_s() if is_disabled else None
             if prefix_group is not None:
@@ -277,7 +290,7 @@ class TenantStore:
                 digest=row.digest,
                 expires_s=row.expires_s,
                 cache_salt=_salt(session, tenant),
-                weight=tenant.weight,
+                service_level=_service_level(tenant),
                 tenant_limits=_limits(session.get(LimitsRow, ("tenant", tenant.id))),
                 key_limits=_limits(session.get(LimitsRow, ("key", row.root_id))),
             )
@@ -317,13 +330,12 @@ def _key_row(session: Session, key_id: str, tenant_id: str | None) -> KeyRow:
     return row
 
 
-def _check_weight(weight: float) -> None:
-    if not 0.001 <= weight <= 1000.0:
-        raise InvalidRequestError.out_of_range("weight", weight, "between 0.001 and 1000")
+def _service_level(row: TenantRow) -> ServiceLevel:
+    return ServiceLevel(Priority[row.priority.upper()], row.weight, row.ttft_s, row.tpot_s)
 
 
 def _tenant(row: TenantRow) -> Tenant:
-    return Tenant(row.id, row.created_s, row.disabled_s is not None, row.weight, row.prefix_group)
+    return Tenant(row.id, row.created_s, row.disabled_s is not None, _service_level(row), row.prefix_group)
 
 
 def _key(row: KeyRow) -> Key:

@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
 def create(
     tenant: Annotated[str, typer.Argument(help="Id: lower-case letters, digits and dashes.")],
     weight: Annotated[float, typer.Option(help="Share where tenants compete.")] = 1.0,
+    priority: Annotated[str, typer.Option(help="interactive, standard or batch.")] = "standard",
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -43,7 +44,7 @@ def create(
 
         pomona tenants create acme --weight 2 --api-key $ADMIN
     """
-    card = _api(url, api_key).call("POST", "/v1/admin/tenants", {"id": tenant, "weight": weight})
+    card = _api(url, api_key).call("POST", "/v1/admin/tenants", {"id": tenant, "weight": weight, "priority": priority})
     typer.echo(f"{card['id']}: created")
 
 
@@ -54,16 +55,19 @@ def show(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
 
         pomona tenants list --api-key $ADMIN
     """
-    table = Table("tenant", "weight", "prefix group", "state", box=None, header_style="bold")
+    table = Table("tenant", "weight", "priority", "prefix group", "state", box=None, header_style="bold")
     for tenant in _api(url, api_key).call("GET", "/v1/admin/tenants")["data"]:
         state = "disabled" if tenant["is_disabled"] else ""
-        table.add_row(tenant["id"], f"{tenant['weight']:g}", tenant["prefix_group"] or "", state)
+        table.add_row(tenant["id"], f"{tenant['weight']:g}", tenant["priority"], tenant["prefix_group"] or "", state)
     Console().print(table if table.row_count else "There are no tenants. Add one: pomona tenants create NAME")
 
 
 def update(
     tenant: Annotated[str, typer.Argument(help="Its id.")],
     weight: Annotated[float | None, typer.Option(help="Share where tenants compete.")] = None,
+    priority: Annotated[str | None, typer.Option(help="interactive, standard or batch.")] = None,
+    ttft_ms: Annotated[float | None, typer.Option(help="Target for the time to first token; 0 takes it away.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Target per output token; 0 takes it away.")] = None,
     disabled: Annotated[bool | None, typer.Option(help="Accept none of its keys, or accept them again.")] = None,
     prefix_group: Annotated[
         str | None, typer.Option(help="Tenants of one group share their prefix cache; '' leaves it.")
@@ -75,11 +79,15 @@ def update(
 
     Examples:
 
-        pomona tenants update acme --weight 4 --api-key $ADMIN
+        pomona tenants update acme --weight 4 --priority interactive --ttft-ms 500 --api-key $ADMIN
 
         pomona tenants update acme --disabled --api-key $ADMIN
     """
-    given = {"weight": weight, "is_disabled": disabled, "prefix_group": prefix_group}
+    given = {"weight": weight, "priority": priority, "is_disabled": disabled, "prefix_group": prefix_group}
+    given |= {
+        "ttft_s": None if ttft_ms is None else ttft_ms / 1000,
+        "tpot_s": None if tpot_ms is None else tpot_ms / 1000,
+    }
     body = {name: value for name, value in given.items() if value is not None}
     _api(url, api_key).call("PATCH", f"/v1/admin/tenants/{tenant}", body)
     typer.echo(f"{tenant}: changed")

@@ -8,14 +8,24 @@ from pydantic import Field
 from pomona.server.protocol import Wire
 from pomona.server.wire_fields import Metadata, Neutral
 
+Weight = Annotated[float | None, Field(ge=0.001, le=1000)]
+Target = Annotated[float | None, Field(ge=0, le=86_400)]
+PriorityName = Literal["interactive", "standard", "batch"]
+
 
 class TenantCreateRequest(Wire):
     """Body of POST /v1/admin/tenants."""
 
     id: str
     """1 to 63 lower-case letters, digits and inner dashes."""
-    weight: float | None = None
+    weight: Weight = None
     """Share where tenants compete, relative to others. Default 1."""
+    priority: PriorityName | None = None
+    """Class of its requests: a class gives way to those above it. Default: standard."""
+    ttft_s: Target = None
+    """Target for the time to first token: a request that would miss it is refused at once. Default: none."""
+    tpot_s: Target = None
+    """Target for the time per output token. Default: none."""
     prefix_group: str | None = None
     """Tenants of one group share their prefix cache. Default: with nobody."""
 
@@ -23,7 +33,12 @@ class TenantCreateRequest(Wire):
 class TenantUpdateRequest(Wire):
     """Body of PATCH /v1/admin/tenants/{id}: what is left out stays as it is."""
 
-    weight: float | None = None
+    weight: Weight = None
+    priority: PriorityName | None = None
+    ttft_s: Target = None
+    """0 takes the target away."""
+    tpot_s: Target = None
+    """0 takes the target away."""
     is_disabled: bool | None = None
     """None of a disabled tenant's keys is accepted."""
     prefix_group: str | None = None
@@ -102,6 +117,9 @@ class TenantCard(msgspec.Struct, frozen=True):
     created_at: float
     is_disabled: bool
     weight: float
+    priority: str
+    ttft_s: float | None
+    tpot_s: float | None
     prefix_group: str | None
     object: str = "tenant"
 

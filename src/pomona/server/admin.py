@@ -10,6 +10,7 @@ from pomona.accounts.principal import Limits, Role
 from pomona.accounts.tenants import Key, Tenant
 from pomona.accounts.usage_rows import Price
 from pomona.core.errors import InvalidRequestError
+from pomona.core.request import Priority, ServiceLevel
 from pomona.server import account_types as wire
 from pomona.server.body import read_model
 from pomona.server.context import context_of
@@ -42,9 +43,9 @@ async def create_tenant(request: Request) -> Response:
     """Add a tenant."""
     body = await read_model(request, wire.TenantCreateRequest, _max_body_bytes(request))
     accounts = accounts_of(request)
-    weight = 1.0 if body.weight is None else body.weight
+    level = _changed(ServiceLevel(), body)
     tenant = await accounts.change(
-        accounts.tenants.create_tenant, body.id, weight=weight, prefix_group=body.prefix_group or None
+        accounts.tenants.create_tenant, body.id, level, prefix_group=body.prefix_group or None
     )
     return json_answer(_tenant_card(tenant))
 
@@ -64,13 +65,13 @@ async def get_tenant(request: Request) -> Response:
 
 
 async def update_tenant(request: Request) -> Response:
-    """Change a tenant's weight or prefix group, disable or enable it."""
+    """Change what a tenant may expect of the scheduler, or its prefix group; disable or enable it."""
     body = await read_model(request, wire.TenantUpdateRequest, _max_body_bytes(request))
     accounts = accounts_of(request)
     tenant = await accounts.change(
         accounts.tenants.update_tenant,
         request.path_params["tenant_id"],
-        weight=body.weight,
+        change_level=lambda level: _changed(level, body),
         is_disabled=body.is_disabled,
         prefix_group=body.prefix_group,
     )
@@ -181,7 +182,27 @@ def _nanos_per_token(per_million: float) -> int:
 
 
 def _tenant_card(tenant: Tenant) -> wire.TenantCard:
-    return wire.TenantCard(tenant.id, tenant.created_s, tenant.is_disabled, tenant.weight, tenant.prefix_group)
+    level = tenant.service_level
+    return wire.TenantCard(
+        id=tenant.id,
+        created_at=tenant.created_s,
+        is_disabled=tenant.is_disabled,
+        weight=level.weight,
+        priority=level.priority.name.lower(),
+        ttft_s=level.ttft_s,
+        tpot_s=level.tpot_s,
+        prefix_group=tenant.prefix_group,
+    )
+
+
+def _changed(level: ServiceLevel, body: wire.TenantCreateRequest | wire.TenantUpdateRequest) -> ServiceLevel:
+    """Return a service level with what a body says; what it leaves out stays."""
+    return ServiceLevel(
+        priority=level.priority if body.priority is None else Priority[body.priority.upper()],
+        weight=level.weight if body.weight is None else body.weight,
+        ttft_s=level.ttft_s if body.ttft_s is None else body.ttft_s or None,
+        tpot_s=level.tpot_s if body.tpot_s is None else body.tpot_s or None,
+    )
 
 
 def _key_card(key: Key, new: NewKey | None = None) -> wire.KeyCard:

@@ -126,7 +126,9 @@ def respond(
                 await run(context, job, _Backing(lease, context.default_caller), answer_format(facts), reply)
                 return
             async with admitted(request, principal, lease, response_id, job.size(body)) as entry:
-                await run(context, job, _Backing(lease, tenant_caller(principal), entry), answer_format(facts), reply)
+                await run(
+                    context, job, _Backing(lease, tenant_caller(request, principal), entry), answer_format(facts), reply
+                )
 
     return WatchedResponse(produce)
 

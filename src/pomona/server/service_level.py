@@ -42,19 +42,23 @@ class ServiceLevels:
     """By tenant; ``*`` for those not named."""
 
     def level_of(self, caller: Caller, tier: ServiceTier | None) -> ServiceLevel:
-        """What a request of this caller is to be given."""
-        priority = _PRIORITY_OF.get(tier, Priority.STANDARD)
-        is_allowed = caller.principal is None or not self.priority_tenants.isdisjoint((caller.tenant_id, EVERYBODY))
-        if priority is Priority.INTERACTIVE and not is_allowed:
-            priority = Priority.STANDARD
-        targets = Targets()
+        """What a request of this caller is to be given: the tenant's own level, as far as nothing else is said."""
+        own = caller.service_level
+        is_named = not self.priority_tenants.isdisjoint((caller.tenant_id, EVERYBODY))
+        may_hurry = caller.principal is None or own.priority is Priority.INTERACTIVE or is_named
+        priority = _PRIORITY_OF.get(tier, own.priority)
+        if own.priority is Priority.BATCH or (priority is Priority.INTERACTIVE and not may_hurry):
+            priority = own.priority
+        if priority is Priority.BATCH:
+            return ServiceLevel(priority, own.weight)  # nobody waits, so there is nothing to be in time for
+        targets = Targets(own.ttft_s, own.tpot_s)
         for tenant_id, theirs in self.targets:
             if tenant_id == caller.tenant_id:
                 targets = theirs
                 break
-            if tenant_id == EVERYBODY:
+            if tenant_id == EVERYBODY and targets == Targets():
                 targets = theirs
-        return ServiceLevel(priority, caller.weight, targets.ttft_s, targets.tpot_s)
+        return ServiceLevel(priority, own.weight, targets.ttft_s, targets.tpot_s)
 
 
 def parse_targets(text: str) -> tuple[str, Targets]:

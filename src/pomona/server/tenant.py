@@ -7,8 +7,9 @@ from typing import Final
 
 from starlette.requests import HTTPConnection
 
-from pomona.accounts.principal import Principal
+from pomona.accounts.principal import DEFAULT_SERVICE_LEVEL, Principal
 from pomona.core.ids import TenantId
+from pomona.core.request import Priority, ServiceLevel
 
 DEFAULT_TENANT: Final = TenantId("default")
 _NUM_SALT_BYTES = 16
@@ -21,8 +22,8 @@ class Caller:
     tenant_id: TenantId
     cache_salt: bytes
     """Keeps the tenant's prefix-cache blocks from everybody else."""
-    weight: float = 1.0
-    """Share where tenants compete."""
+    service_level: ServiceLevel = DEFAULT_SERVICE_LEVEL
+    """What the scheduler is told of the tenant."""
     principal: Principal | None = None
     """None on a server without accounts."""
 
@@ -54,7 +55,10 @@ def principal_of(connection: HTTPConnection) -> Principal | None:
     return principal
 
 
-def tenant_caller(principal: Principal) -> Caller:
-    """Return whom a tenant's key lets the engine work for."""
+def tenant_caller(connection: HTTPConnection, principal: Principal) -> Caller:
+    """Return whom a tenant's key lets the engine work for; lines of batches give way to everything else."""
     assert principal.tenant_id is not None, "administrators have no adapters and make no requests"
-    return Caller(principal.tenant_id, principal.cache_salt, principal.weight, principal)
+    level = principal.service_level
+    if "is_batch" in connection.scope["state"]:
+        level = ServiceLevel(Priority.BATCH, level.weight)
+    return Caller(principal.tenant_id, principal.cache_salt, level, principal)
