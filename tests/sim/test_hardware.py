@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from pomona.core.errors import ConfigError
+from pomona.sim.h200 import h200_cost, interpolate
 from pomona.sim.hardware import MACHINES, MODELS, Machine, RooflineCost, plan_memory
 from pomona.sim.step_work import StepWork
 
@@ -76,3 +77,29 @@ def test_a_machine_must_make_sense():
         Machine("x", 1.0, 1.0, 1.0, 1.0, memory_share=1.5)
     with pytest.raises(ConfigError, match="flops_per_s is 0"):
         Machine("x", 0.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name, num_devices", [("llama-3.1-8b", 1), ("llama-3.1-70b", 4), ("llama-3.1-70b", 8)])
+def test_h200_tables_agree_with_its_roofline_within_a_factor(name, num_devices):
+    tables, roofline = h200_cost(name, num_devices), RooflineCost(MACHINES["H200"], MODELS[name], 4, num_devices)
+    prefill = StepWork(num_seqs=1, num_rows=2048, num_sampled=1, num_prefill_kv_tokens=2048, num_prefill_pairs=2**21)
+    for work in (decode(1), decode(32), decode(256), prefill):
+        assert 0.6 < tables.seconds(work) / roofline.seconds(work) < 1.7, work
+
+
+def test_h200_tables_give_their_own_measurements_back_and_adapters_come_on_top():
+    cost = h200_cost("llama-3.1-8b", 1)
+    # 6144 x 4096 and 4096 x 4096 at one row: 16.1 and 12.6 microseconds.
+    assert cost.layer_products[1][0] > 28e-6
+    assert cost.seconds(decode(8, num_adapters=8, sum_row_ranks=128, sum_adapter_ranks=128)) > cost.seconds(decode(8))
+    assert cost.seconds(StepWork()) == 0.0
+
+
+def test_curves_are_straight_between_points_and_in_proportion_beyond_them():
+    curve = ((1.0, 2.0, 4.0), (10.0, 20.0, 30.0))
+    assert [interpolate(curve, x) for x in (0.5, 1.0, 1.5, 3.0, 4.0, 8.0)] == [10.0, 10.0, 15.0, 25.0, 30.0, 60.0]
+
+
+def test_there_are_no_tables_of_other_models():
+    with pytest.raises(ConfigError, match="no H200 tables of llama-2-7b on 1: there are"):
+        h200_cost("llama-2-7b", 1)

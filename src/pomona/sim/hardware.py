@@ -186,23 +186,28 @@ class RooflineCost:
             return 0.0
         machine, model = self.machine, self.model
         size = model.weight_bytes
-        loaded_bytes = work.num_loaded_pages * model.page_bytes(self.rows_per_page)
         total = (
             self._op(2.0 * work.num_rows * model.num_layer_weights, size * model.num_layer_weights)
             + self._attention(work)
-            + self._op(
-                2.0 * work.sum_row_ranks * model.num_rank_row_weights,
-                size * work.sum_adapter_ranks * model.num_rank_row_weights,
-            )
+            + self.adapters_s(work)
             + machine.step_s
-            + work.num_loads * machine.load_s
-            + loaded_bytes / machine.link_bytes_per_s / self.num_devices
         )
         if work.num_sampled:
             total += self._op(2.0 * work.num_sampled * model.num_head_weights, size * model.num_head_weights)
         if self.num_devices > 1:
             total += 2 * model.num_layers * self.all_reduce_s
         return total
+
+    def adapters_s(self, work: StepWork) -> float:
+        """Their part of the step: products of their own ranks, and copies."""
+        machine, model = self.machine, self.model
+        loaded_bytes = work.num_loaded_pages * model.page_bytes(self.rows_per_page)
+        products_s = self._op(
+            2.0 * work.sum_row_ranks * model.num_rank_row_weights,
+            model.weight_bytes * work.sum_adapter_ranks * model.num_rank_row_weights,
+        )
+        copies_s = work.num_loads * machine.load_s + loaded_bytes / machine.link_bytes_per_s / self.num_devices
+        return products_s + copies_s
 
     def _attention(self, work: StepWork) -> float:
         model = self.model

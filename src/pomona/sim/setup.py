@@ -13,6 +13,7 @@ from pomona.router.fleet import RouterConfig
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.cluster_config import ClusterConfig, LossConfig
 from pomona.sim.cost_model import CostModel
+from pomona.sim.h200 import h200_cost
 from pomona.sim.hardware import MACHINES, MODELS, RooflineCost, plan_memory
 from pomona.sim.population import AdapterPages, AdapterPopulation
 from pomona.sim.profile_file import CostProfile
@@ -102,7 +103,11 @@ def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConf
             ),
         )
         sizes |= {"num_kv_blocks": plan.num_kv_blocks, "num_adapter_pages": plan.num_adapter_pages}
-        cost_model = RooflineCost(machine, model, section.rows_per_page, section.num_devices)
+        cost_model = (
+            _at("replica.model", lambda: h200_cost(model.name, section.num_devices, section.rows_per_page))
+            if section.use_tables
+            else RooflineCost(machine, model, section.rows_per_page, section.num_devices)
+        )
         cost_error = None
     scheduler = _at("replica", lambda: SchedulerConfig(**(sizes | given)), joiner=".")
     num_slots = scheduler.num_kv_blocks * scheduler.block_size

@@ -70,6 +70,8 @@ class ReplicaSection(_Section):
     machine: str | None = None
     model: str | None = None
     num_devices: _Count = 1
+    use_tables: bool = False
+    """H200 only: measured operators instead of the data sheet."""
     adapter_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Of the memory that the weights leave, what adapters get; with a machine only."""
     rows_per_page: _Count = 4
@@ -94,6 +96,8 @@ class ReplicaSection(_Section):
             raise ValueError(f"machine {self.machine!r} is not known: must be one of {', '.join(MACHINES)}")
         if self.model is not None and self.model not in MODELS:
             raise ValueError(f"model {self.model!r} is not known: must be one of {', '.join(MODELS)}")
+        if self.use_tables and self.machine != "H200":
+            raise ValueError("use_tables needs machine H200")
         return self
 
 
