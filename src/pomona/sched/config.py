@@ -81,6 +81,17 @@ class SchedulerConfig:
         )
         return per_token * num_slots
 
+    @property
+    def service_bound(self) -> float:
+        """Service, divided by weight, that a tenant may get more than another of its class while both have requests
+        waiting; for weights of at least 1, without charges for pages held, and up to what is predicted in advance.
+        Proved in docs/design/0011-fairness.md."""
+        prices = self.fairness.prices
+        longest = self.max_model_len - 1
+        admission = prices.admission(longest, 0) + prices.per_page_loaded * self.num_adapter_pages
+        step = self.max_num_seqs * prices.outputs(longest, longest, longest + 1)
+        return 2.0 * (self.max_lead + max(admission, step))
+
 
 def _check_at_least(name: str, value: int, minimum: int) -> None:
     if value < minimum:
