@@ -171,7 +171,7 @@ class Bench:
         ranks = {info.adapter_id: info.lora_rank for info in self.adapters}
         replica = SimReplica(
             self.parts.engine.config,
-            SimExecutor(profile.cost_model, ranks),
+            SimExecutor(profile.cost_model, ranks, with_extras=self.executor.with_extras),
             heap,
             lambda outputs: note(timelines, outputs, heap.now_s),
             _refuse,

@@ -38,6 +38,8 @@ def test_a_mixed_batch_is_counted():
         sum_row_ranks=6 * 4 + 3 * 64,
         sum_adapter_ranks=68,
         max_rank=64,
+        num_new_mix_adapters=2,
+        is_new_mix=1,
         num_loads=1,
         num_loaded_pages=2,
     )
@@ -52,3 +54,20 @@ def test_a_sequence_that_comes_back_is_known_by_its_new_start():
     meter.measure(StepPlan(1, (begun("a", 3, "small"),)))
     back = meter.measure(StepPlan(2, (begun("a", 5, "small"),), released=(RequestId("a"),)))
     assert (back.num_adapter_rows, back.num_kv_tokens) == (5, 5)
+
+
+def test_a_mix_is_new_when_other_adapters_meet_than_the_last_time_any_did():
+    meter = WorkMeter(RANKS, {AdapterId("large")})
+    steps = [
+        (begun("a", 3, "small"),),
+        (decode("a", 3),),
+        (begun("x", 3),),
+        (decode("a", 4), begun("b", 3, "large")),
+        (decode("a", 5), decode("b", 3)),
+        (decode("b", 4),),
+    ]
+    works = [meter.measure(StepPlan(number, seqs)) for number, seqs in enumerate(steps, 1)]
+    assert [work.is_new_mix for work in works] == [1, 0, 0, 1, 0, 1]
+    assert [work.num_new_mix_adapters for work in works] == [1, 0, 0, 2, 0, 1]
+    assert [work.num_extra_adapters for work in works] == [0, 0, 0, 1, 1, 1]
+    assert [work.has_extras for work in works] == [0, 0, 0, 1, 1, 1]

@@ -105,3 +105,12 @@ class AdapterInfo:
     """Adapted kinds of module, for people: ("q_proj", "v_proj")."""
     features: tuple[str, ...] = ()
     """Special features in use, for people: ("rslora", "dora", "modules_to_save")."""
+
+    @property
+    def has_extras(self) -> bool:
+        """True if it is more than low-rank parts of the projections: steps with such rows take a longer way."""
+        return not _LOW_RANK_FEATURES.issuperset(self.features)
+
+
+_LOW_RANK_FEATURES = frozenset(("rslora", "rank_pattern", "alpha_pattern"))
+"""Features that only change ranks and scalings."""

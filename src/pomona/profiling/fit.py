@@ -32,6 +32,10 @@ _ALWAYS = (
     "num_prefill_pairs",
     "num_loads",
     "num_loaded_pages",
+    "has_extras",
+    "num_extra_adapters",
+    "is_new_mix",
+    "num_new_mix_adapters",
 )
 
 

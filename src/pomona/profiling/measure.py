@@ -23,11 +23,13 @@ class MeteredExecutor:
     def __init__(self, executor: Executor) -> None:
         self.lora_ranks: dict[AdapterId, int] = {}
         """Of every adapter that will be asked for; the caller fills it."""
+        self.with_extras: set[AdapterId] = set()
+        """Those that have more than low-rank parts; the caller fills it."""
         self.last_work = StepWork()
         self.last_metering_s = 0.0
         """What finding that out took."""
         self._executor = executor
-        self._meter = WorkMeter(self.lora_ranks)
+        self._meter = WorkMeter(self.lora_ranks, self.with_extras)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry the plan out."""
@@ -52,29 +54,38 @@ class PointMeter:
     ) -> None:
         self._engine = engine
         self._executor = executor
+        self._adapters = adapters
         self._vocab_size = vocab_size
         self._chance = random.Random(0)
         self._num_requests = 0
         for info in adapters:
             executor.lora_ranks[info.adapter_id] = info.lora_rank
+            if info.has_extras:
+                executor.with_extras.add(info.adapter_id)
 
     def measure(self, point: Point, point_index: int) -> list[Sample]:
-        """Samples of the point: of reaching it, of its decodes, and of its prompts beside them."""
-        samples: list[tuple[StepWork, float]] = []
+        """Samples of the point: of reaching it, of its decodes, of the decodes right after prompts, whose mix of
+        adapters is new again, and of the prompts beside them."""
         num_output = point.num_output_tokens(self.config.max_num_batched_tokens)
         decoding = [
             self._add(point.num_context_tokens - 1, num_output, point.adapter_of(index))
             for index in range(point.num_decodes)
         ]
-        samples.extend(self._until_all_decode(set(decoding)))
+        samples = list(self._until_all_decode(set(decoding)))
         if decoding:
+            samples.append(self._step())
             samples.append(_median([self._step() for _ in range(NUM_DECODE_STEPS)]))
         if point.num_prompts:
-            samples.append(_median([self._prompt_step(point) for _ in range(NUM_PROMPT_STEPS)]))
+            prompts, after = [], []
+            for _ in range(NUM_PROMPT_STEPS):
+                prompts.append(self._prompt_step(point))
+                after.extend([self._step()] if decoding else [])
+            samples.extend([_median(after)] if after else [])
+            samples.append(_median(prompts))
         for request_id in decoding:
             self._engine.abort(request_id)
         self._rest()
-        return [Sample(work, seconds, point_index) for work, seconds in samples]
+        return [Sample(work, seconds, point_index) for work, seconds in samples if work.num_rows]
 
     @property
     def config(self) -> SchedulerConfig:
@@ -107,12 +118,18 @@ class PointMeter:
             self._engine.take_drained()
             for info in adapters:
                 self._engine.register_adapter(info)
+        if point.num_decodes == 0:
+            self._change_mix(point)
         for index in range(point.num_prompts):
             self._add(point.num_prompt_tokens, 1, point.adapter_of(index))
-        step = self._step()
-        while self._executor.last_work.num_prefill_rows:  # the scheduler made several steps of it: the first counts
-            self._step()
-        return step
+        return self._step()
+
+    def _change_mix(self, point: Point) -> None:
+        """Let another adapter have a step, so that the point's adapters meet anew, as they do in service."""
+        others = [info for info in self._adapters if info not in point.adapters]
+        if point.adapters and others:
+            self._add(1, 1, self._chance.choice(others))
+            self._rest()
 
     def _until_all_decode(self, starting: set[RequestId]) -> Iterator[tuple[StepWork, float]]:
         while starting:

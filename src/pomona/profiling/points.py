@@ -47,7 +47,7 @@ class Point:
         """Tokens a decoding sequence may have yielded by the end: while the others get to their context, and in the
         steps that are timed."""
         num_reach_steps = 2 * -(-self.num_decodes * self.num_context_tokens // max_num_batched_tokens)
-        return num_reach_steps + NUM_DECODE_STEPS + 2 * NUM_PROMPT_STEPS + 4
+        return num_reach_steps + NUM_DECODE_STEPS + 2 * NUM_PROMPT_STEPS + 5
 
     def work(self) -> StepWork:
         """What the step with decodes and prompts has to do."""
@@ -61,7 +61,8 @@ class Point:
         ]
         cold = self.adapters[: self.num_prompts] if self.is_cold else ()
         loads = tuple(AdapterLoad(info.adapter_id, (PageId(0),) * info.num_pages) for info in cold)
-        meter = WorkMeter({info.adapter_id: info.lora_rank for info in self.adapters})
+        with_extras = {info.adapter_id for info in self.adapters if info.has_extras}
+        meter = WorkMeter({info.adapter_id: info.lora_rank for info in self.adapters}, with_extras)
         return meter.measure(StepPlan(1, (*decodes, *prompts), adapter_loads=loads))
 
     def works(self) -> list[StepWork]:
@@ -118,18 +119,21 @@ def _log_uniform(chance: random.Random, low: int, high: int) -> int:
 
 
 def adapter_groups(adapters: Sequence[AdapterInfo], num_pages: int) -> list[tuple[AdapterInfo, ...]]:
-    """Choices of adapters for a batch: none; one, some or all of equal rank, for the smallest and the largest rank; and
-    all. Only what fits ``num_pages`` together."""
-    by_rank = sorted(adapters, key=lambda info: info.lora_rank)
-    ranks = sorted({info.lora_rank for info in by_rank})
+    """Choices of adapters for a batch: none; one, some or all of equal rank, for the smallest and the largest rank; a
+    mixture; one with extras (more than low-rank parts), and all. Only what fits ``num_pages`` together."""
+    plain = sorted((info for info in adapters if not info.has_extras), key=lambda info: info.lora_rank)
+    extra = [info for info in adapters if info.has_extras]
+    ranks = sorted({info.lora_rank for info in plain})
     groups: dict[tuple[AdapterInfo, ...], None] = {(): None}
     for lora_rank in ranks[:1] + ranks[-1:]:
-        alike = tuple(info for info in by_rank if info.lora_rank == lora_rank)
+        alike = tuple(info for info in plain if info.lora_rank == lora_rank)
         for count in (1, 4, 16, len(alike)):
             groups[alike[:count]] = None
-    for count in (4, 16, len(by_rank)):
-        step = max(1, len(by_rank) // count)
-        groups[tuple(by_rank[::step][:count])] = None
+    for count in (4, 16, len(plain)):
+        step = max(1, len(plain) // count) if count else 1
+        groups[tuple(plain[::step][:count])] = None
+    for some in (extra[:1], extra, [*plain[:2], *extra[:1]], [*plain, *extra]) if extra else ():
+        groups[tuple(some)] = None
     return list(dict.fromkeys(_first_that_fit(group, num_pages) for group in groups))
 
 

@@ -1,6 +1,6 @@
 """SimExecutor: an Executor without a model, which says of a plan what tokens came out and how long it took."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from zlib import crc32
 
 from pomona.core.ids import AdapterId, RequestId
@@ -26,17 +26,22 @@ class SimExecutor:
         cost_model: how long a step takes.
         lora_ranks: largest rank of every adapter that a plan may name; may grow later.
         next_token: which tokens come out.
+        with_extras: adapters that have more than low-rank parts; may grow later.
     """
 
     def __init__(
-        self, cost_model: CostModel, lora_ranks: Mapping[AdapterId, int], next_token: NextToken = hashed_token
+        self,
+        cost_model: CostModel,
+        lora_ranks: Mapping[AdapterId, int],
+        next_token: NextToken = hashed_token,
+        with_extras: Container[AdapterId] = (),
     ) -> None:
         self.last_work = StepWork()
         """What the latest plan had to do."""
         self.last_step_s = 0.0
         """How long the latest plan took."""
         self._cost_model = cost_model
-        self._meter = WorkMeter(lora_ranks)
+        self._meter = WorkMeter(lora_ranks, with_extras)
         self._next_token = next_token
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -4,7 +4,7 @@
 profile is taken of. So a cost is fitted to exactly what it is later asked for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 from pomona.core.ids import AdapterId, RequestId
@@ -37,6 +37,15 @@ class StepWork:
     """Rank summed over distinct adapters: what must be read."""
     max_rank: int = 0
     """Largest rank of the batch: what padding kernels pay for every row."""
+    num_extra_adapters: int = 0
+    """Distinct adapters with more than low-rank parts (DoRA, saved modules, biases, ...)."""
+    has_extras: int = 0
+    """1 if there are any such."""
+    num_new_mix_adapters: int = 0
+    """Distinct adapters, if they are not those of the last step that had any, in the same order: a runner prepares
+    anew what depends on which adapters meet."""
+    is_new_mix: int = 0
+    """1 if so."""
     num_loads: int = 0
     """Adapters copied to the device before the step."""
     num_loaded_pages: int = 0
@@ -67,10 +76,13 @@ class WorkMeter:
 
     Args:
         lora_ranks: largest rank of every adapter that a plan may name; may grow later.
+        with_extras: those of them that have more than low-rank parts; may grow later.
     """
 
-    def __init__(self, lora_ranks: Mapping[AdapterId, int]) -> None:
+    def __init__(self, lora_ranks: Mapping[AdapterId, int], with_extras: Container[AdapterId] = ()) -> None:
         self._lora_ranks = lora_ranks
+        self._with_extras = with_extras
+        self._mix: tuple[AdapterId, ...] = ()
         self._adapter_of: dict[RequestId, AdapterId | None] = {}
 
     def measure(self, plan: StepPlan) -> StepWork:
@@ -97,6 +109,10 @@ class WorkMeter:
             adapter_id = adapter_of[seq.request_id]
             if adapter_id is not None:
                 rows_of[adapter_id] = rows_of.get(adapter_id, 0) + num_new
+        mix = tuple(rows_of)
+        is_new_mix = bool(mix) and mix != self._mix
+        self._mix = mix or self._mix
+        num_extra = sum(adapter_id in self._with_extras for adapter_id in mix)
         ranks = [(rows, self._lora_ranks[adapter_id]) for adapter_id, rows in rows_of.items()]
         return StepWork(
             num_seqs=len(plan.seqs),
@@ -111,6 +127,10 @@ class WorkMeter:
             sum_row_ranks=sum(rows * lora_rank for rows, lora_rank in ranks),
             sum_adapter_ranks=sum(lora_rank for _, lora_rank in ranks),
             max_rank=max((lora_rank for _, lora_rank in ranks), default=0),
+            num_extra_adapters=num_extra,
+            has_extras=int(num_extra > 0),
+            num_new_mix_adapters=len(mix) if is_new_mix else 0,
+            is_new_mix=int(is_new_mix),
             num_loads=len(plan.adapter_loads),
             num_loaded_pages=sum(len(load.page_ids) for load in plan.adapter_loads),
         )
