@@ -36,6 +36,7 @@ from pomona.sched.config import SchedulerConfig
 from pomona.server.adapter_service import AdapterService
 from pomona.server.app import create_app
 from pomona.server.config import ServedModel, ServerConfig
+from pomona.server.connections import GuardedProtocol
 from pomona.text.chat_template import ChatTemplate
 from pomona.text.tokenizer import Tokenizer
 from support.driver import FolderHost, until
@@ -212,12 +213,14 @@ async def serve(
 
 
 @contextlib.asynccontextmanager
-async def listen(app: FastAPI) -> AsyncIterator[str]:
+async def listen(app: FastAPI, protocol: type[GuardedProtocol] = GuardedProtocol) -> AsyncIterator[str]:
     """Serve an application on a free loopback port; yields its URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=protocol, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        )
         running = asyncio.create_task(server.serve(sockets=[listener]))
         await until(lambda: server.started or running.done(), "the server starts")
         try:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from pomona.accounts.tables import RevisionRow
-from pomona.core.errors import ConfigError, DatabaseUnavailableError
+from pomona.core.errors import ConfigError, DatabaseUnavailableError, InvalidRequestError
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -148,6 +148,8 @@ class Database:
         try:
             with self._engine.connect() as connection:
                 yield connection.execution_options(pomona_write=is_write)
+        except (sqlalchemy.exc.DataError, UnicodeEncodeError, OverflowError) as error:
+            raise InvalidRequestError("request", "The request names something that no name can be.") from error
         except _UNAVAILABLE as error:
             if self.down_since_s is None:
                 self.down_since_s = time.monotonic()

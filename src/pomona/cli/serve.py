@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -29,11 +30,13 @@ from pomona.driver.config import DriverConfig
 from pomona.server.adapter_service import AdapterService
 from pomona.server.app import create_app
 from pomona.server.config import ServedModel, ServerConfig
+from pomona.server.connections import GuardedProtocol
 from pomona.server.service_level import ServiceLevels, parse_targets
 from pomona.text.chat_template import ChatTemplate
 from pomona.text.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
+_MAX_FILES = 65_536
 _DRAIN_S = 5
 """Seconds that open streams get after Ctrl-C."""
 
@@ -72,12 +75,20 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
 
 
 async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | None) -> None:
+    _allow_many_files()
     with _bind(config) as listener:
         async with _build_app(config, console) as (app, running_adapters, base_name):
             host = f"[{config.host}]" if ":" in config.host else config.host
             running = Running(f"http://{host}:{listener.getsockname()[1]}", base_name, running_adapters)
             server = _Server(
-                uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_DRAIN_S, server_header=False)
+                uvicorn.Config(
+                    app,
+                    http=GuardedProtocol,
+                    ws="none",
+                    log_level="warning",
+                    timeout_graceful_shutdown=_DRAIN_S,
+                    server_header=False,
+                )
             )
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
@@ -112,6 +123,14 @@ async def _run_beside(when_ready: WhenReady, running: Running) -> None:
         await when_ready(running)
     except PomonaError as error:
         _LOGGER.error("%s", error)
+
+
+def _allow_many_files() -> None:
+    """Every connection is an open file: take as many as the system lets this user have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _bind(config: AppConfig) -> socket.socket:

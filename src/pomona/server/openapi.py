@@ -100,7 +100,7 @@ def answers(kind: type[msgspec.Struct], *errors: int, is_stream: bool = False) -
 
     Args:
         kind: of the 200 answer.
-        *errors: statuses of errors, besides 401 and 500, which every route has.
+        *errors: statuses of errors, besides 401, 403, 500 and 503, which every route has.
         is_stream: the answer may be server-sent events instead.
     """
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(kind.__name__)}}}
@@ -108,6 +108,6 @@ def answers(kind: type[msgspec.Struct], *errors: int, is_stream: bool = False) -
         content["text/event-stream"] = {"schema": {"type": "string"}}
     found: dict[int | str, dict[str, Any]] = {200: {"description": (kind.__doc__ or "").strip(), "content": content}}
     error_schema = {"schema": {"$ref": _REF.format("ErrorBody")}}
-    for status in sorted({401, 500, *errors}):
+    for status in sorted({401, 403, 500, 503, *errors}):
         found[status] = {"description": _ERRORS[status], "content": {"application/json": error_schema}}
     return found

@@ -109,7 +109,7 @@ class ChatMessage(Wire):
     tool_calls: Annotated[Any, Neutral([])] = None
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
 
 
 class ChatCompletionRequest(GenerationRequest):

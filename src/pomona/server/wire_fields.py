@@ -14,6 +14,8 @@ from pomona.core.errors import InvalidRequestError
 
 _Sized = TypeVar("_Sized", bound=Sized)
 
+MAX_PROMPTS: Final = 4096
+"""Of one body, whatever the server's own limit on choices."""
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 1024
 MAX_LISTED_TOKENS: Final = 1024
@@ -34,6 +36,9 @@ def _kind(value: Any) -> str:
 
 
 def _check_token_ids(field: str, value: list[Any]) -> tuple[int, ...]:
+    # All at once first: a body may hold millions, and the event loop waits.
+    if set(map(type, value)) <= {int} and min(value, default=0) >= 0 and max(value, default=0) <= _MAX_TOKEN_ID:
+        return tuple(value)
     for position, token_id in enumerate(value):
         if not _is_int(token_id) or not 0 <= token_id <= _MAX_TOKEN_ID:
             shown = token_id if isinstance(token_id, int | float) else _kind(token_id)
@@ -68,6 +73,8 @@ def _prompts(value: Any, info: ValidationInfo) -> tuple[str | tuple[int, ...], .
         )
     if not value:
         raise InvalidRequestError(field, f"{field} is an empty list: at least one prompt is needed")
+    if isinstance(value[0], str | list) and len(value) > MAX_PROMPTS:
+        raise InvalidRequestError(field, f"{field} has {len(value)} prompts: at most {MAX_PROMPTS} are allowed")
     if all(isinstance(part, str) for part in value):
         return tuple(value)
     if all(isinstance(part, list) for part in value):

@@ -1,0 +1,145 @@
+"""Connections that take nothing for granted: who is slow, silent or endless is let go of, and others notice nothing.
+
+uvicorn's HTTP protocol with limits on the size of a request's head, on the time for it and for its body, on a client
+that does not read its answer, and on the number of connections.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_TIMEOUT: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What a connection may take."""
+
+    max_head_bytes: int = 64 * 1024
+    """Request line and headers."""
+    head_timeout_s: float = 10.0
+    """For the head, from its first byte or, on a new connection, from its opening."""
+    body_timeout_s: float = 30.0
+    """For every further ``body_chunk_bytes`` of a body, and for its rest."""
+    body_chunk_bytes: int = 64 * 1024
+    write_timeout_s: float = 60.0
+    """For a client that has stopped reading its answer."""
+    max_connections: int = 10_000
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One connection. Where the client is slow it is closed; the application sees that the client went away."""
+
+    limits: ClassVar[ConnectionLimits] = ConnectionLimits()
+
+    _read_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+    _num_head_bytes = 0
+    _num_parsed_bytes = 0
+    _num_body_bytes = 0
+    _is_in_head = True
+    _has_begun = False
+    """A byte of a request has come."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            transport.abort()
+            return
+        self._expect(self.limits.head_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop all clocks."""
+        self._expect(None)
+        self._stop_write_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count what belongs to the head."""
+        if self._is_in_head:
+            self._num_head_bytes += len(data)
+        super().data_received(data)
+        if self._is_in_head and self._num_head_bytes > self.limits.max_head_bytes:
+            self._refuse(_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        super().on_message_begin()
+        self._has_begun = True
+        self._num_body_bytes = self._num_parsed_bytes = 0
+        if not self._is_in_head:  # the next request of a connection that was kept
+            self._is_in_head, self._num_head_bytes = True, 0
+        self._expect(self.limits.head_timeout_s)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Refuse a head that is too large, also if it came in one piece."""
+        self._num_parsed_bytes += len(name) + len(value)
+        if self._num_parsed_bytes > self.limits.max_head_bytes:
+            raise ValueError("the head is too large")  # the parser hands it on to ``send_400_response``
+        super().on_header(name, value)
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what is wrong with a request that cannot be parsed."""
+        if self._num_parsed_bytes > self.limits.max_head_bytes:
+            self._refuse(_TOO_LARGE)
+        else:
+            super().send_400_response(msg)
+
+    def on_headers_complete(self) -> None:
+        """The body follows, if there is one."""
+        self._is_in_head = False
+        self._expect(self.limits.body_timeout_s)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Give a client that goes on sending more time."""
+        self._num_body_bytes += len(body)
+        if self._num_body_bytes >= self.limits.body_chunk_bytes:
+            self._num_body_bytes = 0
+            self._expect(self.limits.body_timeout_s)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is here."""
+        self._expect(None)
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        """The client has stopped reading."""
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.limits.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _expect(self, seconds: float | None) -> None:
+        """Close the connection unless something else is expected within so many seconds."""
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+        self._read_timer = None if seconds is None else self.loop.call_later(seconds, self._time_out)
+
+    def _time_out(self) -> None:
+        if self.flow.read_paused:  # it is the application that is slow
+            self._expect(self.limits.body_timeout_s)
+        else:
+            is_answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
+            self._refuse(b"" if is_answering or not self._has_begun else _TIMEOUT)
+
+    def _refuse(self, answer: bytes) -> None:
+        self._expect(None)
+        if not self.transport.is_closing():
+            if answer:
+                self.transport.write(answer)
+            self.transport.close()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

@@ -1,0 +1,84 @@
+"""Schemathesis over the server's own OpenAPI document: without a key, and with keys of every kind.
+
+Many more examples: pytest tests/accounts/test_schema.py -m slow -n 0
+"""
+
+import asyncio
+from collections import Counter
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from pomona.server.middleware import OPEN_PATHS
+from support.accounts import serve_accounts
+from support.server import listen
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+@pytest.fixture
+async def served(config, tmp_path):
+    async with serve_accounts(tmp_path, config) as running:
+        yield running
+
+
+def check_all(url, document, key, num_examples):
+    """Generate examples for every operation; returns how many answers of which status there were, by path."""
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.update(base_url=url)
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    statuses = Counter()
+
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @settings(
+            max_examples=num_examples,
+            database=None,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy())
+        def check(case):
+            case.headers.pop("authorization", None)
+            response = case.call(headers=headers, timeout=30)
+            statuses[case.path, response.status_code] += 1
+            case.validate_response(response, checks=CHECKS)
+
+        check()
+    return statuses
+
+
+async def run(served, who, num_examples):
+    async with listen(served.served.app) as url:
+        key = None if who is None else served.keys[who]
+        document = served.served.app.openapi()
+        return await asyncio.to_thread(check_all, url, document, key, num_examples)
+
+
+async def test_without_a_key_every_operation_is_closed(served):
+    statuses = await run(served, None, 3)
+    assert len({path for path, _ in statuses}) > 20
+    assert {status for (path, status) in statuses if path not in OPEN_PATHS} == {401}
+
+
+@pytest.mark.parametrize("who", ["acme", "admin"])
+async def test_whatever_the_document_allows_is_answered_as_it_says(served, who):
+    statuses = await run(served, who, 4)
+    assert {200, 400} <= {status for _, status in statuses}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("who", ["acme", "admin", "operator", "auditor"])
+async def test_whatever_the_document_allows_is_answered_as_it_says_many_times(served, who):
+    assert sum((await run(served, who, 100)).values()) > 1000
