@@ -78,7 +78,7 @@ def profile(
     config: AppConfig,
     output: Annotated[Path, typer.Option(help="File to write.")] = Path("profile.json"),
     max_seconds: Annotated[float, typer.Option(help="Stop measuring after this long.")] = 300.0,
-    max_points: Annotated[int, typer.Option(help="Stop measuring after so many batches.")] = 150,
+    max_points: Annotated[int, typer.Option(help="Stop measuring after so many batches.")] = 300,
 ) -> None:
     """Measure what a step costs here, by batch and adapters, and write it down for `pomona simulate`.
 

@@ -12,9 +12,9 @@ from pomona.profiling.fit import Fit, Sample, fit
 from pomona.profiling.measure import PointMeter
 from pomona.profiling.points import Point, seeds
 
-_MIN_POINTS = 40
-"""Some three per coefficient."""
-_WINDOW = 10
+_MIN_POINTS = 100
+"""Some five per coefficient: steps of one kind differ by ten percent and more."""
+_WINDOW = 20
 """The expected error, averaged over so many points, must be less than over as many before."""
 _MIN_IMPROVEMENT = 0.03
 
@@ -27,7 +27,7 @@ class ProfileLimits:
         ConfigError: a limit is not positive.
     """
 
-    max_points: int = 150
+    max_points: int = 300
     max_seconds: float = 300.0
 
     def __post_init__(self) -> None:
