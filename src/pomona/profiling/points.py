@@ -20,7 +20,7 @@ from pomona.sim.step_work import StepWork, WorkMeter
 NUM_DECODE_STEPS = 5
 """Decode steps timed at a point; the context grows by one in each."""
 NUM_PROMPT_STEPS = 3
-"""Steps with the point's prompts timed at a point, each with new prompts."""
+"""Steps with prompts timed at a point: shorter ones, then the point's own."""
 _SAMPLING = SamplingParams()
 
 
