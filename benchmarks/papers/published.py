@@ -47,6 +47,7 @@ class Report:
 def arguments(doc: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with the option that all share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = results.RESULTS / f"{results.today()}-paper-{name}.jsonl"
+    what = name if name == "plan" else f"paper-{name}"
+    default = results.RESULTS / f"{results.today()}-{what}.jsonl"
     parser.add_argument("--output", type=Path, default=default, help="append rows here")
     return parser

@@ -61,6 +61,11 @@ class TrialRunner:
             raise ConfigError(f"plan.window_start_s is {start_s}: no request arrives in the window")
         self._window = [replace(request, arrival_s=request.arrival_s - start_s) for request in window]
 
+    @property
+    def num_requests(self) -> int:
+        """Of the whole workload."""
+        return len(self._whole)
+
     def __call__(self, trial: Trial) -> TrialOutcome:
         """Simulate one trial."""
         workload: list[WorkloadRequest] = self._whole if trial.is_whole else self._window
