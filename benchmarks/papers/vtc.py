@@ -70,7 +70,7 @@ def requests() -> list[WorkloadRequest]:
     return sorted(found, key=lambda request: (request.arrival_s, request.tenant_id))
 
 
-def simulate(policy: str) -> ClusterSim:
+def simulate(policy: str, duration_s: float = DURATION_S) -> ClusterSim:
     scheduler = SchedulerConfig(
         num_kv_blocks=POOL_TOKENS // 16,
         max_model_len=1024,
@@ -83,7 +83,7 @@ def simulate(policy: str) -> ClusterSim:
     )
     config = ClusterConfig(scheduler, fit_cost(), autoscaler=AutoscalerConfig(interval_s=1e4), sample_interval_s=1.0)
     sim = ClusterSim(config, AdapterPopulation((8,), AdapterPages()))
-    sim.run(requests(), DURATION_S)
+    sim.run(requests(), duration_s)
     return sim
 
 
