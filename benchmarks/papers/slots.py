@@ -170,7 +170,7 @@ def simulate(
 
 
 def settling_s(num_slots: int, duration_s: float) -> float:
-    """Where KV is what binds, what began together stays together for a few generations: longer runs, which are cheap."""
+    """Where KV binds, what began together stays together for a few generations: longer runs, which are cheap."""
     return duration_s if num_slots <= 32 else 4 * duration_s
 
 
