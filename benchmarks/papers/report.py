@@ -277,7 +277,7 @@ def plan(rows: list[Row]) -> str:
         f"{_percent(fewer['attainment'])}. What binds there: {row['binds']}. {row['num_trials']} simulations in "
         f"{row['wall_s']:.0f} s.\n",
         table(["replicas", "attainment in the window"], curve),
-        table(["plentiful, one replica fewer", "attainment in the window"], binding),
+        table(["plentiful, one replica fewer", "attainment"], binding),
         table(["changed", "attainment in the window"], changed),
     )
 

@@ -81,6 +81,22 @@ def test_a_whole_workload_harder_than_the_window_gets_more_replicas():
     assert plan.one_fewer.attainment == pytest.approx(5 / 6)
 
 
+def test_a_whole_workload_easier_than_the_window_gets_fewer_replicas():
+    world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=6.0, whole_load=4.0)
+    plan = PlanSearch(_space(), world).run()
+    assert plan.settings.num_replicas == 4
+    assert plan.one_fewer is not None
+    assert plan.one_fewer.attainment == pytest.approx(3 / 4)
+
+
+def test_what_binds_shows_on_the_whole_workload_where_the_window_is_too_easy():
+    world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=4.0, whole_load=6.0)
+    world.relaxed = {"kv": 1.1}
+    plan = PlanSearch(_space(), world).run()
+    assert plan.binding["none"] == pytest.approx(5 / 6)
+    assert plan.binds == "kv"
+
+
 def test_what_binds_is_what_helps_most_when_plentiful():
     world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=4.0)
     world.relaxed = {"kv": 1.2, "adapter memory": 1.1}

@@ -122,7 +122,7 @@ class PlanSearch:
         self._known: dict[Trial, TrialOutcome] = {}
 
     def run(self) -> Plan:
-        """Search, verify on the whole workload, and look around the answer.
+        """Search, verify on the whole workload in both directions, and look around the answer.
 
         Raises:
             ConfigError: not even the largest fleet meets the objectives.
@@ -136,11 +136,15 @@ class PlanSearch:
                 break
             settings = better
         settings = self._best(settings.num_replicas, is_whole=False)
-        settings = self._verify(settings)
+        settings, fewer = self._verify(settings), None
+        while settings.num_replicas > 1:
+            fewer = self._best(settings.num_replicas - 1, is_whole=False)
+            if not self._meets(Trial(fewer, is_whole=True)):
+                break
+            settings, fewer = fewer, None
         plan = Plan(settings, self._try(Trial(settings, is_whole=True)), None, None)
-        if settings.num_replicas > 1:
-            plan.one_fewer_settings = self._best(settings.num_replicas - 1, is_whole=False)
-            plan.one_fewer = self._try(Trial(plan.one_fewer_settings, is_whole=True))
+        if fewer is not None:
+            plan.one_fewer_settings, plan.one_fewer = fewer, self._try(Trial(fewer, is_whole=True))
         self._look_around(plan)
         plan.num_trials = len(self._known)
         return plan
@@ -210,5 +214,7 @@ class PlanSearch:
         if starved is None:
             starved, scale = settings, 2.0
         resources: tuple[Relaxation, ...] = ("none", "compute", "kv", "adapter memory", "cold starts")
+        # Where the part that was searched is met with one replica fewer, only the whole shows what is lacking.
+        is_whole = self._meets(Trial(starved, "none", scale))
         for resource in resources:
-            plan.binding[resource] = self._try(Trial(starved, resource, scale)).attainment
+            plan.binding[resource] = self._try(Trial(starved, resource, scale, is_whole)).attainment
