@@ -183,7 +183,8 @@ def held_out_error(cost: FittedCost, kv_tokens: dict[int, int], duration_s: floa
     rows = []
     for run in chosen:
         load = Load(run.num_adapters, run.rate_rps, round(run.num_waiting) if run.is_saturated else 0)
-        long_s = settling_s(run.num_slots, duration_s)
+        # A few requests per second need minutes for a rate; they cost little.
+        long_s = settling_s(run.num_slots, duration_s) if run.is_saturated else 10 * duration_s
         found = simulate(run.num_slots, load, cost, kv_tokens[run.num_slots], 1e6, long_s)
         rows.append(
             {
