@@ -70,9 +70,11 @@ def slots(rows: list[Row]) -> str:
         "throughput is "
         f"{_percent(error['median_error'])}, the worst {_percent(error['worst_error'])} "
         f"({_percent(worst)} among the saturated ones).",
-        "Where it differs: a step is taken to be linear in rows and adapters, prompts as 250 tokens each (they are not in "
+        "Where it differs: a step is taken to be linear in rows and adapters, prompts as 250 tokens each (they "
+        "are not in "
         "the files), and the KV that so many slots leave as what the fullest run held. The limit of 1 s on waiting for "
-        "pages, Pomona's default (vLLM has none), empties the batch for every adapter whose turn it is: under a backlog "
+        "pages, Pomona's default (vLLM has none), empties the batch for every adapter whose turn it is: under a "
+        "backlog "
         "over many more adapters than slots that costs most of the throughput, and buys that nobody starves.\n",
     )
 
