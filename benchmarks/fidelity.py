@@ -48,7 +48,7 @@ LOADS = (0.3, 0.6, 0.9)
 WORKLOADS = ("chat", "bursts", "documents")
 METRICS = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "output_tokens_per_s")
 PAGE = results.ROOT / "docs" / "benchmarks" / "fidelity.md"
-_CAPACITY_REQUESTS = 48
+_CAPACITY_REQUESTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +232,11 @@ def figures(timelines: Any) -> dict[str, float]:
 
 
 def capacity(bench: Bench, name: str) -> float:
-    """Requests per second when all arrive at once, without the ramp at the beginning and the end: the median of 3."""
+    """Requests per second when all arrive at once; the second time counts."""
     wanted = generate(spec(name, len(bench.adapters), AllAtOnce(), _CAPACITY_REQUESTS))
     num_tokens = sum(request.num_output_tokens for request in wanted)
     bench.live(wanted)
-    rates = [bench.live(wanted)["output_tokens_per_s"] / num_tokens for _ in range(3)]
-    return _CAPACITY_REQUESTS * statistics.median(rates)
+    return _CAPACITY_REQUESTS * bench.live(wanted)["output_tokens_per_s"] / num_tokens
 
 
 def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> None:
@@ -290,11 +289,12 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
 
 def cells(rows: Sequence[results.Row]) -> Iterator[dict[str, Any]]:
     """One entry per model, workload, load and metric: simulated against the median of the live runs, and how far these
-    lie from it at most."""
+    lie from it at most. Runs that other programs disturbed count only where there are no others."""
     found = list(results.of_kind(rows, "fidelity"))
     keys = dict.fromkeys((row["model"], row["workload"], row["load"]) for row in found)
     for model, name, load in keys:
         same = [row for row in found if (row["model"], row["workload"], row["load"]) == (model, name, load)]
+        same = [row for row in same if row.get("is_clean", True)] or same
         for metric in METRICS:
             live = [row["live"][metric] for row in same]
             typical = statistics.median(live)

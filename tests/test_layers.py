@@ -25,7 +25,15 @@ def test_imports_follow_the_layers():
 
 
 @pytest.mark.parametrize(
-    "package", ["pomona", "pomona.engine.engine", "pomona.server.app", "pomona.driver.client", "pomona.cli.main"]
+    "package",
+    [
+        "pomona",
+        "pomona.engine.engine",
+        "pomona.server.app",
+        "pomona.driver.client",
+        "pomona.cli.main",
+        "pomona.cli.simulate",
+    ],
 )
 def test_a_part_without_tensors_loads_no_torch(package):
     done = run(

@@ -23,6 +23,12 @@ def test_errors_are_against_the_median_of_the_live_runs_and_spread_is_the_farthe
     assert cell["num_runs"] == 3
 
 
+def test_disturbed_runs_count_only_where_there_are_no_others():
+    clean, disturbed = row(0.3, {"ttft_p50_s": 0.1}, {}), row(0.3, {"ttft_p50_s": 9.0}, {}) | {"is_clean": False}
+    assert next(fidelity.cells([clean, disturbed]))["live"] == 0.1
+    assert next(fidelity.cells([disturbed]))["live"] == 9.0
+
+
 def test_the_page_has_a_line_per_figure_and_says_what_is_worst():
     page = fidelity.render([row(0.3, {}, {}), row(0.9, {}, {"output_tokens_per_s": 80.0})])
     assert page.count("| chat |") == 10

@@ -94,12 +94,14 @@ async def run_live(client, requests):
     await asyncio.gather(*asking)
 
 
-def simulate(recording, tokens, config, adapters):
+def simulate(recording, tokens, config, adapters, overlap_steps):
     """Tell a simulated replica what the live engine was told, when it was told."""
     heap = EventHeap()
     cost = RecordedCost(recording.gaps_s()[::-1])
     executor = RecordingSimExecutor(cost, {adapter.adapter_id: adapter.lora_rank for adapter in adapters}, tokens)
-    replica = SimReplica(config, executor, heap, lambda outputs: None, lambda request, error: None)
+    replica = SimReplica(
+        config, executor, heap, lambda outputs: None, lambda request, error: None, overlap_steps=overlap_steps
+    )
     by_id = {adapter.adapter_id: adapter for adapter in adapters}
     for now_s, added, aborted in recording.turns:
         for request in added:
@@ -111,10 +113,11 @@ def simulate(recording, tokens, config, adapters):
     return executor.plans, replica.stats
 
 
-async def test_the_simulator_makes_the_plans_of_the_live_engine_byte_for_byte(live):
+@pytest.mark.parametrize("overlap_steps", [False, True])
+async def test_the_simulator_makes_the_plans_of_the_live_engine_byte_for_byte(live, overlap_steps):
     loaded, adapters, config = live
     runner = RecordingExecutor(loaded.runner)
-    recording = RecordingEngine(Engine(config, runner))
+    recording = RecordingEngine(Engine(config, runner, overlap_steps=overlap_steps))
     for adapter in adapters:
         recording.register_adapter(adapter)
     info = EngineInfo(config.max_model_len, VOCAB_SIZE, 4, config.num_kv_blocks, 6, "float32", "cpu")
@@ -127,7 +130,7 @@ async def test_the_simulator_makes_the_plans_of_the_live_engine_byte_for_byte(li
     assert stats.num_prefix_hits > 0
     assert stats.num_adapter_loads > len(adapters)
 
-    plans, simulated = simulate(recording, runner.next_token, config, adapters)
+    plans, simulated = simulate(recording, runner.next_token, config, adapters, overlap_steps)
 
     assert len(plans) == len(runner.plans)
     for ours, theirs in zip(plans, runner.plans, strict=True):

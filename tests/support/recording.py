@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pomona.core.ids import RequestId
-from pomona.core.interfaces import Executor
+from pomona.core.interfaces import Executor, LaunchedStep, LaunchingExecutor
 from pomona.core.output import RequestOutput
 from pomona.core.plan import StepPlan, StepResult
 from pomona.core.request import Request
 from pomona.engine.engine import Engine
-from pomona.sim.executor import SimExecutor
+from pomona.sim.executor import SimExecutor, SimLaunchedStep
 from pomona.sim.step_work import StepWork
 
 _TICKS_PER_S = 2.0**20
@@ -28,16 +28,32 @@ class RecordingExecutor:
     """(request, position in its sequence) -> token."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        result = self.executor.execute(plan)
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> "RecordingStep":
+        assert isinstance(self.executor, LaunchingExecutor)
         self.plans.append(plan)
-        for seq in plan.seqs:
-            if seq.is_sampled:
-                position = seq.num_computed_tokens + seq.num_scheduled_tokens
-                self.tokens[seq.request_id, position] = result.sampled[seq.request_id]
-        return result
+        return RecordingStep(self, plan, self.executor.launch(plan))
 
     def next_token(self, request_id: RequestId, position: int) -> int:
         return self.tokens[request_id, position]
+
+
+@dataclass
+class RecordingStep:
+    """A launched step whose tokens are kept when they are there."""
+
+    keeper: RecordingExecutor
+    plan: StepPlan
+    step: LaunchedStep
+
+    def result(self) -> StepResult:
+        result = self.step.result()
+        for seq in self.plan.seqs:
+            if seq.is_sampled:
+                position = seq.num_computed_tokens + seq.num_scheduled_tokens
+                self.keeper.tokens[seq.request_id, position] = result.sampled[seq.request_id]
+        return result
 
 
 class RecordingSimExecutor(SimExecutor):
@@ -47,9 +63,9 @@ class RecordingSimExecutor(SimExecutor):
         super().__init__(*arguments)
         self.plans: list[StepPlan] = []
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> SimLaunchedStep:
         self.plans.append(plan)
-        return super().execute(plan)
+        return super().launch(plan)
 
 
 class RecordingEngine:

@@ -29,6 +29,8 @@ class ProfileLimits:
 
     max_points: int = 300
     max_seconds: float = 300.0
+    min_seconds: float = 30.0
+    """Measure at least this long, unless a limit comes first: machines have slow moments."""
 
     def __post_init__(self) -> None:
         """Check both."""
@@ -89,7 +91,7 @@ def run_profile(
             current = fit(samples, is_rough=True)
             errors.append(_expected_error(design, samples, current))
             report(ProfileProgress(num_points, len(samples), elapsed_s, errors[-1], point))
-            if _has_settled(errors, num_points):
+            if elapsed_s >= limits.min_seconds and _has_settled(errors, num_points):
                 reason = "predictions no longer get better"
                 break
             left_s = limits.max_seconds - elapsed_s

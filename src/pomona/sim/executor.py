@@ -37,19 +37,22 @@ class SimExecutor:
         with_extras: Container[AdapterId] = (),
     ) -> None:
         self.last_work = StepWork()
-        """What the latest plan had to do."""
+        """What the latest step that gave its result had to do."""
         self.last_step_s = 0.0
-        """How long the latest plan took."""
+        """How long the device took for it."""
         self._cost_model = cost_model
         self._meter = WorkMeter(lora_ranks, with_extras)
         self._next_token = next_token
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Say what came out of the plan, and set ``last_work`` and ``last_step_s``."""
-        self.last_work = self._meter.measure(plan)
-        self.last_step_s = self._cost_model.seconds(self.last_work)
+        return self.launch(plan).result()
+
+    def launch(self, plan: StepPlan) -> "SimLaunchedStep":
+        """See ``LaunchingExecutor``; the device takes up a step when it is done with the one before."""
+        work = self._meter.measure(plan)
         next_token = self._next_token
-        return StepResult(
+        result = StepResult(
             step_id=plan.step_id,
             sampled={
                 seq.request_id: next_token(seq.request_id, seq.num_computed_tokens + seq.num_scheduled_tokens)
@@ -57,3 +60,22 @@ class SimExecutor:
                 if seq.is_sampled
             },
         )
+        return SimLaunchedStep(self, work, self._cost_model.seconds(work), result)
+
+
+class SimLaunchedStep:
+    """A step under way."""
+
+    __slots__ = ("_executor", "_result", "_seconds", "_work")
+
+    def __init__(self, executor: SimExecutor, work: StepWork, seconds: float, result: StepResult) -> None:
+        self._executor = executor
+        self._work = work
+        self._seconds = seconds
+        self._result = result
+
+    def result(self) -> StepResult:
+        """What came out; the executor's ``last_work`` and ``last_step_s`` are then this step's."""
+        self._executor.last_work = self._work
+        self._executor.last_step_s = self._seconds
+        return self._result

@@ -34,10 +34,18 @@ class SimReplica:
         heap: the clock.
         deliver: where outputs go.
         reject: where refused requests go.
+        overlap_steps: the next step is planned while one is under way, as on a GPU.
     """
 
     def __init__(
-        self, config: SchedulerConfig, executor: SimExecutor, heap: EventHeap, deliver: Deliver, reject: Reject
+        self,
+        config: SchedulerConfig,
+        executor: SimExecutor,
+        heap: EventHeap,
+        deliver: Deliver,
+        reject: Reject,
+        *,
+        overlap_steps: bool = False,
     ) -> None:
         self.config = config
         self.stats = EngineStats(num_kv_blocks=config.num_kv_blocks, num_adapter_pages=config.num_adapter_pages)
@@ -48,7 +56,7 @@ class SimReplica:
         """Told of every step, if set."""
         self.in_flight: dict[RequestId, Request] = {}
         """Requests that arrived and whose end has not been delivered, oldest first."""
-        self._engine = Engine(config, executor)
+        self._engine = Engine(config, executor, overlap_steps=overlap_steps)
         self._executor = executor
         self._heap = heap
         self._deliver = deliver
