@@ -66,7 +66,7 @@ class Model:
 def models() -> dict[str, Model]:
     """The bundled model, and the shape of the comparison with other engines."""
     root = workload.cache_dir() / "smollm2-135m"
-    common = {"max_model_len": 1024, "prefix_cache": False}
+    common = {"max_model_len": 1024, "prefix_cache": False, "max_waiting": 100_000}
     small = {"kv_cache_bytes": 64 << 20, "max_num_seqs": 64}
     large = {"kv_cache_bytes": 512 << 20, "max_num_seqs": 32, "model": str(root / "model")}
     large["adapters_dir"] = (str(root / "adapters"),)
@@ -254,6 +254,8 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
         profile = CostProfile.from_json(profiles[-1]["profile"], "the row")
         bench.live(generate(spec("chat", len(bench.adapters), AllAtOnce(), 32)))
     else:
+        if not arguments.accept_noise:
+            meter.wait_until_quiet()
         with meter.Meter() as clock:
             profile = bench.profile(console)
         row = {"kind": "profile", "profile": profile.to_json(), **asdict(clock.disturbance)}
@@ -262,13 +264,15 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
     capacities = {row["workload"]: row["capacity_rps"] for row in results.of_kind(done, "capacity")}
     counts = {name: 0 for name in itertools.product(WORKLOADS, LOADS)}
     for row in results.of_kind(done, "fidelity"):
-        counts[row["workload"], row["load"]] += 1
+        counts[row["workload"], row["load"]] += row["is_clean"]
     for repetition, (name, load) in itertools.product(range(arguments.repeats), counts):
         if counts[name, load] > repetition:
             continue
         if time.monotonic() - start_s > arguments.max_seconds - model.run_s:
             return
         if name not in capacities:
+            if not arguments.accept_noise:
+                meter.wait_until_quiet()
             capacities[name] = capacity(bench, name)
             results.append(
                 arguments.output, {**setup, "kind": "capacity", "workload": name, "capacity_rps": capacities[name]}
@@ -276,6 +280,8 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
         rate = load * capacities[name]
         num_requests = max(20, min(model.max_requests, round(rate * model.run_s)))
         wanted = generate(spec(name, len(bench.adapters), arrivals_of(name, rate), num_requests))
+        if not arguments.accept_noise:
+            meter.wait_until_quiet()
         with meter.Meter() as clock:
             live = bench.live(wanted)
         simulated = bench.simulated(wanted, profile)
