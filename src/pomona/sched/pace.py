@@ -5,6 +5,7 @@ seconds. The three coefficients are followed by a Kalman filter: directions in w
 (only decodes: s = n) keep what was learnt of them before, where least squares over a window would forget it.
 """
 
+import math
 from dataclasses import dataclass
 
 _MIN_STEPS = 8
@@ -53,13 +54,13 @@ class Pace:
         """What a step may hold to end within ``limit_s`` seconds.
 
         A limit that would leave more than half of every step to its fixed cost is not kept that far: everybody would
-        wait longer for it.
+        wait longer for it. As long as that cost is not known well, smaller steps are tried, which makes it known.
         """
         if limit_s is None or self._num_seen < _MIN_STEPS:
             return Allowance(self._max_rows)
         step_s, seq_s, row_s = (max(0.0, value) for value in self._coefficients)
         row_s = max(row_s, 1e-12)
-        room_s = max(limit_s - step_s, step_s)
+        room_s = max(limit_s - step_s, step_s - 2.0 * math.sqrt(max(0.0, self._covariance[0][0])), 0.0)
         return Allowance(max(1, min(self._max_rows, int(room_s / row_s))), min(self._max_rows, int(seq_s / row_s)))
 
     def seconds(self, num_seqs: int, num_rows: int, num_steps: int = 1) -> float:

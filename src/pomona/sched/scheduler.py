@@ -65,6 +65,7 @@ class Scheduler:
         self._now_s = 0.0
         self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
         self._rows_per_seq = 0
+        self._is_limited = False
         # Somebody waits who has a claim, but nothing is preempted while a result is outstanding.
         self._has_open_claim = False
         self._num_admissions = 0
@@ -160,6 +161,7 @@ class Scheduler:
         num_preemptions = self._num_preemptions
         allowance = self._allowance()
         budget, self._rows_per_seq = allowance.num_rows, allowance.rows_per_seq
+        self._is_limited = budget < self.config.max_num_batched_tokens
         is_waited_for = len(self._queue) > 0
         running, held = self._claims.split(self._running) if is_waited_for else (self._running.copy(), [])
         is_crowded = len(running) * (1 + self._rows_per_seq) > budget
@@ -169,7 +171,7 @@ class Scheduler:
         if held:
             held = self._claims.may_go_on(held) if chosen else held
             budget = self._schedule_running(held, budget, chosen)
-        if budget <= 0 and self._rows_per_seq:
+        if budget <= 0 and self._is_limited:
             taken = set(chosen)
             self._running.sort(key=taken.__contains__)
         for seq in self._preempted:
@@ -340,7 +342,12 @@ class Scheduler:
             if not self._fits(seq, found) and not self._make_way(seq, found, chosen):
                 break
             self._start(seq, found, now_s, loads)
-            budget -= self._schedule_first(seq, budget) + self._rows_per_seq
+            room = budget
+            if self._is_limited and seq.account.num_running == 1:
+                # A step's time is limited for the sake of who comes next; whoever has just come is spared the limit.
+                num_rows = sum(one.scheduled.num_scheduled_tokens for one in chosen)
+                room = max(budget, self.config.max_num_batched_tokens - num_rows)
+            budget -= self._schedule_first(seq, room) + self._rows_per_seq
             chosen.append(seq)
         return budget
 
