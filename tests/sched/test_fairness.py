@@ -1,10 +1,12 @@
 """Who is served next under each policy, what is charged, and who makes way: on an engine, step by step."""
 
 import math
+import random
 
 import pytest
 
 from pomona.core.errors import ConfigError, DeadlineError, RateLimitError
+from pomona.core.plan import StepPlan
 from pomona.core.request import Priority, ServiceLevel
 from pomona.sched.account import Account
 from pomona.sched.fairness import FairnessConfig, Policy, ServicePrices
@@ -49,6 +51,38 @@ def order(harness: EngineHarness) -> list[str]:
 def account(harness: EngineHarness, tenant: str, priority: Priority = Priority.STANDARD) -> Account:
     accounts = harness.engine._scheduler._queue._accounts
     return next(one for key, one in accounts.items() if key == (tenant, priority))
+
+
+def plans_of_one_tenant(policy: Policy, seed: int) -> list[StepPlan]:
+    """What a random hour of one tenant's requests is turned into, adapters, preemptions and aborts included."""
+    rng = random.Random(seed)
+    harness = EngineHarness(
+        num_kv_blocks=rng.randint(5, 16),
+        max_num_batched_tokens=rng.randint(2, 16),
+        max_num_seqs=rng.randint(1, 6),
+        max_waiting=1000,
+        min_prefix_wait_tokens=rng.choice([0, 4]),
+        adapter_wait_limit_s=rng.choice([0.0, 2.0]),
+        num_adapter_pages=2,
+        fairness=FairnessConfig(policy=policy, requests_per_minute=1000),
+    )
+    for name in ("x", "y"):
+        harness.register(name)
+    for index in range(60):
+        prompt = [rng.randint(0, 2) for _ in range(rng.randint(1, 8))]
+        harness.add(make_request(f"r{index}", prompt, rng.randint(1, 8), adapter=rng.choice([None, "x", "y"])))
+        if rng.random() < 0.1:
+            harness.abort(rng.choice(harness.alive))
+        for _ in range(rng.randint(0, 2)):
+            harness.step(rng.choice([0.0, 1.0]))
+    harness.run()
+    return harness.executor.plans
+
+
+@pytest.mark.parametrize("policy", ["rpm", "lcf", "vtc", "wvtc", "drr"])
+@pytest.mark.parametrize("seed", range(8))
+def test_for_one_tenant_every_policy_is_first_come_first_served(policy, seed):
+    assert plans_of_one_tenant(policy, seed) == plans_of_one_tenant("fcfs", seed)
 
 
 def test_first_come_first_served_serves_whoever_floods():
