@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from dataclasses import replace
 
 import openai
 import pytest
@@ -182,6 +183,16 @@ async def test_forms_that_are_wrong_are_refused(served, clients):
         response = await served.served.http.post("/v1/files", headers=headers, **options)
         assert response.status_code == status, response.text
         assert response.json()["error"]["message"]
+
+
+async def test_files_have_a_limit_together(config, tmp_path):
+    async with serve_accounts(tmp_path, replace(config, max_tenant_file_bytes=100)) as served:
+        headers = {"authorization": f"Bearer {served.keys['acme']}"}
+        statuses = []
+        for _ in range(2):
+            form = {"files": {"file": b"x" * 150}, "data": {"purpose": "batch"}}
+            statuses.append((await served.served.http.post("/v1/files", headers=headers, **form)).status_code)
+    assert statuses == [200, 409]
 
 
 async def test_a_cancelled_batch_keeps_what_is_done(served, clients):

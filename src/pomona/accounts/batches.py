@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import delete, func, or_, select, update
 
 from pomona.accounts.clock import now_s
 from pomona.accounts.database import Database
@@ -82,6 +82,19 @@ class BatchStore:
         """Draw an id; the folder is there on return."""
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return f"file-{secrets.token_hex(16)}"
+
+    def check_room(self, tenant_id: str, max_bytes: int) -> None:
+        """Ask whether a tenant may store another file.
+
+        Raises:
+            AccountConflictError: its files fill what it has.
+        """
+        query = select(func.coalesce(func.sum(FileRow.num_bytes), 0)).where(FileRow.tenant_id == tenant_id)
+        with self._database.session() as session:
+            if int(session.scalar(query) or 0) >= max_bytes:
+                raise AccountConflictError(
+                    f"Your files have reached the limit of {max_bytes} bytes: delete some first."
+                )
 
     def add_file(self, file_id: str, tenant_id: str, filename: str, purpose: str) -> StoredFile:
         """Write down a file whose content is in its place."""

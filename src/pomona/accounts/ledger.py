@@ -145,6 +145,7 @@ class Ledger:
         self._position = (0, 0)
         self._num_written = 0
         self._num_synced = 0
+        self._num_shipped = 0
         self._unwritten: list[tuple[Start, Usage]] = []
         self._prices: Prices | None = None
         self._shipping = asyncio.Lock()
@@ -232,9 +233,10 @@ class Ledger:
             if num_written != self._num_synced:
                 await self._database.run(self._journal.sync)
                 self._num_synced = num_written
-            while True:
+            while num_written != self._num_shipped:
                 rows, position = await self._database.run(self._journal.read_from, self._position, _GROUP)
                 if not rows:
+                    self._num_shipped = num_written
                     return
                 self._on_spending(await self._insert(rows))
                 self._position = position

@@ -101,12 +101,20 @@ class Slots:
         Raises:
             DatabaseUnavailableError: it does not answer; everything is kept for the next time.
         """
-        for name, held in list(self._held.items()):
-            async with held.lock:
-                # Here first: what is freed must not be used while the statement is under way.
-                held.num_held = max(held.num_used, min(held.peak, held.num_held))
-                held.peak = held.num_used
-                await self._database.run(self._keep, name, held.num_held)
+        # One that is just being extended is renewed by that.
+        ours = [(name, held) for name, held in self._held.items() if not held.lock.locked()]
+        for _, held in ours:
+            await held.lock.acquire()
+            # Here first: what is freed must not be used while the statement is under way.
+            held.num_held = max(held.num_used, min(held.peak, held.num_held))
+            held.peak = held.num_used
+        try:
+            if ours:
+                await self._database.run(self._keep, [(name, held.num_held) for name, held in ours])
+        finally:
+            for _, held in ours:
+                held.lock.release()
+        for name, held in ours:
             if not (held.num_held or held.num_used or held.lock.locked()):
                 del self._held[name]
 
@@ -127,10 +135,12 @@ class Slots:
             row = connection.execute(_TAKE, {**values, "expires": now_s + EXPIRY_S}).first()
         return None if row is None else int(row[0])
 
-    def _keep(self, name: str, num_held: int) -> None:
-        values = {"name": name, "process": self._process_id}
+    def _keep(self, held: list[tuple[str, int]]) -> None:
+        expires_s = clock.now_s() + EXPIRY_S
         with self._database.write() as connection:
-            if num_held:
-                connection.execute(_KEEP, {**values, "held": num_held, "expires": clock.now_s() + EXPIRY_S})
-            else:
-                connection.execute(_FREE, values)
+            for name, num_held in sorted(held):  # in order, so that two processes never wait for each other
+                values = {"name": name, "process": self._process_id}
+                if num_held:
+                    connection.execute(_KEEP, {**values, "held": num_held, "expires": expires_s})
+                else:
+                    connection.execute(_FREE, values)

@@ -135,7 +135,7 @@ def _add_batches(app: FastAPI) -> None:
         "/v1/files",
         tags=["batch"],
         openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": form}}},
-        responses=openapi.answers(wire.FileCard, 400, 403, 413, 503),
+        responses=openapi.answers(wire.FileCard, 400, 403, 409, 413, 503),
     )(files.upload_file)
     app.get(
         "/v1/files",

@@ -46,7 +46,9 @@ def page_of(request: Request, default: int = 20, most: int = MAX_PAGE) -> tuple[
 async def upload_file(request: Request) -> Response:
     """Take a file for a batch."""
     accounts = accounts_of(request)
-    upload, purpose = await _read_form(request, accounts.config.max_file_bytes)
+    config = accounts.config
+    await accounts.database.run(accounts.batches.check_room, tenant_of(request), config.max_tenant_file_bytes)
+    upload, purpose = await _read_form(request, config.max_file_bytes)
     try:
         if purpose != "batch":
             raise InvalidRequestError.out_of_range("purpose", purpose[:_MAX_NAME_CHARS], "batch")
