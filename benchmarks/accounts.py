@@ -33,7 +33,7 @@ from pomona.cli.bench import spawned_server
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks" / "accounts.md"
-NUM_CLIENTS, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 16, 64, 64, 48
+NUM_CLIENTS, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 16, 32, 64, 48
 LIMITS = Limits(10**7, 10**9, 10**4, 10**12, 10**15)
 KINDS = ("bare", "full")
 

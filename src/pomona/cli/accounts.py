@@ -41,6 +41,7 @@ async def open_accounts(config: AppConfig, service: AdapterService) -> AsyncIter
         raise ConfigError(
             "accounts: names of the operator's adapters must not have slashes, which part tenant and name"
         )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     async with Accounts(accounts_config(config)) as accounts:
         for adapter in accounts.adapters.values():
             parent = str(Path(adapter.source).expanduser().resolve().parent)
