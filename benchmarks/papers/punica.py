@@ -115,7 +115,7 @@ def chart(sims: dict[str, ClusterSim], duration_s: float) -> str:
 
     panels = [Panel("replicas in use", tuple(in_use(policy, sim) for policy, sim in sims.items()))]
     panels += [Panel(f"requests on each replica, {policy}", loads(sim)) for policy, sim in sims.items()]
-    return line_chart("Punica's ramp: 16 replicas, one hour", "minutes", panels)
+    return line_chart("Punica's ramp: 16 replicas", "minutes", panels)
 
 
 if __name__ == "__main__":

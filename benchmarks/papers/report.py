@@ -97,7 +97,8 @@ def punica(rows: list[Row]) -> str:
         "Punica's consolidation ramp",
         "punica",
         table([*header, "TPOT p50 ms"], lines),
-        "16 replicas, one hour that rises and falls. Published is a picture: GPUs in use run near the batch "
+        f"16 replicas, load that rises and falls over {rows[-1]['duration_s'] / 60:.0f} minutes. Published is a "
+        "picture: GPUs in use run near the batch "
         "limit of 32, "
         "the others are idle, and GPUs are taken into use and given back one by one. The same shape appears; "
         "with the least "
@@ -176,7 +177,8 @@ def spot(rows: list[Row]) -> str:
         "A day on spot instances",
         "spot",
         table([*header, "replica-hours", "cost, on-demand hours"], lines),
-        "SpotServe reports 54 % less cost than on-demand at a P99 latency 2.4 to 9.1 times lower than its "
+        f"The first {rows[-1]['duration_s'] / 3600:.1f} hours of the trace. SpotServe reports 54 % less cost than "
+        "on-demand at a P99 latency 2.4 to 9.1 times lower than its "
         "baselines; the "
         "saving here is the price ratio alone. No request is lost: what an interrupted replica had goes on elsewhere, "
         "computed again. SpotServe keeps KV through the interruption where it can, which we do not; recomputing "
