@@ -4,15 +4,19 @@ python -m benchmarks.ceilings            # measures and appends to benchmarks/re
 """
 
 import argparse
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import meter, results
 from benchmarks.roofline import Ceilings
+from pomona.kernels.linear import pack, packed_linear
 
 
 def run(output: Path, console: Console, *, is_small: bool) -> dict[str, Any]:
@@ -54,6 +58,49 @@ def current(console: Console, *, is_quick: bool = False) -> Ceilings:
     console.print("no ceilings of this machine in benchmarks/results: measuring them, for this run only")
     small = CeilingsConfig(num_runs=1, run_s=0.01, is_small=True)
     return from_row(measure(small if is_quick else CeilingsConfig(num_runs=1, run_s=0.05)))
+
+
+class Probe:
+    """The two numbers of this very moment. On a shared host, memory gives a program between half and all it can,
+    depending on the neighbours; floors for a ratio come from beside what is timed.
+
+    Args:
+        is_quick: tiny sizes suffice.
+    """
+
+    _NUM_ROWS = 512
+
+    def __init__(self, *, is_quick: bool = False) -> None:
+        in_features, out_features, count = (64, 64, 1) if is_quick else (896, 9728, 8)
+        self._weights = [pack(torch.randn(out_features, in_features).bfloat16()) for _ in range(count)]
+        self._rows = torch.randn(self._NUM_ROWS, in_features).bfloat16()
+        self._buffer = torch.ones((1 if is_quick else 32) << 20)
+
+    def measure(self) -> Ceilings:
+        """Takes about a tenth of a second: reads by summing and by a product with one row, the better of them; and
+        products with many rows."""
+        row, weight = self._rows[:1], self._weights[0]
+        num_bytes = sum(weight.num_bytes for weight in self._weights)
+        flops = 2 * self._NUM_ROWS * weight.in_features * weight.out_features
+        read = max(
+            self._buffer.nbytes / _median_s(self._buffer.sum),
+            num_bytes / _median_s(lambda: [packed_linear(row, weight) for weight in self._weights]),
+        )
+        return Ceilings(flops / _median_s(lambda: packed_linear(self._rows, weight)), read)
+
+
+def _median_s(call: Callable[[], object]) -> float:
+    times_s = []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        call()
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s)
+
+
+def between(first: Ceilings, last: Ceilings) -> Ceilings:
+    """Their mean: ceilings of what ran between two measurements."""
+    return Ceilings((first.flops_per_s + last.flops_per_s) / 2, (first.bytes_per_s + last.bytes_per_s) / 2)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -226,7 +226,7 @@ def cases(batches: Sequence[int], prefill_rows: int) -> list[tuple[str, Mix]]:
     return found + [("prefill", mix) for mix in mixes(num_prompts) if mix.name in chosen]
 
 
-def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings, console: Console) -> None:
+def run_shape(shape: ModelShape, arguments: argparse.Namespace, console: Console) -> None:
     """Time all cases of a shape."""
     assets.make(shape)
     bare = {"base": Bench(shape, ()), workload.BASE_INT8: Bench(shape, (), "int8")}
@@ -237,6 +237,7 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     if any(mix.name not in bare for _, mix in todo):
         loaded = Bench(shape, [folder.name for folder, _, _ in assets.adapter_folders(shape)])
     setup = results.setup(dtype=bare["base"].dtype)
+    probe = ceilings.Probe(is_quick=arguments.quick)
     for _, mix in todo:  # warm up: adapters become resident, prompts cached, kernels and buffers made
         bare.get(mix.name, loaded).decode(mix)
     with Progress(console=console) as progress:
@@ -247,12 +248,14 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
                 bench = bare.get(mix.name, loaded)
                 if not arguments.accept_noise:
                     meter.wait_until_quiet()
+                before = probe.measure()
                 with meter.Meter() as clock:
                     if phase == "decode":
                         times_s, context = bench.decode(mix)
                     else:
                         times_s, context = bench.prefill(mix, seed=repeat), float(NUM_PROMPT_TOKENS)
                 noise = clock.disturbance
+                limits = ceilings.between(before, probe.measure())
                 row = row_of(shape, phase, mix, times_s, context, limits)
                 row |= {"repetition": repeat, **asdict(noise), "is_clean": noise.is_clean}
                 results.append(arguments.output, {**setup, **row})
@@ -280,9 +283,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true", help="also where decode steps of 32 spend their time")
     arguments = results.parse(parser, "step", words)
     console = Console(soft_wrap=True)
-    limits = ceilings.current(console, is_quick=arguments.quick)
     for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b"):
-        run_shape(SHAPES[name], arguments, limits, console)
+        run_shape(SHAPES[name], arguments, console)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pomona.kernels.cpu.binding import prefer_huge_pages
 from pomona.model.spec import ModelSpec
 
 
@@ -17,7 +18,9 @@ def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.devi
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
+    zeros = torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8))
+    prefer_huge_pages(zeros)
+    return zeros.view(dtype).view(shape)
 
 
 class KVCache:

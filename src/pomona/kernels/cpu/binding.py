@@ -27,6 +27,7 @@ MAX_RANK = 1024
 _ABI = 4
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class LoraSite(Structure):
@@ -212,14 +213,30 @@ def address_of(struct: Structure) -> int:
 
 
 def new_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialized CPU memory that the kernel is asked to back with huge pages: weights are read from end to end."""
+    """Uninitialized CPU memory on huge pages: weights are read from end to end."""
     tensor = torch.empty(shape, dtype=dtype)
+    prefer_huge_pages(tensor)
+    return tensor
+
+
+def prefer_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask the operating system to back a large contiguous CPU tensor, not yet touched, with huge pages.
+
+    Advice only: where it is refused, ordinary pages work as well and a little slower.
+    """
     start = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     num_bytes = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
     if num_bytes >= _HUGE_PAGE_BYTES and sys.platform == "linux":
-        # Advice only: where the kernel refuses it, ordinary pages work as well and a little slower.
         CDLL(None).madvise(c_void_p(start), ctypes.c_size_t(num_bytes), _MADV_HUGEPAGE)
-    return tensor
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep large blocks that are freed: every step allocates the same ones again, and memory given
+    back is zeroed anew by the operating system, page by page. For a process that serves a model; glibc only."""
+    mallopt = getattr(CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def describe() -> str:
