@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from support.triton_sampling import _tensors_where_the_kernels_run, pytest_collection_modifyitems  # noqa: F401
 
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# How fast the machine is at the moment is no property of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 torch.set_num_threads(1)  # the tensors of tests are tiny: more threads only wait for each other
 
 
