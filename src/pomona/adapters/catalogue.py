@@ -4,7 +4,6 @@ server) calls it from one thread, one operation per name at a time: after stagin
 
 import enum
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from pomona.core.adapter import AdapterInfo
@@ -21,6 +20,7 @@ class AdapterState(enum.StrEnum):
     LOADING = "loading"
     """Its first version is being read; requests for it are not found yet."""
     READY = "ready"
+    """Requests may use it; where its weights are is another matter."""
     DRAINING = "draining"
     """Being unloaded: running requests finish, new ones are not found."""
 
@@ -35,9 +35,11 @@ class CatalogueEntry:
     version: int
     """1 for the first adapter under this name since start, then 2, ...; 0 while the first is loading."""
     info: AdapterInfo | None
-    """None only while the first version is loading."""
+    """None until the first version has been read."""
     owner: TenantId | None = None
     """None: everybody may use it."""
+    expected_id: AdapterId | None = None
+    """What the source must hold when it is read again; None takes what is found, as a new version."""
 
 
 class Catalogue:
@@ -50,7 +52,7 @@ class Catalogue:
         """Create an empty catalogue beside the base model's own name."""
         self.base_name = base_name
         self._entries: dict[str, CatalogueEntry] = {}
-        self._num_names: Counter[AdapterId] = Counter()
+        self._names: dict[AdapterId, set[str]] = {}
 
     def validate_name(self, name: str) -> None:
         """Check that an adapter may be called so.
@@ -75,6 +77,36 @@ class Catalogue:
         if name not in self._entries:
             self._entries[name] = CatalogueEntry(name, source, AdapterState.LOADING, 0, None, owner)
 
+    def announce(self, name: str, source: str, expected_id: AdapterId | None = None) -> None:
+        """Let requests use ``name`` without its adapter having been read: the first of them has it read. A name that
+        is there already stays what it is.
+
+        Raises:
+            InvalidRequestError: field ``name``.
+        """
+        self.validate_name(name)
+        if name not in self._entries:
+            self._entries[name] = CatalogueEntry(
+                name, source, AdapterState.READY, 1, None, None, expected_id=expected_id
+            )
+
+    def learn(self, read: CatalogueEntry, info: AdapterInfo) -> AdapterId | None:
+        """Take note of what was found at the source of an entry; other bytes than last time are a new version. Nothing
+        changes if the name has come to mean something else meanwhile.
+
+        Returns:
+            The id of the adapter it meant before, if no name means that one any more; else None.
+        """
+        entry = self._entries.get(read.name)
+        if entry is None or entry.version != read.version or entry.source != read.source:
+            return None
+        if entry.info is not None and entry.info.adapter_id == info.adapter_id:
+            return None
+        version = entry.version if entry.info is None else entry.version + 1
+        self._entries[read.name] = replace(entry, version=version, info=info)
+        self._names.setdefault(info.adapter_id, set()).add(read.name)
+        return self._release(entry)
+
     def abandon_load(self, name: str) -> None:
         """Take back ``begin_load`` after the adapter was refused; a version that was ready before stays."""
         entry = self._entries.get(name)
@@ -82,7 +114,7 @@ class Catalogue:
             del self._entries[name]
 
     def register(self, name: str, info: AdapterInfo, source: str, owner: TenantId | None = None) -> AdapterId | None:
-        """Let ``name`` mean this adapter from now on, whatever it meant before.
+        """Let ``name`` mean this adapter, and none with other bytes, from now on, whatever it meant before.
 
         Returns:
             The id of the adapter it meant before, if no name means that one any more; else None.
@@ -90,8 +122,10 @@ class Catalogue:
         self.validate_name(name)
         before = self._entries.get(name)
         version = 1 if before is None else before.version + 1
-        self._entries[name] = CatalogueEntry(name, source, AdapterState.READY, version, info, owner)
-        self._num_names[info.adapter_id] += 1
+        self._entries[name] = CatalogueEntry(
+            name, source, AdapterState.READY, version, info, owner, expected_id=info.adapter_id
+        )
+        self._names.setdefault(info.adapter_id, set()).add(name)
         return None if before is None else self._release(before)
 
     def begin_unload(self, name: str) -> AdapterId | None:
@@ -104,11 +138,13 @@ class Catalogue:
             ModelNotFoundError: no adapter of that name is ready.
         """
         entry = self.get(name)
-        if entry.state is not AdapterState.READY or entry.info is None:
+        if entry.state is not AdapterState.READY:
             raise ModelNotFoundError(name)
         self._entries[name] = replace(entry, state=AdapterState.DRAINING)
+        if entry.info is None:
+            return None
         adapter_id = entry.info.adapter_id
-        return adapter_id if self._num_names[adapter_id] == 1 else None
+        return adapter_id if len(self._names[adapter_id]) == 1 else None
 
     def remove(self, name: str) -> AdapterId | None:
         """Forget ``name``.
@@ -138,10 +174,36 @@ class Catalogue:
         """All entries, sorted by name."""
         return tuple(self._entries[name] for name in sorted(self._entries))
 
+    def has(self, name: str) -> bool:
+        """True if there is such a name, in any state."""
+        return name in self._entries
+
+    def names_of(self, adapter_id: AdapterId) -> list[str]:
+        """Every name that means an adapter, sorted."""
+        return sorted(self._names.get(adapter_id, ()))
+
+    @property
+    def num_ready(self) -> int:
+        """Names that requests may use."""
+        return sum(entry.state is AdapterState.READY for entry in self._entries.values())
+
     @property
     def adapter_ids(self) -> frozenset[AdapterId]:
         """Every adapter that some name means."""
-        return frozenset(self._num_names)
+        return frozenset(self._names)
+
+    def find(self, model: str) -> CatalogueEntry | None:
+        """Return the entry that the API's ``model`` means, read or not; None for the base model.
+
+        Raises:
+            ModelNotFoundError: neither the base nor a name that requests may use.
+        """
+        if model == self.base_name:
+            return None
+        entry = self._entries.get(model.removeprefix(self.base_name + ":"))
+        if entry is None or entry.state is not AdapterState.READY:
+            raise ModelNotFoundError(model)
+        return entry
 
     def resolve_model(self, model: str) -> AdapterId | None:
         """Return what the API's ``model`` means: None for the base model, else an adapter.
@@ -151,20 +213,21 @@ class Catalogue:
         Raises:
             ModelNotFoundError: neither the base nor an adapter that is ready.
         """
-        if model == self.base_name:
-            return None
-        entry = self._entries.get(model.removeprefix(self.base_name + ":"))
-        if entry is None or entry.state is not AdapterState.READY or entry.info is None:
+        entry = self.find(model)
+        if entry is not None and entry.info is None:
             raise ModelNotFoundError(model)
-        return entry.info.adapter_id
+        return None if entry is None or entry.info is None else entry.info.adapter_id
 
     def _release(self, entry: CatalogueEntry) -> AdapterId | None:
         if entry.info is None:
             return None
         adapter_id = entry.info.adapter_id
-        self._num_names[adapter_id] -= 1
-        assert self._num_names[adapter_id] >= 0, "an adapter lost more names than it had"
-        if self._num_names[adapter_id] > 0:
+        now = self._entries.get(entry.name)
+        if now is not None and now.info is not None and now.info.adapter_id == adapter_id:
             return None
-        del self._num_names[adapter_id]
+        names = self._names[adapter_id]
+        names.remove(entry.name)
+        if names:
+            return None
+        del self._names[adapter_id]
         return adapter_id

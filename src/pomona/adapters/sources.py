@@ -1,5 +1,5 @@
-"""Where adapters may come from, and reading them: a source (a folder inside the allowed roots, or a hub id) becomes a
-local folder, a folder becomes bytes. A folder is read exactly once, so what is checked is what is used.
+"""Where adapters may come from, and reading them: a source (a folder or URL inside the allowed roots, or a hub id)
+becomes a local folder, a folder becomes bytes. A folder is read exactly once, so what is checked is what is used.
 """
 
 import errno
@@ -9,7 +9,6 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import huggingface_hub
 from huggingface_hub import constants as hub_constants
@@ -23,19 +22,26 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pomona.adapters.layout import CONFIG_FILE, MAX_WEIGHTS_BYTES, WEIGHTS_FILES
 from pomona.adapters.peft_config import MAX_CONFIG_BYTES
+from pomona.adapters.remote import RemoteFolders, is_url
 from pomona.core.adapter import AdapterFiles
-from pomona.core.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError
+from pomona.core.errors import AdapterError, AdapterForbiddenError, AdapterNotFoundError, AdapterUnavailableError
+from pomona.core.ids import AdapterId
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILES: tuple[tuple[str, Literal["safetensors", "bin"]], ...] = (
-    ("adapter_model.safetensors", "safetensors"),
-    ("adapter_model.bin", "bin"),
-)
-"""In PEFT's order of preference."""
-MAX_WEIGHTS_BYTES = 16 * 2**30
 MAX_SOURCE_CHARS = 4096
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAdapter:
+    """An adapter's files on this machine."""
+
+    path: str
+    num_weights_bytes: int
+    """As the file system says; 0 if there are none."""
+    cached_id: AdapterId | None
+    """Its digest, if it lies in the cache on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +49,62 @@ class AdapterSources:
     """What an operator allows ``source`` to be."""
 
     allowed_roots: tuple[str, ...] = ()
-    """Folders; anything inside them (once symbolic links are followed) may be loaded."""
+    """Folders and URLs; anything inside them (in folders: once symbolic links are followed) may be loaded."""
     allow_hub: bool = False
     """Whether ``org/name`` or ``org/name@revision`` may be fetched from the Hugging Face hub."""
+    remote: RemoteFolders | None = None
+    """Fetches what lies below URLs; None refuses them."""
 
     def below(self, folder: str) -> "AdapterSources":
         """Return the same, with every root narrowed down to its sub-folder ``folder``, one plain name."""
         assert folder not in ("", ".", ".."), folder
         assert os.sep not in folder, folder
         return replace(self, allowed_roots=tuple(os.path.join(root, folder) for root in self.allowed_roots))
+
+    def fetch(self, source: str, expected_id: AdapterId | None = None) -> LocalAdapter:
+        """Bring a source to this machine; ``release`` it once it has been read.
+
+        Args:
+            source: folder, URL or hub id.
+            expected_id: what must be there; if the cache on disk has it, nobody else is asked.
+
+        Raises:
+            AdapterError: as ``resolve``.
+            AdapterUnavailableError: the source, or the disk, fails for now.
+        """
+        if is_url(source):
+            self._check_url(source)
+            assert self.remote is not None
+            adapter_id, path = self.remote.fetch(source, expected_id)
+            return LocalAdapter(str(path), _weights_bytes(str(path)), adapter_id)
+        folder = self.resolve(source)
+        return LocalAdapter(folder, _weights_bytes(folder), None)
+
+    def release(self, adapter: LocalAdapter, *, is_corrupt: bool = False) -> None:
+        """Give back what ``fetch`` returned.
+
+        Args:
+            adapter: fetched.
+            is_corrupt: its bytes are not what they were when they were fetched: fetch it anew next time.
+        """
+        if self.remote is not None and adapter.cached_id is not None:
+            if is_corrupt:
+                self.remote.cache.drop(adapter.cached_id)
+            self.remote.cache.release(adapter.cached_id)
+
+    def lane(self, source: str) -> str:
+        """What to wait behind: a source that is slow delays only those of its own lane."""
+        if is_url(source):
+            return next((root for root in self.allowed_roots if _is_below(source, root)), "")
+        return "local"
+
+    def _check_url(self, source: str) -> None:
+        parts = source.partition("://")[2].split("/")
+        is_allowed = any(_is_below(source, root) for root in self.allowed_roots)
+        if not 0 < len(source) <= MAX_SOURCE_CHARS or ".." in parts or "." in parts or not is_allowed:
+            raise AdapterForbiddenError(f"source {source[:200]!r}: outside the allowed adapter folders")
+        if self.remote is None:
+            raise AdapterForbiddenError(f"source {source[:200]!r}: URLs need adapter_cache_dir")
 
     def resolve(self, source: str) -> str:
         """Find the local folder a source means, downloading it from the hub if need be.
@@ -69,7 +122,9 @@ class AdapterSources:
         if not 0 < len(source) <= MAX_SOURCE_CHARS or "\0" in source:
             raise AdapterError(f"source: must be 1 to {MAX_SOURCE_CHARS} characters without NUL")
         path = os.path.realpath(source)
-        is_allowed_path = any(_is_inside(path, os.path.realpath(root)) for root in self.allowed_roots)
+        is_allowed_path = any(
+            _is_inside(path, os.path.realpath(root)) for root in self.allowed_roots if not is_url(root)
+        )
         if is_allowed_path and os.path.isdir(path):
             return path
         if _HUB_ID.fullmatch(source) and self.allow_hub:
@@ -123,7 +178,7 @@ def _read(folder: str, name: str, roots: Sequence[str], max_bytes: int) -> bytes
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise AdapterForbiddenError(f"{name} is a symbolic link that leads nowhere") from error
-        raise AdapterError(f"{name} cannot be read: {error.strerror}") from error
+        raise _unreadable(name, error) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
@@ -134,7 +189,7 @@ def _read(folder: str, name: str, roots: Sequence[str], max_bytes: int) -> bytes
         try:
             content = file.read(max_bytes + 1)
         except OSError as error:
-            raise AdapterError(f"{name} cannot be read: {error.strerror}") from error
+            raise _unreadable(name, error) from error
     if len(content) > max_bytes:
         raise AdapterError(f"{name} has more than {max_bytes} bytes, the limit")
     return content
@@ -160,13 +215,31 @@ def _fetch(source: str) -> str:
     except HFValidationError as error:
         raise AdapterNotFoundError(f"source {source!r}: not a hub id") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise AdapterError(
+        raise AdapterUnavailableError(
             f"source {source!r}: not in the local cache, and the Hugging Face hub cannot be reached. "
             f"Download it where there is a network (hf download {repo_id}) and copy the cache, or pass a local folder"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise AdapterError(f"source {source!r}: the Hugging Face hub could not be read: {error}") from error
+        raise AdapterUnavailableError(f"source {source!r}: the Hugging Face hub could not be read: {error}") from error
     return str(Path(folder).resolve())
+
+
+def _unreadable(name: str, error: OSError) -> AdapterError:
+    kind = AdapterError if error.errno in (errno.EACCES, errno.EPERM) else AdapterUnavailableError
+    return kind(f"{name} cannot be read: {error.strerror}")
+
+
+def _weights_bytes(folder: str) -> int:
+    for name, _ in WEIGHTS_FILES:
+        try:
+            return os.stat(os.path.join(folder, name)).st_size
+        except OSError:
+            continue
+    return 0
+
+
+def _is_below(url: str, root: str) -> bool:
+    return is_url(root) and url.startswith(root.rstrip("/") + "/")
 
 
 def _is_inside(path: str, root: str) -> bool:

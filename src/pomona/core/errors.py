@@ -15,7 +15,9 @@
     ├── AdapterError             an adapter could not be read, or does not fit             (422)
     │   ├── AdapterNotFoundError     nothing at that source                                (404)
     │   ├── AdapterForbiddenError    the source lies outside what the operator allowed     (403)
-    │   └── AdapterConfigError       a field of adapter_config.json is wrong or unsupported (422)
+    │   ├── AdapterConfigError       a field of adapter_config.json is wrong or unsupported (422)
+    │   └── AdapterUnavailableError  its source, or the disk, fails for a while; try again  (503)
+    ├── AdapterFailedError       a request names an adapter that cannot be brought in      (409)
     ├── CheckpointError          the base checkpoint could not be read or is unsupported   (start-up)
     └── ConfigError              a setting is wrong; names the setting                     (start-up)
 
@@ -123,6 +125,23 @@ class AdapterConfigError(AdapterError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"adapter_config.json: {field}: {message}")
         self.field = field
+
+
+class AdapterUnavailableError(AdapterError):
+    """An adapter cannot be brought in now, but may be later: its source, the disk or memory does not allow it.
+
+    Args:
+        message: what failed.
+        retry_after_s: seconds until it is tried again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class AdapterFailedError(PomonaError):
+    """A request names an adapter that was found but cannot be used; loading it again may help, trying again will not."""
 
 
 class CheckpointError(PomonaError):

@@ -1,8 +1,8 @@
-"""Adapters as the API has them: loads, replaces and unloads names, and lends adapters to requests.
+"""Adapters as the API has them: names that requests may use, brought in when one does; loads, replacements, unloads.
 
-Joins where adapters come from (``adapters.sources``), what names mean (``adapters.catalogue``) and the engine. A name
-is resolved once, when a request is accepted; from then on the request holds a lease on that very version. Belongs to
-one event loop.
+Joins where adapters come from (``adapters.sources``, ``adapters.stores``), what names mean (``adapters.catalogue``) and
+the engine's memory (``server.host_tier``). A name is resolved once, when a request is accepted; from then on the request
+holds that very version. Belongs to one event loop.
 """
 
 import asyncio
@@ -10,20 +10,32 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from pomona.adapters.catalogue import AdapterState, Catalogue, CatalogueEntry
 from pomona.adapters.sources import AdapterSources
-from pomona.core.errors import EngineUnavailableError, ModelNotFoundError, PomonaError
+from pomona.adapters.stores import AdapterStore, StoredAdapter
+from pomona.adapters.unknown_names import UnknownNames
+from pomona.core.errors import (
+    AdapterError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PomonaError,
+)
 from pomona.core.ids import AdapterId
 from pomona.core.interfaces import EngineClient
+from pomona.server.adapter_loading import AdapterLoading, ResidencyLimits
+from pomona.server.adapter_record import AdapterRecord, Tier
 from pomona.server.errors import UnknownAdapterError
+from pomona.server.host_tier import HostTier
+from pomona.server.tasks import Tasks
 
-_Result = TypeVar("_Result")
 _LOGGER = logging.getLogger(__name__)
 _MAX_SHOWN_CHARS = 200
+_HOT_S = 120.0
+"""What was used so recently is staged again when the engine was started again; the rest when it is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,31 +54,42 @@ class _HeldLock:
 
 
 class AdapterService:
-    """Loads, replaces, unloads and lends adapters.
+    """Brings in, replaces, unloads and lends adapters.
 
     Args:
         client: the engine.
-        sources: where clients of the API may load adapters from.
+        sources: where clients of the API, and the stores, may have adapters.
         catalogue: owned by this service from now on.
-        retry_delay_s: pause before an unload that found the engine restarting is tried again.
+        stores: asked for names that the catalogue does not have.
+        limits: of memory and patience.
     """
 
     def __init__(
-        self, client: EngineClient, sources: AdapterSources, catalogue: Catalogue, *, retry_delay_s: float = 1.0
+        self,
+        client: EngineClient,
+        sources: AdapterSources,
+        catalogue: Catalogue,
+        stores: tuple[AdapterStore, ...] = (),
+        limits: ResidencyLimits = ResidencyLimits(),  # noqa: B008  # frozen
     ) -> None:
-        self._client = client
         self._sources = sources
         self._catalogue = catalogue
-        self._retry_delay_s = retry_delay_s
+        self._stores = stores
+        self._lease_ended = asyncio.Event()
+        self._tasks = Tasks(self._lease_ended.set)
+        self._loading = AdapterLoading(client, catalogue, limits, self._tasks)
+        self._unknown = UnknownNames()
+        self._removed: set[str] = set()
+        """Names of stores that were unloaded: not there until they are loaded."""
         self._created_s: dict[str, int] = {}
-        self._num_leases: Counter[AdapterId] = Counter()
+        self._started_s = int(time.time())  # noqa: TID251  # a date for people
         self._num_name_leases: Counter[str] = Counter()
-        self._staged: set[AdapterId] = set()
-        self._wakeups: set[asyncio.Event] = set()
         self._name_locks: dict[str, _HeldLock] = {}
-        self._unload_lock = asyncio.Lock()
-        self._unloads_seen: list[set[AdapterId]] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def host(self) -> HostTier:
+        """What is in host memory."""
+        return self._loading.host
 
     @property
     def sources(self) -> AdapterSources:
@@ -81,7 +104,21 @@ class AdapterService:
     @property
     def num_ready(self) -> int:
         """Names that requests may use."""
-        return sum(entry.state is AdapterState.READY for entry in self._catalogue.list())
+        return self._catalogue.num_ready
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their adapter."""
+        return self._loading.num_waiting
+
+    def record(self, name: str) -> AdapterRecord:
+        """What is known of a name's past."""
+        return self._loading.recorded(name)
+
+    @property
+    def records(self) -> Iterable[AdapterRecord]:
+        """Of all names that were used, or tried."""
+        return self._loading.records
 
     def get(self, name: str) -> CatalogueEntry:
         """Look up one name, in any state.
@@ -94,46 +131,87 @@ class AdapterService:
         except ModelNotFoundError as error:
             raise UnknownAdapterError(f"No adapter is called {name[:_MAX_SHOWN_CHARS]!r}.") from error
 
+    def tier(self, entry: CatalogueEntry, resident: frozenset[AdapterId] = frozenset()) -> Tier:
+        """Where an entry's adapter is now.
+
+        Args:
+            entry: of the catalogue.
+            resident: what the engine has on the device, if that is known.
+        """
+        record = self.record(entry.name)
+        if entry.state is AdapterState.DRAINING:
+            return Tier.DRAINING
+        if entry.info is not None and self.host.is_staged(entry.info.adapter_id):
+            return Tier.RESIDENT if entry.info.adapter_id in resident else Tier.STAGED
+        if record.step is not None:
+            return record.step
+        return Tier.REGISTERED if record.error is None else Tier.FAILED
+
     def num_requests(self, entry: CatalogueEntry) -> int:
         """Count the requests in flight that asked for the entry's name."""
         return self._num_name_leases[entry.name]
 
     def created_s(self, name: str) -> int:
-        """Return the Unix time at which the current version of ``name`` was loaded, or began to be."""
-        return self._created_s.get(name, 0)
+        """Return the Unix time at which the current version of ``name`` came, as far as this server knows."""
+        return self._created_s.get(name, self._started_s)
 
-    @contextlib.contextmanager
-    def lease(self, model: str) -> Iterator[Lease]:
-        """Resolve ``model`` and keep its adapter from being unloaded until the end of the block.
+    def announce(self, stored: Iterable[StoredAdapter], sources: AdapterSources | None = None) -> None:
+        """Let requests use these names; nothing is read.
+
+        Args:
+            stored: names and sources; those that cannot be names are left out, with a warning.
+            sources: what the sources may be, if not what clients of the API may load.
+        """
+        for adapter in stored:
+            try:
+                self._catalogue.announce(adapter.name, adapter.source, adapter.adapter_id)
+            except InvalidRequestError as error:
+                _LOGGER.warning("Adapter %r is not served: %s", adapter.name, error)
+                continue
+            self._loading.allow(adapter.name, sources or self._sources)
+
+    async def find(self, model: str) -> CatalogueEntry | None:
+        """Return what ``model`` means now, without bringing it in; None for the base model.
 
         Raises:
-            ModelNotFoundError: neither the base nor an adapter that is ready.
+            ModelNotFoundError: neither the base nor an adapter that requests may use.
         """
-        adapter_id = self.resolve(model)
-        if adapter_id is None:
+        model = model[:_MAX_SHOWN_CHARS]
+        try:
+            return self._catalogue.find(model)
+        except ModelNotFoundError:
+            name = model.removeprefix(self._catalogue.base_name + ":")
+            if not await self._discover(name):
+                raise
+            return self._catalogue.find(model)
+
+    @contextlib.asynccontextmanager
+    async def lease(self, model: str) -> AsyncIterator[Lease]:
+        """Resolve ``model``, bring its adapter in, and keep it until the end of the block.
+
+        Raises:
+            ModelNotFoundError: neither the base nor an adapter that requests may use; or nothing is at its source.
+            AdapterUnavailableError: its source fails for now, or it takes too long.
+            AdapterFailedError: what is at its source cannot be used.
+            EngineUnavailableError: the engine is not there.
+        """
+        entry = await self.find(model)
+        if entry is None:
             yield Lease(None, None)
             return
-        name = model.removeprefix(self._catalogue.base_name + ":")
-        self._num_leases[adapter_id] += 1
+        name = entry.name
         self._num_name_leases[name] += 1
         try:
-            yield Lease(adapter_id, name)
+            adapter_id = await self._loading.hold(entry, model)
+            try:
+                yield Lease(adapter_id, name)
+            finally:
+                self.host.release(adapter_id)
         finally:
             self._num_name_leases[name] -= 1
             if not self._num_name_leases[name]:
                 del self._num_name_leases[name]
-            self._num_leases[adapter_id] -= 1
-            if not self._num_leases[adapter_id]:
-                del self._num_leases[adapter_id]
-                self._wake()
-
-    def resolve(self, model: str) -> AdapterId | None:
-        """Return what ``model`` means now, without a lease.
-
-        Raises:
-            ModelNotFoundError: neither the base nor an adapter that is ready.
-        """
-        return self._catalogue.resolve_model(model[:_MAX_SHOWN_CHARS])
+                self._lease_ended.set()
 
     async def load(self, name: str, source: str, sources: AdapterSources | None = None) -> CatalogueEntry:
         """Load an adapter under ``name``, replacing what the name meant; returns when requests can use it.
@@ -142,7 +220,7 @@ class AdapterService:
 
         Args:
             name: under which it will be served.
-            source: folder or hub id.
+            source: folder, URL or hub id.
             sources: what ``source`` may be, if not what clients of the API may load.
 
         Raises:
@@ -151,7 +229,7 @@ class AdapterService:
             EngineUnavailableError: the engine is not there; everything is as it was before.
         """
         self._catalogue.validate_name(name)
-        return await asyncio.shield(self._spawn(self._load(name, source, sources or self._sources)))
+        return await asyncio.shield(self._tasks.spawn(self._replace(name, source, sources or self._sources)))
 
     async def unload(self, name: str) -> None:
         """Take no new requests for ``name``, let running ones finish, free its memory; then return.
@@ -160,114 +238,105 @@ class AdapterService:
             UnknownAdapterError: there is no such name.
         """
         self.get(name)
-        await asyncio.shield(self._spawn(self._unload(name)))
+        await asyncio.shield(self._tasks.spawn(self._unload(name)))
 
-    def forget_lost(self, adapter_id: AdapterId, reason: str) -> None:
-        """Take back the names of an adapter that a restarted engine could not load again."""
-        for entry in self._catalogue.list():
-            if entry.info is not None and entry.info.adapter_id == adapter_id:
-                _LOGGER.error("Adapter %s is no longer served: %s", entry.name, reason)
-                self._catalogue.remove(entry.name)
-        self._staged.discard(adapter_id)
-        self._wake()
+    def pin(self, name: str, *, is_pinned: bool) -> None:
+        """Keep a name's adapter in host memory once it is there, or let it be evicted like others.
+
+        Raises:
+            UnknownAdapterError: there is no such name.
+            InvalidRequestError: half of the budget is pinned already.
+        """
+        self.get(name)
+        self._loading.pin(name, is_pinned=is_pinned)
+
+    def restage(self) -> None:
+        """The engine may be a new one: stage again what was used lately, the most valuable first."""
+        lost = self.host.forget_if_restarted()
+        now_s = time.time()  # noqa: TID251
+        named = {entry.info.adapter_id: entry for entry in self.entries if entry.info is not None}
+        hot = [
+            named[adapter_id]
+            for adapter_id in lost
+            if adapter_id in named and now_s - (self.record(named[adapter_id].name).last_used_s or 0.0) < _HOT_S
+        ]
+        if hot:
+            self._tasks.spawn(self._restage(hot))
 
     async def close(self) -> None:
         """Stop what is under way."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
+        await self._loading.close()
 
-    async def _load(self, name: str, source: str, sources: AdapterSources) -> CatalogueEntry:
+    async def _discover(self, name: str) -> bool:
+        """Ask the stores for a name that the catalogue does not have."""
+        now_s = time.monotonic()
+        if not self._stores or name in self._removed or self._unknown.knows(name, now_s):
+            return False
+        try:
+            self._catalogue.validate_name(name)
+        except InvalidRequestError:
+            return False
+        for number, store in enumerate(self._stores):
+            try:
+                found = await self._loading.lanes.run(f"store {number}", store.find, name)
+            except PomonaError as error:
+                _LOGGER.warning("A store cannot be asked for %r: %s", name, error)
+                continue
+            if found is not None:
+                self.announce((found,))
+                return True
+        self._unknown.note(name, now_s)
+        return False
+
+    async def _replace(self, name: str, source: str, sources: AdapterSources) -> CatalogueEntry:
         async with self._name_lock(name):
             self._catalogue.begin_load(name, source)
-            self._created_s.setdefault(name, int(time.time()))  # noqa: TID251  # a date for people
+            self._created_s.setdefault(name, int(time.time()))  # noqa: TID251
+            record = self._loading.record(name)
             try:
-                path = await asyncio.to_thread(sources.resolve, source)
-                replaced = await self._stage(name, source, path)
-            except BaseException:
+                read = CatalogueEntry(name, source, AdapterState.LOADING, 0, None)
+                info = await self._loading.fetch_and_stage(read, sources)
+            except BaseException as error:
                 self._catalogue.abandon_load(name)
-                if all(entry.name != name for entry in self._catalogue.list()):
+                record.num_failures += isinstance(error, AdapterError)
+                if not self._catalogue.has(name):
                     self._created_s.pop(name, None)
+                    self._loading.forget(name)
                 raise
+            finally:
+                record.step = None
+            self._loading.mean(self._catalogue.register(name, info, source), info)
+            self.host.release(info.adapter_id)
+            record.succeed()
+            self._removed.discard(name)
+            self._unknown.forget(name)
+            self._loading.allow(name, sources)
             self._created_s[name] = int(time.time())  # noqa: TID251
-            entry = self._catalogue.get(name)
-        if replaced is not None:
-            self._spawn(self._free(replaced))
-        self._wake()
-        return entry
-
-    async def _stage(self, name: str, source: str, path: str) -> AdapterId | None:
-        """Have the engine load ``path`` and give it the name; return the id that lost its last name."""
-        unloads_seen: set[AdapterId] = set()
-        self._unloads_seen.append(unloads_seen)
-        try:
-            while True:
-                info = await self._client.load_adapter(path)
-                # The same bytes may have been unloaded under another name since the engine answered.
-                async with self._unload_lock:
-                    if info.adapter_id not in unloads_seen:
-                        self._staged.add(info.adapter_id)
-                        return self._catalogue.register(name, info, source)
-                    unloads_seen.clear()
-        finally:
-            self._unloads_seen.remove(unloads_seen)
+            return self._catalogue.get(name)
 
     async def _unload(self, name: str) -> None:
         async with self._name_lock(name):
             try:
-                adapter_id = self._catalogue.begin_unload(name)
+                self._catalogue.begin_unload(name)
             except ModelNotFoundError as error:
                 raise UnknownAdapterError(f"No adapter is called {name[:_MAX_SHOWN_CHARS]!r}.") from error
-            if adapter_id is not None:
-                await self._until(lambda: not self._num_leases[adapter_id] or self._has_other_name(name, adapter_id))
+            while self._num_name_leases[name] or self._loading.is_loading(name):
+                self._lease_ended.clear()
+                await self._lease_ended.wait()
+            orphan = self._catalogue.remove(name)
             self._created_s.pop(name, None)
-            try:
-                orphan = self._catalogue.remove(name)
-            except ModelNotFoundError:  # lost by the engine meanwhile
-                return
+            self._loading.forget(name)
+            if self._stores:
+                self._removed.add(name)
             if orphan is not None:
-                await self._free(orphan)
+                await self.host.free(orphan)
 
-    def _has_other_name(self, name: str, adapter_id: AdapterId) -> bool:
-        return any(
-            entry.info is not None and entry.info.adapter_id == adapter_id and entry.name != name
-            for entry in self._catalogue.list()
-        )
-
-    async def _free(self, adapter_id: AdapterId) -> None:
-        """Unload an adapter that has no name, once nobody uses it; does nothing if it gets a name again."""
-        while True:
-            await self._until(lambda: not self._num_leases[adapter_id])
-            async with self._unload_lock:
-                if adapter_id in self._catalogue.adapter_ids or adapter_id not in self._staged:
-                    return
-                if self._num_leases[adapter_id]:
-                    continue
-                try:
-                    await self._client.unload_adapter(adapter_id)
-                except EngineUnavailableError:
-                    _LOGGER.warning("Unloading adapter %s waits for the engine", adapter_id)
-                else:
-                    self._staged.discard(adapter_id)
-                    for seen in self._unloads_seen:
-                        seen.add(adapter_id)
-                    return
-            await asyncio.sleep(self._retry_delay_s)
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition on leases and names; ``_wake`` makes it look again."""
-        wakeup = asyncio.Event()
-        self._wakeups.add(wakeup)
-        try:
-            while not condition():
-                wakeup.clear()
-                await wakeup.wait()
-        finally:
-            self._wakeups.discard(wakeup)
-
-    def _wake(self) -> None:
-        for wakeup in self._wakeups:
-            wakeup.set()
+    async def _restage(self, entries: list[CatalogueEntry]) -> None:
+        for entry in entries:
+            if entry.info is not None and not self.host.is_staged(entry.info.adapter_id):
+                with contextlib.suppress(AdapterError, EngineUnavailableError):
+                    await asyncio.shield(self._loading.begin(entry).task)
 
     @contextlib.asynccontextmanager
     async def _name_lock(self, name: str) -> AsyncIterator[None]:
@@ -281,15 +350,3 @@ class AdapterService:
             held.num_users -= 1
             if not held.num_users:
                 del self._name_locks[name]
-
-    def _spawn(self, work: Coroutine[Any, Any, _Result]) -> "asyncio.Task[_Result]":
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._end_task)
-        return task
-
-    def _end_task(self, task: "asyncio.Task[Any]") -> None:
-        self._tasks.discard(task)
-        # Whoever waits for the task gets its error too; but nobody may be waiting any more.
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, PomonaError):
-            _LOGGER.error("An adapter operation failed", exc_info=error)
