@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import charts, floors, precision, results, tables
+from benchmarks import charts, floors, precision, residency, results, tables
 from benchmarks.results import RESULTS, ROOT, Row, of_kind
 
 DOCS = ROOT / "docs"
@@ -51,6 +51,7 @@ class Report:
         yield "benchmarks/step.md", self._page("The engine's step", "step", self._step_sections())
         yield "benchmarks/engine.md", self._page("What adapters cost", "engine", self._engine_sections())
         yield "benchmarks/precision.md", self._page("Precision of the base", "precision", self._precision_sections())
+        yield "benchmarks/residency.md", self._page("Thousands of adapters", "residency", self._residency_sections())
         yield "benchmarks/ops.md", self._page("Ops", "ops", self._op_sections())
         yield PERFORMANCE, fill(performance, self._parts())
 
@@ -115,6 +116,9 @@ class Report:
     def _precision_sections(self) -> Iterator[str]:
         path = results.latest("precision", self._folder)
         return precision.sections(results.read(path) if path else [])
+
+    def _residency_sections(self) -> Iterator[str]:
+        return residency.sections(self._rows("residency", "residency"))
 
     def _op_sections(self) -> Iterator[str]:
         for shape, rows in self._by_shape("ops", "op"):

@@ -22,6 +22,7 @@ from starlette.types import Message
 from pomona.accounts.accounts import Accounts
 from pomona.adapters.catalogue import Catalogue
 from pomona.adapters.sources import AdapterSources
+from pomona.adapters.stores import AdapterStore
 from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import AdapterNotFoundError, PomonaError
@@ -33,6 +34,7 @@ from pomona.driver.local_client import LocalClient
 from pomona.driver.loop import EngineParts
 from pomona.engine.engine import Engine
 from pomona.sched.config import SchedulerConfig
+from pomona.server.adapter_loading import ResidencyLimits
 from pomona.server.adapter_service import AdapterService
 from pomona.server.app import create_app
 from pomona.server.config import ServedModel, ServerConfig
@@ -166,6 +168,8 @@ async def serve(
     *,
     chat_template: bool = True,
     accounts: Accounts | None = None,
+    stores: tuple[AdapterStore, ...] = (),
+    residency: ResidencyLimits = ResidencyLimits(),
     **limits: Any,
 ) -> AsyncIterator[Served]:
     """Build and start everything in this process.
@@ -175,6 +179,8 @@ async def serve(
         config: of the server.
         chat_template: False for a model without one.
         accounts: entered already; None for a server with one tenant.
+        stores: places with many adapters, below ``folder``.
+        residency: memory and patience for adapters.
         **limits: fields of SchedulerConfig.
     """
     files = folder / "tokenizer"
@@ -199,7 +205,7 @@ async def serve(
     )
     client = LocalClient(EngineParts(Engine(scheduling, executor), FolderHost(), info))
     async with client:
-        service = AdapterService(client, AdapterSources((str(folder),)), Catalogue(BASE), retry_delay_s=0.01)
+        service = AdapterService(client, AdapterSources((str(folder),)), Catalogue(BASE), stores, residency)
         template = ChatTemplate.load(files, tokenizer) if chat_template else None
         model = ServedModel(BASE, info.max_model_len, info.vocab_size, info.eos_token_ids)
         app = create_app(client, tokenizer, template, service, model, config or ServerConfig(), accounts=accounts)
@@ -287,6 +293,9 @@ class ScriptedClient:
 
     async def unload_adapter(self, adapter_id: AdapterId) -> None:
         raise AssertionError("nothing was loaded")
+
+    async def resident_adapters(self) -> frozenset[AdapterId]:
+        return frozenset()
 
 
 def output(*token_ids: int, **fields: Any) -> RequestOutput:

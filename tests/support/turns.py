@@ -50,7 +50,7 @@ class TurnClient:
     num_restarts = 0
 
     def __init__(self) -> None:
-        self.session = EngineSession(cast(ClientChannel, _SilentChannel()), {}, max_unanswered_commands=10_000)
+        self.session = EngineSession(cast(ClientChannel, _SilentChannel()), max_unanswered_commands=10_000)
         self.request_ids: list[RequestId] = []
         """Of every request, in order of submission."""
 
@@ -66,6 +66,9 @@ class TurnClient:
 
     async def load_adapter(self, path: str) -> AdapterInfo:
         raise AdapterNotFoundError(path)
+
+    async def resident_adapters(self) -> frozenset[AdapterId]:
+        return await self.session.resident_adapters()
 
     async def unload_adapter(self, adapter_id: AdapterId) -> None:
         raise AssertionError("nothing was loaded")

@@ -178,9 +178,9 @@ class Catalogue:
         """True if there is such a name, in any state."""
         return name in self._entries
 
-    def names_of(self, adapter_id: AdapterId) -> list[str]:
+    def names_of(self, adapter_id: AdapterId) -> tuple[str, ...]:
         """Every name that means an adapter, sorted."""
-        return sorted(self._names.get(adapter_id, ()))
+        return tuple(sorted(self._names.get(adapter_id, ())))
 
     @property
     def num_ready(self) -> int:

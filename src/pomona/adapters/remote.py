@@ -101,7 +101,7 @@ class RemoteFolders:
             facts = self.system(url).info(url)
         except FileNotFoundError:
             return None
-        except Exception as error:  # noqa: BLE001  # every file system has errors of its own
+        except Exception as error:  # every file system has errors of its own
             raise _unavailable(url, error) from error
         size = facts["size"]
         if facts.get("type") != "file" or not isinstance(size, int):
@@ -128,7 +128,7 @@ class RemoteFolders:
                 while num_read <= num_bytes and (piece := file.read(_PIECE_BYTES)):
                     num_read += len(piece)
                     yield piece
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             raise _unavailable(url, error) from error
         if num_read != num_bytes:
             raise AdapterUnavailableError(f"{url} changed while it was read: {num_read} bytes of {num_bytes}")

@@ -1,5 +1,5 @@
-"""Stores: places with many adapters, known by an index and not by their weights. A folder is listed; a URL is listed, or
-says itself what it has in ``index.json``:
+"""Stores: places with many adapters, known by an index and not by their weights. A folder is listed; a URL is listed,
+or says itself what it has in ``index.json``:
 
     {"adapters": [{"name": "legal", "path": "legal/v7", "digest": "<64 hex digits, optional>"}]}
 
@@ -146,6 +146,8 @@ def _indexed(url: str, content: bytes) -> Iterator[StoredAdapter]:
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f'{where}: must be JSON with a list "adapters"') from error
     seen: set[str] = set()
+    if not isinstance(lines, list):
+        raise ConfigError(f'{where}: "adapters" must be a list')
     for number, line in enumerate(lines):
         name = line.get("name") if isinstance(line, dict) else None
         path = line.get("path", name) if isinstance(line, dict) else None

@@ -1,4 +1,4 @@
-"""Accounts for ``pomona serve``: opened if the settings want them, with the tenants' adapters loaded."""
+"""Accounts for ``pomona serve``: opened if the settings want them, with names for the tenants' adapters."""
 
 import contextlib
 import logging
@@ -7,9 +7,11 @@ from pathlib import Path
 
 from pomona.accounts.accounts import Accounts
 from pomona.accounts.config import AccountsConfig
+from pomona.adapters.remote import is_url
 from pomona.adapters.sources import AdapterSources
+from pomona.adapters.stores import StoredAdapter
 from pomona.cli.config import AppConfig
-from pomona.core.errors import ConfigError, PomonaError
+from pomona.core.errors import ConfigError
 from pomona.server.adapter_service import AdapterService
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,10 +47,8 @@ async def open_accounts(config: AppConfig, service: AdapterService) -> AsyncIter
     async with Accounts(accounts_config(config)) as accounts:
         for adapter in accounts.adapters.values():
             parent = str(Path(adapter.source).expanduser().resolve().parent)
-            try:
-                await service.load(adapter.qualified_name, adapter.source, AdapterSources((parent,), allow_hub=True))
-            except PomonaError as error:
-                _LOGGER.warning("Adapter %s is not served: %s", adapter.qualified_name, error)
+            sources = service.sources if is_url(adapter.source) else AdapterSources((parent,), allow_hub=True)
+            service.announce((StoredAdapter(adapter.qualified_name, adapter.source),), sources)
         if not await accounts.database.run(accounts.tenants.has_admin):
             _LOGGER.warning(
                 "There is no administrator's key yet. Make one: pomona keys admin --data-dir %s", config.data_dir

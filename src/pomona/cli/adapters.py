@@ -1,5 +1,6 @@
 """``pomona adapters``: a server's adapters, and what is in an adapter folder."""
 
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,21 +13,29 @@ from pomona.adapters.sources import read_files
 from pomona.cli.api import Api
 from pomona.core.adapter import AdapterFiles, AdapterSpec
 
+_COLUMNS = (
+    "name", "state", "version", "rank", "MiB", "requests", "hits", "loads", "load s", "evicted", "last use", "why",
+)  # fmt: skip
+
 
 def list_adapters(url: str, api_key: str | None) -> None:
     """Print a table of a server's adapters."""
-    table = Table("name", "state", "rank", "MiB", "adapts", "features", "id", "source", box=None, header_style="bold")
+    table = Table(*_COLUMNS, box=None, header_style="bold")
     for adapter in Api(url, api_key).call("GET", "/v1/adapters")["data"]:
         num_bytes = adapter["num_host_bytes"]
         table.add_row(
-            adapter["name"],
+            adapter["name"] + (" (pinned)" if adapter["pinned"] else ""),
             adapter["state"],
+            str(adapter["version"]),
             _text(adapter["lora_rank"]),
             "" if num_bytes is None else f"{num_bytes / 2**20:.2f}",
-            " ".join(name.removesuffix("_proj") for name in adapter["modules"]),
-            " ".join(adapter["features"]),
-            _text(adapter["id"])[:12],
-            adapter["source"],
+            str(adapter["num_requests"]) + (f" ({adapter['num_waiting']} wait)" if adapter["num_waiting"] else ""),
+            str(adapter["num_hits"]),
+            str(adapter["num_loads"]),
+            f"{adapter['fetch_s'] + adapter['stage_s']:.3f}" if adapter["num_loads"] else "",
+            str(adapter["num_evictions"]),
+            "" if adapter["last_used"] is None else time.strftime("%d %b %H:%M", time.localtime(adapter["last_used"])),
+            _text(adapter["error"]),
         )
     console = Console()
     console.print(table if table.row_count else "No adapters are loaded. Add one: pomona adapters add NAME FOLDER")

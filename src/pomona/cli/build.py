@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pomona.adapters.layout import CONFIG_FILE
+from pomona.adapters.remote import is_url
 from pomona.cli.config import BUNDLED_MODEL, AppConfig
 from pomona.cli.hub import bundled_dir, checkpoint_dir
 from pomona.core.engine_info import EngineInfo
@@ -131,33 +133,45 @@ class AdapterSource:
     """True if asked for by name: the server does not start without it. Folders found in a directory may be broken."""
 
 
-def startup_adapters(config: AppConfig) -> list[AdapterSource]:
-    """Adapters to load before the server is ready: those named, then those found in adapters dirs, in name order.
+def named_adapters(config: AppConfig) -> list[AdapterSource]:
+    """Adapters that the settings name one by one, in their order.
 
     Raises:
-        ConfigError: malformed NAME=SOURCE, the same name twice, or a directory that does not exist.
+        ConfigError: malformed NAME=SOURCE, or the same name twice.
     """
-    found: list[AdapterSource] = []
+    found: dict[str, AdapterSource] = {}
     for item in config.adapter:
         name, separator, source = item.partition("=")
         if not separator or not name or not source:
             raise ConfigError(f"adapter {item!r}: must be NAME=PATH_OR_HUB_ID")
-        found.append(AdapterSource(name, source, is_required=True))
+        if name in found:
+            raise ConfigError(f"adapter {name!r} is given twice: {found[name].source} and {source}")
+        found[name] = AdapterSource(name, source, is_required=True)
+    return list(found.values())
+
+
+def startup_adapters(config: AppConfig) -> list[AdapterSource]:
+    """Every adapter of the settings, for who loads all at once: those named, then those found in adapters dirs.
+
+    Raises:
+        ConfigError: malformed NAME=SOURCE, the same name twice, a URL, or a directory that does not exist.
+    """
+    found = {adapter.name: adapter for adapter in named_adapters(config)}
     for directory in adapters_dirs(config):
-        if not directory.is_dir():
-            raise ConfigError(f"adapters_dir {str(directory)!r}: no such folder")
-        folders = sorted(path for path in directory.iterdir() if (path / "adapter_config.json").is_file())
-        found.extend(AdapterSource(path.name, str(path), is_required=False) for path in folders)
-    seen: dict[str, str] = {}
-    for adapter in found:
-        if adapter.name in seen:
-            raise ConfigError(f"adapter {adapter.name!r} is given twice: {seen[adapter.name]} and {adapter.source}")
-        seen[adapter.name] = adapter.source
-    return found
+        path = Path(directory).expanduser()
+        if is_url(directory) or not path.is_dir():
+            raise ConfigError(f"adapters_dir {directory!r}: no such folder")
+        for folder in sorted(path.iterdir()):
+            if not (folder / CONFIG_FILE).is_file():
+                continue
+            if folder.name in found:
+                raise ConfigError(f"adapter {folder.name!r} is given twice: {found[folder.name].source} and {folder}")
+            found[folder.name] = AdapterSource(folder.name, str(folder), is_required=False)
+    return list(found.values())
 
 
-def adapters_dirs(config: AppConfig) -> list[Path]:
+def adapters_dirs(config: AppConfig) -> list[str]:
     """The adapters dirs of the settings; for the bundled model without any, the bundled adapters."""
     if config.model == BUNDLED_MODEL and not config.adapter and not config.adapters_dir:
-        return [bundled_dir() / "adapters"]
-    return [Path(directory).expanduser() for directory in config.adapters_dir]
+        return [str(bundled_dir() / "adapters")]
+    return list(config.adapters_dir)

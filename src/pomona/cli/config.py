@@ -49,10 +49,23 @@ class AppConfig(BaseSettings):
 
     adapter: tuple[str, ...] = Field((), description="NAME=PATH_OR_HUB_ID of an adapter to load at start; repeatable.")
     adapters_dir: tuple[str, ...] = Field(
-        (), description="Folder whose sub-folders are adapters under their own names; repeatable."
+        (),
+        description="Folder or URL whose sub-folders are adapters under their own names, or that has an index.json; "
+        "each is brought in when a request names it; repeatable.",
     )
     allowed_adapter_root: tuple[str, ...] = Field(
-        (), description="Folder from which the API may load adapters; repeatable. Default: the adapters dirs."
+        (),
+        description="Folder or URL from which the API may load adapters, besides the adapters dirs; repeatable.",
+    )
+    host_adapter_bytes: ByteSize | None = Field(
+        None, description="Host memory for adapters, such as 8GiB; default: a quarter of the machine's."
+    )
+    adapter_cache_dir: str | None = Field(
+        None, description="Folder that keeps adapters fetched from URLs (s3://...), over restarts; URLs need it."
+    )
+    adapter_cache_bytes: ByteSize = Field(ByteSize(32 * 2**30), description="Disk space for it.")
+    adapter_load_wait_s: float = Field(
+        30.0, gt=0, description="A request waits this long for its adapter to be brought in; then 503 with Retry-After."
     )
     allow_hub_adapters: bool = Field(default=False, description="Let the API load adapters from the Hugging Face hub.")
 

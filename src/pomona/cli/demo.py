@@ -44,7 +44,7 @@ def run_demo(config: AppConfig) -> None:
     Raises:
         ConfigError: another model was asked for: the demo's questions are for the bundled adapters.
     """
-    bundled = bundled_dir() / "adapters"
+    bundled = str(bundled_dir() / "adapters")
     if adapters_dirs(config) != [bundled]:
         raise ConfigError("the demo asks the bundled adapters; to serve your own use `pomona serve MODEL`")
     tasks = {task.name: task for task in read_tasks()}

@@ -16,15 +16,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pomona.adapters.catalogue import Catalogue
-from pomona.adapters.sources import AdapterSources
 from pomona.cli.accounts import open_accounts
-from pomona.cli.build import AdapterSource, adapters_dirs, engine_builder, startup_adapters
+from pomona.cli.build import engine_builder
 from pomona.cli.config import AppConfig
 from pomona.cli.hub import model_name
+from pomona.cli.residency import give_names, make_service, open_places
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import ConfigError, PomonaError
-from pomona.core.ids import AdapterId
 from pomona.driver.client import ProcessClient
 from pomona.driver.config import DriverConfig
 from pomona.server.adapter_service import AdapterService
@@ -151,16 +149,12 @@ def _bind(config: AppConfig) -> socket.socket:
 @contextlib.asynccontextmanager
 async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple[FastAPI, AdapterService, str]]:
     """Everything behind the door, started; closed on the way out."""
-    at_start = startup_adapters(config)
     build = engine_builder(config)
     folder = Path(build.model_path)
     tokenizer = Tokenizer.load(folder)
     base_name = config.served_model_name or model_name(config.model)
     services: list[AdapterService] = []  # empty until the engine, which it needs, has started
-
-    def forget_lost(adapter_id: AdapterId, reason: str) -> None:
-        for service in services:
-            service.forget_lost(adapter_id, reason)
+    exits = contextlib.ExitStack()
 
     columns = (
         SpinnerColumn(),
@@ -177,21 +171,25 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
                 _LOGGER.info("Engine %s", state)
             else:
                 progress.update(start, description=f"{base_name}: {state}")
+            if state == "ready":
+                for service in services:
+                    service.restage()
 
         client = ProcessClient(
             build,
             DriverConfig(hang_limit_s=config.step_timeout_s),
             on_state=show_state,
-            on_adapter_lost=forget_lost,
         )
         try:
+            places = exits.enter_context(open_places(config))
             info = await client.start()
-            service = AdapterService(client, _api_sources(config), Catalogue(base_name))
-            services.append(service)
             progress.update(start, visible=False)
-            await _load_adapters(service, at_start, progress)
+            service = make_service(config, client, places, base_name)
+            await give_names(config, service, places)
+            services.append(service)
         except BaseException:
             await client.close()
+            exits.close()
             raise
     console.print(_summary(base_name, info))
     try:
@@ -202,26 +200,7 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
             yield app, service, base_name
     finally:
         await client.close()
-
-
-async def _load_adapters(service: AdapterService, adapters: list[AdapterSource], progress: Progress) -> None:
-    task = progress.add_task("loading adapters", total=len(adapters))
-    for adapter in adapters:
-        # Whoever starts the server may load from anywhere.
-        parent = str(Path(adapter.source).expanduser().resolve().parent)
-        try:
-            await service.load(adapter.name, adapter.source, AdapterSources((parent,), allow_hub=True))
-        except PomonaError as error:
-            if adapter.is_required:
-                raise ConfigError(f"adapter {adapter.name!r} from {adapter.source!r}: {error}") from error
-            _LOGGER.warning("Adapter %s is not served: %s", adapter.name, error)
-        progress.advance(task)
-
-
-def _api_sources(config: AppConfig) -> AdapterSources:
-    """Where the API may load adapters from: as allowed, or else from the adapters dirs."""
-    roots = config.allowed_adapter_root or tuple(str(path) for path in adapters_dirs(config))
-    return AdapterSources(tuple(str(Path(root).expanduser()) for root in roots), allow_hub=config.allow_hub_adapters)
+        exits.close()
 
 
 def _server_config(config: AppConfig) -> ServerConfig:

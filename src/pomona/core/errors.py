@@ -141,7 +141,7 @@ class AdapterUnavailableError(AdapterError):
 
 
 class AdapterFailedError(PomonaError):
-    """A request names an adapter that was found but cannot be used; loading it again may help, trying again will not."""
+    """A request names an adapter that was found but cannot be used, until it is replaced."""
 
 
 class CheckpointError(PomonaError):

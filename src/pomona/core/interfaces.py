@@ -71,7 +71,7 @@ class EngineClient(Protocol):
 
     @property
     def num_restarts(self) -> int:
-        """Times the engine was started again after its death."""
+        """Times the engine was started again after its death; each time without any adapter."""
         ...
 
     def stats(self) -> EngineStats:
@@ -104,4 +104,12 @@ class EngineClient(Protocol):
 
     async def unload_adapter(self, adapter_id: AdapterId) -> None:
         """Take no new requests for it, let running ones finish, then free every copy. Returns when all is freed."""
+        ...
+
+    async def resident_adapters(self) -> frozenset[AdapterId]:
+        """Which adapters are on every device now; for people, not for each request.
+
+        Raises:
+            EngineUnavailableError: the engine is not there.
+        """
         ...

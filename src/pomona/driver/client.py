@@ -1,4 +1,4 @@
-"""ProcessClient: the server's EngineClient. Keeps an engine process alive and what it had loaded, loaded.
+"""ProcessClient: the server's EngineClient. Keeps an engine process alive.
 
 Belongs to the event loop on which it was started. driver/local_client.py is its single-process sibling.
 """
@@ -6,8 +6,7 @@ Belongs to the event loop on which it was started. driver/local_client.py is its
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import ParamSpec, Self
 
 from pomona.core.adapter import AdapterInfo
@@ -31,10 +30,6 @@ def _ignore_state(state: str) -> None:
     """Nobody wants to hear of changes of state."""
 
 
-def _ignore_loss(adapter_id: AdapterId, reason: str) -> None:
-    """Nobody wants to hear of lost adapters."""
-
-
 _Arguments = ParamSpec("_Arguments")
 
 
@@ -47,13 +42,12 @@ def _call(listener: Callable[_Arguments, None], *args: _Arguments.args, **kwargs
 
 
 class ProcessClient:
-    """An engine in a process of its own, started again when it dies.
+    """An engine in a process of its own, started again when it dies; adapters are then to be loaded again.
 
     Args:
         build: picklable; called in the engine's process.
         config: limits.
         on_state: called with ``state`` after every change, start-up progress included.
-        on_adapter_lost: called with an adapter's id and the reason when a restarted engine could not load it again.
     """
 
     def __init__(
@@ -62,16 +56,12 @@ class ProcessClient:
         config: DriverConfig | None = None,
         *,
         on_state: Callable[[str], None] = _ignore_state,
-        on_adapter_lost: Callable[[AdapterId, str], None] = _ignore_loss,
     ) -> None:
         """Nothing is started yet."""
         self._build = build
         self._config = config or DriverConfig()
         self._on_state = on_state
-        self._on_adapter_lost = on_adapter_lost
         self._restarts = RestartRule(self._config)
-        self._adapters: dict[AdapterId, str] = {}
-        self._lost_adapters: dict[AdapterId, str] = {}
         self._life: EngineLife | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._state = "not started"
@@ -105,16 +95,6 @@ class ProcessClient:
     def pid(self) -> int:
         """Process id of the engine; 0 while there is none."""
         return 0 if self._life is None else self._life.pid
-
-    @property
-    def adapters(self) -> Mapping[AdapterId, str]:
-        """Adapters loaded, with the folder each was last loaded from; loaded again after a restart."""
-        return MappingProxyType(self._adapters)
-
-    @property
-    def lost_adapters(self) -> Mapping[AdapterId, str]:
-        """Adapters that a restarted engine could not load again, with the reason; loading one again removes it."""
-        return MappingProxyType(self._lost_adapters)
 
     def stats(self) -> EngineStats:
         """The latest snapshot received; all zero while no engine is ready."""
@@ -161,13 +141,15 @@ class ProcessClient:
 
     async def load_adapter(self, path: str) -> AdapterInfo:
         """See EngineClient.load_adapter. A load whose caller is cancelled goes on."""
-        info = await self._session().load_adapter(path)
-        self._lost_adapters.pop(info.adapter_id, None)
-        return info
+        return await self._session().load_adapter(path)
 
     async def unload_adapter(self, adapter_id: AdapterId) -> None:
-        """See EngineClient.unload_adapter. If the engine dies meanwhile, the adapter stays loaded."""
+        """See EngineClient.unload_adapter. If the engine dies meanwhile, the adapter went with it."""
         await self._session().unload_adapter(adapter_id)
+
+    async def resident_adapters(self) -> frozenset[AdapterId]:
+        """See EngineClient.resident_adapters."""
+        return await self._session().resident_adapters()
 
     def _session(self) -> EngineSession:
         if self._life is None or not self.is_ready:
@@ -181,7 +163,7 @@ class ProcessClient:
 
     async def _begin(self, prefix: str) -> tuple[EngineLife, EngineInfo]:
         return await EngineLife.begin(
-            self._build, self._config, self._adapters, lambda progress: self._set_state(f"{prefix}: {progress}")
+            self._build, self._config, lambda progress: self._set_state(f"{prefix}: {progress}")
         )
 
     async def _supervise(self, life: EngineLife) -> None:
@@ -200,7 +182,7 @@ class ProcessClient:
             self._set_state(f"failed: {type(error).__name__}: {error}")
 
     async def _restart(self, reason: str) -> EngineLife | None:
-        """Start engines until one is ready with all its adapters; None when there were too many deaths."""
+        """Start engines until one is ready; None when there were too many deaths."""
         while True:
             self._life = None
             delay_s = self._restarts.delay_after_death_s(time.monotonic())
@@ -211,54 +193,10 @@ class ProcessClient:
             await asyncio.sleep(delay_s)
             try:
                 self._life, _ = await self._begin("restarting")
-                await self._reload_adapters(self._life)
             except PomonaError as error:
                 reason = str(error)
                 _LOGGER.error("The engine could not be restarted: %s", reason)
-                if self._life is not None:
-                    await self._life.end(reason)
                 continue
             self._num_restarts += 1
             self._set_state("ready")
             return self._life
-
-    async def _reload_adapters(self, life: EngineLife) -> None:
-        """Load every adapter again that was loaded when the last engine died.
-
-        Raises:
-            EngineUnavailableError: the engine died meanwhile.
-        """
-        wanted = dict(self._adapters)
-        reloads = asyncio.gather(
-            *(self._reload_adapter(life.session, adapter_id, path, wanted) for adapter_id, path in wanted.items())
-        )
-        over = asyncio.create_task(life.wait_until_over())
-        try:
-            await asyncio.wait((reloads, over), return_when=asyncio.FIRST_COMPLETED)
-            if over.done():
-                life.session.end(over.result())
-            await reloads
-        finally:
-            reloads.cancel()
-            over.cancel()
-
-    async def _reload_adapter(
-        self, session: EngineSession, adapter_id: AdapterId, path: str, wanted: Mapping[AdapterId, str]
-    ) -> None:
-        try:
-            info = await session.load_adapter(path)
-        except EngineUnavailableError:
-            raise
-        except PomonaError as error:
-            self._lose_adapter(adapter_id, str(error))
-            return
-        if info.adapter_id != adapter_id:
-            self._lose_adapter(adapter_id, f"{path} now holds another adapter, {info.adapter_id}")
-            if info.adapter_id not in wanted:
-                await session.unload_adapter(info.adapter_id)
-
-    def _lose_adapter(self, adapter_id: AdapterId, reason: str) -> None:
-        _LOGGER.error("Adapter %s is lost: %s", adapter_id, reason)
-        self._adapters.pop(adapter_id, None)
-        self._lost_adapters[adapter_id] = reason
-        _call(self._on_adapter_lost, adapter_id, reason)

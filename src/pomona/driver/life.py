@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import EngineUnavailableError, PomonaError
-from pomona.core.ids import AdapterId
 from pomona.driver.channel import ClientChannel, socket_pair
 from pomona.driver.config import DriverConfig
 from pomona.driver.loop import EngineBuilder
@@ -25,7 +24,7 @@ OnProgress: TypeAlias = Callable[[str], None]
 class EngineLife:
     """A running engine process. Build it with ``begin``; always end it with ``end``."""
 
-    def __init__(self, config: DriverConfig, adapters: dict[AdapterId, str], on_progress: OnProgress) -> None:
+    def __init__(self, config: DriverConfig, on_progress: OnProgress) -> None:
         """Make the sockets; no process yet.
 
         Raises:
@@ -36,7 +35,7 @@ class EngineLife:
         own_end, self._engine_end = socket_pair()
         self._process = EngineProcess()
         self._channel = ClientChannel(own_end, self._on_report)
-        self.session = EngineSession(self._channel, adapters, config.max_unanswered_commands)
+        self.session = EngineSession(self._channel, config.max_unanswered_commands)
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[EngineInfo] = loop.create_future()
         self._over: asyncio.Future[str] = loop.create_future()
@@ -48,7 +47,6 @@ class EngineLife:
         cls,
         build: EngineBuilder,
         config: DriverConfig,
-        adapters: dict[AdapterId, str],
         on_progress: OnProgress,
     ) -> tuple["EngineLife", EngineInfo]:
         """Start a process and wait until its engine is built.
@@ -57,7 +55,7 @@ class EngineLife:
             PomonaError: the builder's own error, or EngineUnavailableError if the process died or fell silent.
         """
         try:
-            life = cls(config, adapters, on_progress)
+            life = cls(config, on_progress)
         except OSError as error:
             raise EngineUnavailableError(f"the engine's sockets could not be made: {error}") from error
         try:

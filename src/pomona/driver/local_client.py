@@ -76,7 +76,7 @@ class LocalClient:
         """Start the engine's thread on the running event loop."""
         own_end, engine_end = socket_pair()
         self._channel = ClientChannel(own_end, self._on_report)
-        self._open_session = EngineSession(self._channel, {}, self._config.max_unanswered_commands)
+        self._open_session = EngineSession(self._channel, self._config.max_unanswered_commands)
         self._thread = threading.Thread(
             target=self._run, args=(EngineChannel(engine_end),), name="pomona-engine", daemon=True
         )
@@ -114,6 +114,10 @@ class LocalClient:
     async def unload_adapter(self, adapter_id: AdapterId) -> None:
         """See EngineClient.unload_adapter."""
         await self._session().unload_adapter(adapter_id)
+
+    async def resident_adapters(self) -> frozenset[AdapterId]:
+        """See EngineClient.resident_adapters."""
+        return await self._session().resident_adapters()
 
     def _session(self) -> EngineSession:
         if self._open_session is None or not self.is_ready:

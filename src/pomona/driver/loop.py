@@ -22,6 +22,7 @@ from pomona.driver.messages import (
     Abort,
     AdapterLoaded,
     AdapterUnloaded,
+    AskResident,
     Begin,
     CallFailed,
     Command,
@@ -29,6 +30,7 @@ from pomona.driver.messages import (
     Ping,
     Rejection,
     Reply,
+    ResidentAdapters,
     Shutdown,
     Submit,
     UnloadAdapter,
@@ -155,6 +157,9 @@ class EngineLoop:
                 self._stage(command)
             case UnloadAdapter(call_id, adapter_id):
                 self._retire(call_id, adapter_id)
+            case AskResident(call_id):
+                resident = [status.adapter_id for status in self._engine.adapter_statuses() if status.is_resident]
+                self._replies.append(ResidentAdapters(call_id, resident))
             case Shutdown():
                 self._is_stopping = True
             case Ping() | Begin():

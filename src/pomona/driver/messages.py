@@ -65,6 +65,12 @@ class UnloadAdapter(Message, frozen=True):
     adapter_id: AdapterId
 
 
+class AskResident(Message, frozen=True):
+    """Answered by ResidentAdapters."""
+
+    call_id: int
+
+
 class Ping(Message, frozen=True):
     """Answered by the next TurnReport, like every command: it counts the commands handled."""
 
@@ -73,7 +79,7 @@ class Shutdown(Message, frozen=True):
     """Answered by Ended."""
 
 
-Command: TypeAlias = Begin | Submit | Abort | LoadAdapter | UnloadAdapter | Ping | Shutdown
+Command: TypeAlias = Begin | Submit | Abort | LoadAdapter | UnloadAdapter | AskResident | Ping | Shutdown
 
 # Replies travel inside a TurnReport.
 
@@ -98,6 +104,13 @@ class AdapterUnloaded(Message, frozen=True):
     call_id: int
 
 
+class ResidentAdapters(Message, frozen=True):
+    """What is on the device after this turn."""
+
+    call_id: int
+    adapter_ids: list[AdapterId]
+
+
 class CallFailed(Message, frozen=True):
     """A LoadAdapter could not be carried out; nothing changed."""
 
@@ -105,7 +118,7 @@ class CallFailed(Message, frozen=True):
     error: WireError
 
 
-Reply: TypeAlias = Rejection | AdapterLoaded | AdapterUnloaded | CallFailed
+Reply: TypeAlias = Rejection | AdapterLoaded | AdapterUnloaded | ResidentAdapters | CallFailed
 
 # Reports: engine to client.
 

@@ -1,4 +1,4 @@
-"""One life of an engine as its client sees it: requests in flight, calls in flight, adapters loaded.
+"""One life of an engine as its client sees it: requests in flight, calls in flight.
 
 Used on the event loop's thread only. Knows neither processes nor restarts: when the life ends, ``end`` is called and
 everything in flight gets its answer.
@@ -18,12 +18,14 @@ from pomona.driver.messages import (
     Abort,
     AdapterLoaded,
     AdapterUnloaded,
+    AskResident,
     CallFailed,
     Command,
     LoadAdapter,
     Ping,
     Rejection,
     Reply,
+    ResidentAdapters,
     Submit,
     TurnReport,
     UnloadAdapter,
@@ -127,23 +129,22 @@ class EngineSession:
 
     Args:
         channel: the connected channel; its reports of turns come to ``on_turn``.
-        adapters: adapters loaded, with their folders. Kept up to date here, owned by the client, outlives the session.
         max_unanswered_commands: more commands than these may not wait for the engine.
     """
 
-    def __init__(self, channel: ClientChannel, adapters: dict[AdapterId, str], max_unanswered_commands: int) -> None:
+    def __init__(self, channel: ClientChannel, max_unanswered_commands: int) -> None:
         """Start with nothing in flight."""
         self.stats = EngineStats()
         """The latest snapshot received."""
         self._channel = channel
         self._loop = asyncio.get_running_loop()
-        self._adapters = adapters
         self._max_unanswered_commands = max_unanswered_commands
         self._num_answered = channel.num_sent
         self._inboxes: dict[RequestId, _Inbox] = {}
         self._next_call_id = 0
-        self._loads: dict[int, tuple[str, asyncio.Future[AdapterInfo]]] = {}
-        self._unloads: dict[int, tuple[AdapterId, asyncio.Future[None]]] = {}
+        self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
+        self._unloads: dict[int, asyncio.Future[None]] = {}
+        self._questions: dict[int, asyncio.Future[frozenset[AdapterId]]] = {}
         self._end_reason: str | None = None
 
     @property
@@ -178,10 +179,10 @@ class EngineSession:
             self._loop.call_soon_threadsafe(stream.close)
 
     async def load_adapter(self, path: str) -> AdapterInfo:
-        """See EngineClient.load_adapter. If the caller is cancelled the load goes on, and is remembered."""
+        """See EngineClient.load_adapter. If the caller is cancelled the load goes on."""
         call_id, future = self._new_call_id(), self._loop.create_future()
         self._send(LoadAdapter(call_id, path))
-        self._loads[call_id] = (path, future)
+        self._loads[call_id] = future
         info: AdapterInfo = await future
         return info
 
@@ -189,8 +190,16 @@ class EngineSession:
         """See EngineClient.unload_adapter."""
         call_id, future = self._new_call_id(), self._loop.create_future()
         self._send(UnloadAdapter(call_id, adapter_id))
-        self._unloads[call_id] = (adapter_id, future)
+        self._unloads[call_id] = future
         await future
+
+    async def resident_adapters(self) -> frozenset[AdapterId]:
+        """See EngineClient.resident_adapters."""
+        call_id, future = self._new_call_id(), self._loop.create_future()
+        self._send(AskResident(call_id))
+        self._questions[call_id] = future
+        adapter_ids: frozenset[AdapterId] = await future
+        return adapter_ids
 
     def ping(self) -> None:
         """Make the engine answer."""
@@ -220,13 +229,12 @@ class EngineSession:
         for request_id, inbox in self._inboxes.items():
             inbox.put(RequestOutput(request_id, finish_reason=FinishReason.FAIL, error=reason))
         self._inboxes.clear()
-        loads: list[asyncio.Future[Any]] = [future for _, future in self._loads.values()]
-        unloads: list[asyncio.Future[Any]] = [future for _, future in self._unloads.values()]
-        for future in (*loads, *unloads):
-            if not future.done():
-                future.set_exception(EngineUnavailableError(reason))
-        self._loads.clear()
-        self._unloads.clear()
+        calls: tuple[dict[int, asyncio.Future[Any]], ...] = (self._loads, self._unloads, self._questions)
+        for futures in calls:
+            for future in futures.values():
+                if not future.done():
+                    future.set_exception(EngineUnavailableError(reason))
+            futures.clear()
 
     def _send(self, command: Command) -> None:
         if self._end_reason is not None or not self._channel.send(command):
@@ -243,16 +251,18 @@ class EngineSession:
                 if inbox is not None:
                     inbox.reject(unpack_error(error))
             case AdapterLoaded(call_id, info):
-                path, load = self._loads.pop(call_id)
-                self._adapters[info.adapter_id] = path
+                load = self._loads.pop(call_id)
                 if not load.done():
                     load.set_result(info)
             case CallFailed(call_id, error):
-                _, load = self._loads.pop(call_id)
+                load = self._loads.pop(call_id)
                 if not load.done():
                     load.set_exception(unpack_error(error))
             case AdapterUnloaded(call_id):
-                adapter_id, unload = self._unloads.pop(call_id)
-                self._adapters.pop(adapter_id, None)
+                unload = self._unloads.pop(call_id)
                 if not unload.done():
                     unload.set_result(None)
+            case ResidentAdapters(call_id, adapter_ids):
+                question = self._questions.pop(call_id)
+                if not question.done():
+                    question.set_result(frozenset(adapter_ids))

@@ -138,6 +138,29 @@ ENGINE_METRICS: Final = tuple(
 )
 """What the engine reports about itself."""
 
+_RESIDENCY: Final = (
+    ("pomona_adapter_host_bytes", "gauge", "bytes", "host_bytes", "Host memory of staged adapters."),
+    ("pomona_adapter_host_budget_bytes", "gauge", "bytes", "host_budget_bytes", "Host memory that adapters may take."),
+    ("pomona_staged_adapters", "gauge", "adapters", "staged", "Adapters in host memory."),
+    ("pomona_adapter_waiting_requests", "gauge", "requests", "waiting", "Requests whose adapter is being brought in."),
+    ("pomona_failed_adapters", "gauge", "adapters", "failed", "Names whose last load failed."),
+    ("pomona_adapter_hits_total", "counter", "requests", "hits", "Requests that found their adapter in host memory."),
+    ("pomona_adapter_misses_total", "counter", "requests", "misses",
+     "Requests that had their adapter brought in, or waited for it."),
+    ("pomona_adapter_stagings_total", "counter", "adapters", "loads", "Adapters brought into host memory."),
+    ("pomona_adapter_staging_failures_total", "counter", "adapters", "failures", "Adapters that could not be."),
+    ("pomona_adapter_staging_seconds_total", "counter", "seconds", "load_seconds",
+     "Time spent bringing them in, one after the other."),
+    ("pomona_adapter_host_evictions_total", "counter", "adapters", "evictions",
+     "Adapters that left host memory for others."),
+)  # fmt: skip
+
+RESIDENCY_METRICS: Final = tuple(
+    Metric(name, "gauge" if kind == "gauge" else "counter", unit, text, stat=stat)
+    for name, kind, unit, stat, text in _RESIDENCY
+)
+"""What is known of adapters on their way to the device."""
+
 SERVER_METRICS: Final = (
     TTFT_SECONDS,
     ITL_SECONDS,
@@ -153,6 +176,7 @@ SERVER_METRICS: Final = (
     LOADED_ADAPTERS,
     ENGINE_READY,
     ENGINE_RESTARTS,
+    *RESIDENCY_METRICS,
 )
 """What the server counts."""
 

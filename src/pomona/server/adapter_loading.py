@@ -1,4 +1,4 @@
-"""AdapterLoading: brings adapters in, once however many requests wait: source -> this machine -> the engine's host memory.
+"""AdapterLoading: brings adapters in, once however many requests wait: source -> this machine -> the engine's memory.
 
 Knows why what failed failed, and when it may be tried again. Called by ``server.adapter_service``, on its event loop.
 """
@@ -6,7 +6,7 @@ Knows why what failed failed, and when it may be tried again. Called by ``server
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pomona.adapters.catalogue import Catalogue, CatalogueEntry
@@ -64,6 +64,12 @@ class AdapterLoading:
         self._sources: dict[str, AdapterSources] = {}
         self._loads: dict[tuple[str, int], Load] = {}
         self._pinned_names: set[str] = set()
+        # Over all names, those that are gone included.
+        self.num_hits = 0
+        self.num_misses = 0
+        self.num_loads = 0
+        self.num_failures = 0
+        self.load_s = 0.0
 
     @property
     def lanes(self) -> FetchLanes:
@@ -110,6 +116,17 @@ class AdapterLoading:
         self._pinned_names.discard(name)
         self.apply_pins()
 
+    def count_success(self, record: AdapterRecord) -> None:
+        """An adapter was brought in."""
+        record.succeed()
+        self.num_loads += 1
+        self.load_s += record.fetch_s + record.stage_s
+
+    def count_failure(self, record: AdapterRecord) -> None:
+        """A replacement was refused; what was there before stays usable."""
+        record.num_failures += 1
+        self.num_failures += 1
+
     def pin(self, name: str, *, is_pinned: bool) -> None:
         """Keep a name's adapter once it is there, or let it be evicted like others.
 
@@ -140,9 +157,11 @@ class AdapterLoading:
         record.last_used_s = time.time()  # noqa: TID251
         if entry.info is not None and self.host.is_staged(entry.info.adapter_id):
             record.num_hits += 1
+            self.num_hits += 1
             self.host.hold(entry.info.adapter_id)
             return entry.info.adapter_id
         record.num_misses += 1
+        self.num_misses += 1
         refusal = record.refusal(model, time.monotonic())
         if refusal is not None:
             raise refusal
@@ -179,9 +198,10 @@ class AdapterLoading:
         record = self.record(entry.name)
         try:
             info = await self.fetch_and_stage(entry, self.sources_of(entry.name))
-            record.succeed()
+            self.count_success(record)
         except AdapterError as error:
             record.fail(error, time.monotonic())
+            self.num_failures += 1
             _LOGGER.warning("Adapter %s cannot be brought in: %s", entry.name, error)
             raise
         finally:

@@ -1,8 +1,8 @@
 """Adapters as the API has them: names that requests may use, brought in when one does; loads, replacements, unloads.
 
 Joins where adapters come from (``adapters.sources``, ``adapters.stores``), what names mean (``adapters.catalogue``) and
-the engine's memory (``server.host_tier``). A name is resolved once, when a request is accepted; from then on the request
-holds that very version. Belongs to one event loop.
+the engine's memory (``server.host_tier``). A name is resolved once, when a request is accepted; from then on the
+request holds that very version. Belongs to one event loop.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ class AdapterService:
         sources: AdapterSources,
         catalogue: Catalogue,
         stores: tuple[AdapterStore, ...] = (),
-        limits: ResidencyLimits = ResidencyLimits(),  # noqa: B008  # frozen
+        limits: ResidencyLimits = ResidencyLimits(),  # frozen
     ) -> None:
         self._sources = sources
         self._catalogue = catalogue
@@ -115,10 +115,22 @@ class AdapterService:
         """What is known of a name's past."""
         return self._loading.recorded(name)
 
-    @property
-    def records(self) -> Iterable[AdapterRecord]:
-        """Of all names that were used, or tried."""
-        return self._loading.records
+    def totals(self) -> dict[str, float]:
+        """Sums over all names, by the ``stat`` of ``metrics.registry.RESIDENCY_METRICS``."""
+        records, cache = self._loading.records, self.host.cache
+        return {
+            "host_bytes": cache.num_bytes,
+            "host_budget_bytes": cache.max_bytes,
+            "staged": len(cache.ids),
+            "waiting": self.num_waiting,
+            "failed": sum(record.error is not None for record in records),
+            "hits": self._loading.num_hits,
+            "misses": self._loading.num_misses,
+            "loads": self._loading.num_loads,
+            "failures": self._loading.num_failures,
+            "load_seconds": self._loading.load_s,
+            "evictions": cache.num_evictions,
+        }
 
     def get(self, name: str) -> CatalogueEntry:
         """Look up one name, in any state.
@@ -299,7 +311,8 @@ class AdapterService:
                 info = await self._loading.fetch_and_stage(read, sources)
             except BaseException as error:
                 self._catalogue.abandon_load(name)
-                record.num_failures += isinstance(error, AdapterError)
+                if isinstance(error, AdapterError):
+                    self._loading.count_failure(record)
                 if not self._catalogue.has(name):
                     self._created_s.pop(name, None)
                     self._loading.forget(name)
@@ -308,7 +321,7 @@ class AdapterService:
                 record.step = None
             self._loading.mean(self._catalogue.register(name, info, source), info)
             self.host.release(info.adapter_id)
-            record.succeed()
+            self._loading.count_success(record)
             self._removed.discard(name)
             self._unknown.forget(name)
             self._loading.allow(name, sources)

@@ -1,22 +1,29 @@
-"""/v1/adapters: load or replace, list, show, unload. Load means loaded; a refusal leaves everything as it was."""
+"""/v1/adapters: load or replace, list, show, pin, unload. Load means loaded; a refusal leaves everything as it was."""
+
+import asyncio
+import time
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pomona.core.errors import EngineUnavailableError
+from pomona.core.ids import AdapterId
 from pomona.server.body import read_model
 from pomona.server.context import ServerContext, context_of
-from pomona.server.protocol import AdapterLoadRequest
+from pomona.server.protocol import AdapterLoadRequest, AdapterPinRequest
 from pomona.server.responses import AdapterCard, AdapterDeleted, AdapterList
 from pomona.server.tenant_adapters import SeenAdapter, adapters_of
 
+_PATIENCE_S = 0.25
 
-def _card(context: ServerContext, adapter: SeenAdapter) -> AdapterCard:
-    entry = adapter.entry
-    info = entry.info
+
+def _card(context: ServerContext, adapter: SeenAdapter, resident: frozenset[AdapterId]) -> AdapterCard:
+    entry, service = adapter.entry, context.adapters
+    info, record = entry.info, service.record(entry.name)
     return AdapterCard(
         name=adapter.name,
-        state=entry.state.value,
+        state=service.tier(entry, resident).value,
         version=entry.version,
         source=entry.source if adapter.is_own else "",
         id=None if info is None else str(info.adapter_id),
@@ -25,9 +32,29 @@ def _card(context: ServerContext, adapter: SeenAdapter) -> AdapterCard:
         num_host_bytes=None if info is None else info.num_host_bytes,
         modules=[] if info is None else list(info.modules),
         features=[] if info is None else list(info.features),
-        num_requests=context.adapters.num_requests(entry) if adapter.is_own else 0,
-        created=context.adapters.created_s(entry.name),
+        num_requests=service.num_requests(entry) if adapter.is_own else 0,
+        created=service.created_s(entry.name),
+        pinned=record.is_pinned,
+        num_waiting=record.num_waiting if adapter.is_own else 0,
+        last_used=None if record.last_used_s is None or not adapter.is_own else int(record.last_used_s),
+        num_hits=record.num_hits if adapter.is_own else 0,
+        num_misses=record.num_misses if adapter.is_own else 0,
+        num_loads=record.num_loads,
+        num_failures=record.num_failures,
+        num_evictions=record.num_evictions,
+        fetch_s=round(record.fetch_s, 6),
+        stage_s=round(record.stage_s, 6),
+        error=None if record.error is None or not adapter.is_own else str(record.error),
+        retry_s=None if record.error is None else round(max(0.0, record.retry_at_s - time.monotonic()), 3),
     )
+
+
+async def _resident(context: ServerContext) -> frozenset[AdapterId]:
+    """What is on the device; nothing while there is no engine, or while it is busy with a long step."""
+    try:
+        return await asyncio.wait_for(context.client.resident_adapters(), _PATIENCE_S)
+    except (EngineUnavailableError, TimeoutError):
+        return frozenset()
 
 
 def _json(answer: msgspec.Struct) -> Response:
@@ -39,19 +66,30 @@ async def load_adapter(request: Request) -> Response:
     context = context_of(request)
     body = await read_model(request, AdapterLoadRequest, context.config.max_body_bytes)
     adapter = await adapters_of(request).load(body.name, body.source, body.tenant)
-    return _json(_card(context, adapter))
+    return _json(_card(context, adapter, await _resident(context)))
 
 
 async def list_adapters(request: Request) -> Response:
     """List all adapters with their states."""
     context = context_of(request)
-    return _json(AdapterList([_card(context, adapter) for adapter in adapters_of(request).seen()]))
+    resident = await _resident(context)
+    return _json(AdapterList([_card(context, adapter, resident) for adapter in adapters_of(request).seen()]))
 
 
 async def get_adapter(request: Request) -> Response:
     """Show one adapter."""
     context = context_of(request)
-    return _json(_card(context, adapters_of(request).get(request.path_params["name"])))
+    adapter = await adapters_of(request).look_up(request.path_params["name"])
+    return _json(_card(context, adapter, await _resident(context)))
+
+
+async def pin_adapter(request: Request) -> Response:
+    """Keep an adapter in host memory whatever else is asked for, or let it be evicted like others."""
+    context = context_of(request)
+    body = await read_model(request, AdapterPinRequest, context.config.max_body_bytes)
+    adapter = await adapters_of(request).look_up(request.path_params["name"])
+    context.adapters.pin(adapter.entry.name, is_pinned=body.pinned)
+    return _json(_card(context, adapter, await _resident(context)))
 
 
 async def unload_adapter(request: Request) -> Response:

@@ -61,6 +61,7 @@ def create_app(
         accounts: started and closed by the caller; None for a server with one tenant.
     """
     metrics = ServerMetrics(client, model.name, config.max_adapter_labels)
+    metrics.add_residency(adapter_service.totals)
 
     wake_batches = asyncio.Event()
 
@@ -166,6 +167,12 @@ def _add_adapter_routes(app: FastAPI) -> None:
         openapi_extra=name,
         responses=openapi.answers(responses.AdapterDeleted, 404),
     )(adapters.unload_adapter)
+    app.patch(
+        "/v1/adapters/{name:path}",
+        tags=["adapters"],
+        openapi_extra=name | openapi.request_body(protocol.AdapterPinRequest, {"pinned": True}),
+        responses=openapi.answers(responses.AdapterCard, 400, 404, 413),
+    )(adapters.pin_adapter)
 
 
 def _add_operator_routes(app: FastAPI) -> None:

@@ -46,6 +46,7 @@ RULES: Final[tuple[tuple[str, str, Who], ...]] = (
     ("GET", "/v1/adapters/", _ANY),
     ("POST", "/v1/adapters", _LOADERS),
     ("DELETE", "/v1/adapters/", _LOADERS),
+    ("PATCH", "/v1/adapters/", Who.ADMIN | Who.OPERATOR),
     ("PUT", "/v1/shares", _LOADERS),
     ("POST", "/v1/files", Who.TENANT),
     ("GET", "/v1/files", Who.TENANT),

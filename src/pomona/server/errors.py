@@ -77,6 +77,8 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     core.AdapterError: _Row(422, _INVALID, "adapter_invalid", param="source"),
     core.AdapterNotFoundError: _Row(404, _INVALID, "adapter_source_not_found", param="source"),
     core.AdapterForbiddenError: _Row(403, _INVALID, "adapter_source_forbidden", param="source"),
+    core.AdapterUnavailableError: _Row(503, _SERVER, "adapter_unavailable"),
+    core.AdapterFailedError: _Row(409, _INVALID, "adapter_failed", param="model"),
     core.AdapterConfigError: _Row(422, _INVALID, "adapter_config_invalid", param="source"),
     AdapterNameError: _Row(400, _INVALID, "invalid_value"),
     UnknownAdapterError: _Row(404, _INVALID, "adapter_not_found", param="name"),
@@ -110,7 +112,11 @@ def error_body(error: core.PomonaError) -> bytes:
 def error_response(error: core.PomonaError) -> Response:
     """Return the whole HTTP answer for an error."""
     row = _row_of(error)
-    retry_after_s = error.retry_after_s if isinstance(error, core.RateLimitError) else row.retry_after_s
+    retry_after_s = (
+        error.retry_after_s
+        if isinstance(error, core.RateLimitError | core.AdapterUnavailableError)
+        else row.retry_after_s
+    )
     headers = {} if retry_after_s is None else {"retry-after": str(math.ceil(retry_after_s))}
     if row.status == 401:
         headers["www-authenticate"] = "Bearer"

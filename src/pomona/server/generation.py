@@ -111,8 +111,11 @@ def respond(
     response_id = f"{id_prefix}-{request_id_of(request)}"
 
     async def produce(reply: Reply) -> None:
-        with adapters_of(request).lease(body.model) as lease:
-            job = await plan_job(response_id)
+        adapters = adapters_of(request)
+        # What is wrong with a request is told before its adapter is brought in.
+        await adapters.find(body.model)
+        job = await plan_job(response_id)
+        async with adapters.lease(body.model) as lease:
             facts = AnswerFacts(
                 tokenizer=context.tokenizer,
                 response_id=response_id,

@@ -1,6 +1,6 @@
 """Exports the metrics of ``metrics.registry`` in Prometheus' format, and measures requests for them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import prometheus_client
@@ -36,6 +36,21 @@ class _EngineCollector(Collector):
         yield prometheus.GaugeMetricFamily(ready.name, ready.help, value=float(self._client.is_ready))
         restarts = table.ENGINE_RESTARTS
         yield prometheus.CounterMetricFamily(restarts.name, restarts.help, value=self._client.num_restarts)
+
+
+class _ResidencyCollector(Collector):
+    """Reads the adapters' residency when scraped; no label, so their number costs nothing."""
+
+    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        """Yield one family per residency metric."""
+        values = self._read()
+        for metric in table.RESIDENCY_METRICS:
+            assert metric.stat is not None
+            kind = prometheus.CounterMetricFamily if metric.kind == "counter" else prometheus.GaugeMetricFamily
+            yield kind(metric.name, metric.help, value=values[metric.stat])
 
 
 class AdapterSeries:
@@ -99,6 +114,10 @@ class ServerMetrics:
         self._base_name = base_name
         self._max_adapter_labels = max_adapter_labels
         self._series: dict[str, AdapterSeries] = {}
+
+    def add_residency(self, read: Callable[[], Mapping[str, float]]) -> None:
+        """Export what ``read`` returns, by the ``stat`` of ``RESIDENCY_METRICS``."""
+        self._registry.register(_ResidencyCollector(read))
 
     def _histogram(self, metric: Metric) -> prometheus_client.Histogram:
         return prometheus_client.Histogram(

@@ -18,10 +18,10 @@ def _base_card(context: ServerContext) -> ModelCard:
 def _adapter_card(context: ServerContext, adapter: SeenAdapter) -> ModelCard | None:
     """None while requests cannot name it."""
     entry = adapter.entry
-    if entry.state is not AdapterState.READY or entry.info is None:
+    if entry.state is not AdapterState.READY:
         return None
     created_s = context.adapters.created_s(entry.name)
-    root = str(entry.info.adapter_id)
+    root = entry.name if entry.info is None else str(entry.info.adapter_id)
     return ModelCard(adapter.name, created_s, context.model.max_model_len, root=root, parent=context.model.name)
 
 
@@ -39,7 +39,7 @@ async def get_model(request: Request) -> Response:
     model_id = request.path_params["model_id"]
     card: ModelCard | None = _base_card(context)
     adapters = adapters_of(request)
-    if adapters.resolve(model_id) is not None:
+    if await adapters.find(model_id) is not None:
         card = _adapter_card(context, adapters.get(model_id.removeprefix(context.model.name + ":")))
     assert card is not None, "what resolves is ready"
     return Response(msgspec.json.encode(card), media_type="application/json")

@@ -176,9 +176,16 @@ class AdapterLoadRequest(Wire):
     name: str
     """Name under which the adapter will be served; a loaded adapter of that name is replaced."""
     source: str
-    """Folder on the server, or hub id, as far as the operator allows."""
+    """Folder on the server, URL, or hub id, as far as the operator allows."""
     tenant: str | None = None
     """Whose adapter it becomes, if an administrator loads it; without it, the operator's, which everybody may use."""
+
+
+class AdapterPinRequest(Wire):
+    """Body of PATCH /v1/adapters/{name}."""
+
+    pinned: bool
+    """Whether the adapter stays in host memory whatever else is asked for."""
 
 
 class TokenizeRequest(Wire):

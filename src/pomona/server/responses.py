@@ -134,7 +134,7 @@ class AdapterCard(msgspec.Struct, frozen=True):
 
     name: str
     state: str
-    """loading, ready, or draining."""
+    """registered, fetching, verifying, staged, resident, draining, or failed."""
     version: int
     """Counts what was loaded under this name, from 1; 0 while the first is loading."""
     source: str
@@ -148,7 +148,28 @@ class AdapterCard(msgspec.Struct, frozen=True):
     num_requests: int
     """Requests in flight that use it."""
     created: int
-    """Unix time of loading."""
+    """Unix time of loading, or of the server's start."""
+    pinned: bool
+    num_waiting: int
+    """Requests that wait for it to be brought in."""
+    last_used: int | None
+    """Unix time of the last request."""
+    num_hits: int
+    """Requests that found it in host memory."""
+    num_misses: int
+    num_loads: int
+    """Times it was brought in."""
+    num_failures: int
+    num_evictions: int
+    """Times it left host memory for others."""
+    fetch_s: float
+    """Seconds of the last load until its files were on this machine."""
+    stage_s: float
+    """Seconds after that until the engine had verified and converted them."""
+    error: str | None
+    """Why it could not be brought in last time."""
+    retry_s: float | None
+    """Seconds until it may be tried again."""
     object: str = "adapter"
 
 

@@ -6,7 +6,7 @@ all. On a server without accounts everybody sees everything under its own name.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from starlette.requests import HTTPConnection
@@ -15,7 +15,6 @@ from pomona.accounts.accounts import Accounts
 from pomona.accounts.principal import Principal
 from pomona.adapters.catalogue import CatalogueEntry
 from pomona.core.errors import InvalidRequestError, ModelNotFoundError
-from pomona.core.ids import AdapterId
 from pomona.server.adapter_service import AdapterService, Lease
 from pomona.server.context import context_of
 from pomona.server.errors import UnknownAdapterError
@@ -59,24 +58,26 @@ class TenantAdapters:
         self._tenant_id = None if principal is None else principal.tenant_id
         self._base_name = base_name
 
-    @contextlib.contextmanager
-    def lease(self, model: str) -> Iterator[Lease]:
+    @contextlib.asynccontextmanager
+    async def lease(self, model: str) -> AsyncIterator[Lease]:
         """``AdapterService.lease`` of a model under the caller's name for it.
 
         Raises:
             ModelNotFoundError: there is none for this caller.
+            AdapterUnavailableError, AdapterFailedError, EngineUnavailableError: as ``AdapterService.lease``.
         """
-        with self._named(model), self._service.lease(self._catalogue_name(model)) as lease:
-            yield lease
+        with self._named(model):
+            async with self._service.lease(self._catalogue_name(model)) as lease:
+                yield lease
 
-    def resolve(self, model: str) -> AdapterId | None:
-        """``AdapterService.resolve`` of a model under the caller's name for it.
+    async def find(self, model: str) -> CatalogueEntry | None:
+        """``AdapterService.find`` of a model under the caller's name for it.
 
         Raises:
             ModelNotFoundError: there is none for this caller.
         """
         with self._named(model):
-            return self._service.resolve(self._catalogue_name(model))
+            return await self._service.find(self._catalogue_name(model))
 
     def seen(self) -> list[SeenAdapter]:
         """All adapters that exist for the caller, by the caller's names."""
@@ -101,6 +102,16 @@ class TenantAdapters:
         if entry is None or self._shown_name(entry.name) is None:
             raise UnknownAdapterError(f"No adapter is called {name[:_MAX_SHOWN_CHARS]!r}.")
         return SeenAdapter(name, entry, self._is_own(entry.name))
+
+    async def look_up(self, name: str) -> SeenAdapter:
+        """``get``, but a name that only a store knows is found as well.
+
+        Raises:
+            UnknownAdapterError: there is none of that name for this caller.
+        """
+        with contextlib.suppress(ModelNotFoundError):
+            await self.find(name)
+        return self.get(name)
 
     async def load(self, name: str, source: str, owner: str | None = None) -> SeenAdapter:
         """Load an adapter for the caller, or for ``owner`` if an administrator says so.

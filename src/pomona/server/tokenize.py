@@ -21,7 +21,7 @@ async def tokenize(request: Request) -> Response:
     context = context_of(request)
     body = await read_model(request, TokenizeRequest, context.config.max_body_bytes)
     if body.model is not None:
-        adapters_of(request).resolve(body.model)
+        await adapters_of(request).find(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("prompt", "prompt or messages: exactly one of them is needed")
     if body.messages is None:
@@ -46,7 +46,7 @@ async def detokenize(request: Request) -> Response:
     context = context_of(request)
     body = await read_model(request, DetokenizeRequest, context.config.max_body_bytes)
     if body.model is not None:
-        adapters_of(request).resolve(body.model)
+        await adapters_of(request).find(body.model)
     check_token_id("tokens", max(body.tokens, default=0), context.model.vocab_size)
     text = await asyncio.to_thread(context.tokenizer.decode, body.tokens, skip_special_tokens=False)
     return Response(msgspec.json.encode(Detokenized(text)), media_type="application/json")
