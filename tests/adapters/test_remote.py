@@ -138,7 +138,7 @@ def test_other_bytes_under_the_same_url_are_fetched(faulty, sources: AdapterSour
 def test_what_rotted_on_disk_is_fetched_anew(faulty, sources: AdapterSources):
     first = sources.fetch("faulty://bucket/a")
     weights = Path(first.path, "adapter_model.safetensors")
-    weights.write_bytes(b"\0" + weights.read_bytes()[1:])
+    weights.write_bytes(b"\1" + weights.read_bytes()[1:])
     assert adapter_digest(read_files(first.path)) != first.cached_id
     sources.release(first, is_corrupt=True)
     again = sources.fetch("faulty://bucket/a")

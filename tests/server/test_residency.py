@@ -76,6 +76,7 @@ async def test_host_memory_stays_within_its_budget_and_every_request_is_answered
     names = [f"a{index}" for index in range(12)]
     for name in names:
         make_adapter(tmp_path / name, name * 40)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(80))
     async with served_folder(tmp_path, host_adapter_bytes=400) as (served, _):
         expected = {}
         for name in names:
@@ -93,7 +94,7 @@ async def test_host_memory_stays_within_its_budget_and_every_request_is_answered
 
 async def test_what_is_in_use_is_not_evicted_and_who_waits_too_long_is_told_to_come_back(tmp_path: Path):
     for name in ("a", "b"):
-        make_adapter(tmp_path / name, name * 50)
+        make_adapter(tmp_path / name, name * 100)
         (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(100))
     async with served_folder(tmp_path, host_adapter_bytes=250, load_wait_s=0.2) as (served, _):
         expected = await _text(served, "a")

@@ -125,10 +125,19 @@ class HostCache:
 
     def victims(self, num_bytes: int) -> list[AdapterId] | None:
         """What must go so that ``num_bytes`` more fit, in order; None if that is not possible now."""
+        chosen, num_missing = self._choose(num_bytes)
+        return None if num_missing > 0 else chosen
+
+    def surplus(self) -> list[AdapterId]:
+        """What may go of what is more than the budget: adapters turned out larger than was reserved for them."""
+        return self._choose(0)[0]
+
+    def _choose(self, num_bytes: int) -> tuple[list[AdapterId], int]:
+        """What must go, as far as anything may, and the bytes that would still be missing."""
         excess = self._num_kept_bytes + self._num_reserved_bytes + num_bytes - self.max_bytes
-        if excess <= 0:
-            return []
         chosen: list[AdapterId] = []
+        if excess <= 0:
+            return chosen, 0
         idle = [(kept.priority, kept.order, adapter_id) for adapter_id, kept in self._kept.items()]
         for _, _, adapter_id in sorted(idle):
             if excess <= 0:
@@ -136,7 +145,7 @@ class HostCache:
             if adapter_id not in self._num_holds and adapter_id not in self._pinned:
                 chosen.append(adapter_id)
                 excess -= self._kept[adapter_id].num_bytes
-        return chosen if excess <= 0 else None
+        return chosen, max(0, excess)
 
     def evict(self, adapter_id: AdapterId) -> int:
         """``discard`` one of ``victims`` and let the clock rise; returns the bytes it had."""

@@ -29,7 +29,8 @@ class Metric:
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram's buckets, without infinity."""
     stat: str | None = None
-    """Field of ``core.output.EngineStats`` that it shows; None if the server counts it."""
+    """Field of ``core.output.EngineStats`` that it shows, or of ``AdapterService.totals``; None if the server counts it
+    as it happens."""
 
 
 TTFT_SECONDS: Final = Metric(

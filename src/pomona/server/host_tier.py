@@ -67,6 +67,8 @@ class HostTier:
         if not self.cache.num_holds(adapter_id):
             if adapter_id in self._unwanted:
                 self._send_unload(adapter_id)
+            else:
+                self._drop_surplus()
             self._wake()
 
     def want(self, adapter_id: AdapterId) -> None:
@@ -115,9 +117,7 @@ class HostTier:
             self._bytes_per_file_byte = max(self._bytes_per_file_byte, info.num_host_bytes / max(num_weights_bytes, 1))
             self.cache.add(info.adapter_id, info.num_host_bytes, time.monotonic() - began_s)
             self.cache.hold(info.adapter_id)
-        for victim in self.cache.victims(0) or ():  # it was larger than its file let expect
-            self._on_evicted(victim)
-            self._send_unload(victim, is_eviction=True)
+        self._drop_surplus()
         return info
 
     async def close(self) -> None:
@@ -145,6 +145,12 @@ class HostTier:
         finally:
             self.cache.unreserve(num_bytes)
             self._wake()
+
+    def _drop_surplus(self) -> None:
+        """Adapters turned out larger than their files let expect."""
+        for victim in self.cache.surplus():
+            self._on_evicted(victim)
+            self._send_unload(victim, is_eviction=True)
 
     async def _evict(self, victims: list[AdapterId]) -> None:
         """Have the engine free these; returns when it has."""

@@ -14,6 +14,7 @@ _REQUESTS: Final[tuple[type[pydantic.BaseModel], ...]] = (
     protocol.ChatCompletionRequest,
     protocol.CompletionRequest,
     protocol.AdapterLoadRequest,
+    protocol.AdapterPinRequest,
     protocol.TokenizeRequest,
     protocol.DetokenizeRequest,
     account_types.TenantCreateRequest,
