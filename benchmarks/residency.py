@@ -38,12 +38,16 @@ _START_LIMIT_S = 120.0
 
 def make_adapters(folder: Path, num_adapters: int) -> None:
     """Fill ``folder`` with adapters of the bundled model; adapter i has rank RANKS[i % 6]."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
 
     from pomona.cli.hub import bundled_dir
 
-    model = min(path for path in (bundled_dir() / "adapters").iterdir() if path.is_dir())
-    shapes = {name: tensor.shape for name, tensor in load_file(model / "adapter_model.safetensors").items()}
+    for model in sorted((bundled_dir() / "adapters").iterdir()):
+        with safe_open(model / "adapter_model.safetensors", "np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        if all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in shapes):
+            break
     config = json.loads((model / "adapter_config.json").read_text())
     generator = np.random.default_rng(1)
     for rank in RANKS:
