@@ -146,6 +146,8 @@ async def ask_all(url: str, asked: Sequence[int], concurrency: int) -> list[tupl
             body = {"model": f"adapter-{index:05}", "prompt": "word", "max_tokens": 1, "temperature": 0}
             answer = await client.post(f"{url}/v1/completions", json=body)
             answers.append((time.monotonic() - began_s, answer.status_code))
+            if answer.status_code != 200:
+                print(answer.status_code, answer.text)
 
     async with httpx.AsyncClient(timeout=120) as client:
         await asyncio.gather(*(work(client) for _ in range(concurrency)))

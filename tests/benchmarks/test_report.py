@@ -96,6 +96,16 @@ def op_row(backend: str = "cpu", median_us: float = 10.0) -> Row:
     return {**SETUP, **limits, **what, **numbers}
 
 
+def residency_row() -> Row:
+    counts = {"num_adapters": 10_000, "num_requests": 2_000, "num_named": 1_000, "num_failed": 0}
+    seconds = {"few_start_s": 3.5, "start_s": 3.6, "run_s": 20.0, "load_ms": 10.0}
+    kinds = ("budget", "all_budgets", "host", "server_before", "server_peak", "engine_before", "engine_peak")
+    sizes = {f"{kind}_bytes": 2**27 for kind in kinds}
+    events = {"hits": 900.0, "misses": 1100.0, "loads": 1050.0, "evictions": 1000.0}
+    answer = {"answer_ms": {"p50": 10.0, "p99": 20.0, "max": 30.0}}
+    return {**SETUP, "kind": "residency", **counts, **seconds, **sizes, **events, **answer}
+
+
 def precision_rows() -> list[Row]:
     part = {"num_positions": 9, "kl_mean": 2e-6, "kl_max": 3e-4, "same_top": 0.998, "logprob_error_mean": 0.04}
     what = {**SETUP, "kind": "precision", "right_mean": 0.995, "right_least": 0.98}
@@ -123,6 +133,7 @@ def results_folder(tmp_path):
         "ceilings": [ceilings_row()],
         "ops": [op_row(), op_row("reference", 50.0)],
         "precision": precision_rows(),
+        "residency": [residency_row()],
     }
     for what, of_kind in rows.items():
         for row in of_kind:
@@ -149,6 +160,7 @@ def test_every_page_can_be_made_from_sample_rows(results_folder):
     assert f"| int8 | 99.5% | 98% | {both}" in files["benchmarks/precision.md"]
     assert "| decode of 32 | 8.00 | 6.00 | 1.33 | 5.00 | 2.50 |" in files["benchmarks/precision.md"]
     assert "With 500 GFLOP/s and 25 GB/s" in files["performance.md"]
+    assert "| 10,000 | 2,000 | 1,000 | 0 | 3.50 s | 3.60 s | 100 |" in files["benchmarks/residency.md"]
     assert "No results yet" not in "".join(files.values())
 
 

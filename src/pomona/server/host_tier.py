@@ -39,7 +39,8 @@ class HostTier:
         self._change = asyncio.Event()
         self._unloads_sent: list[set[AdapterId]] = []
         self._unloads: dict[AdapterId, asyncio.Task[None]] = {}
-        self._bytes_per_file_byte = 1.0
+        self._growth: dict[int, float] = {}
+        """Host bytes per file byte, the most that was seen, by magnitude of the file."""
 
     def is_staged(self, adapter_id: AdapterId) -> bool:
         """True when requests for the adapter can be sent to the engine now."""
@@ -99,7 +100,8 @@ class HostTier:
             EngineUnavailableError: the engine is not there.
         """
         unloads_sent: set[AdapterId] = set()
-        async with self._room(round(num_weights_bytes * (1.0 + self._bytes_per_file_byte))):
+        magnitude = num_weights_bytes.bit_length()
+        async with self._room(round(num_weights_bytes * (1.0 + self._growth.get(magnitude, 1.0)))):
             self._unloads_sent.append(unloads_sent)
             try:
                 while True:
@@ -114,7 +116,8 @@ class HostTier:
                         break
             finally:
                 self._unloads_sent.remove(unloads_sent)
-            self._bytes_per_file_byte = max(self._bytes_per_file_byte, info.num_host_bytes / max(num_weights_bytes, 1))
+            growth = info.num_host_bytes / max(num_weights_bytes, 1)
+            self._growth[magnitude] = max(self._growth.get(magnitude, 0.0), growth)
             self.cache.add(info.adapter_id, info.num_host_bytes, time.monotonic() - began_s)
             self.cache.hold(info.adapter_id)
         self._drop_surplus()
