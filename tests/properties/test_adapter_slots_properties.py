@@ -4,6 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pomona.core.plan import AdapterLoad
 from pomona.sched.adapter_slots import AdapterSlots
 from support.engine import make_adapter
 
@@ -23,11 +24,16 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
         self.pins: dict[str, int] = dict.fromkeys(NAMES, 0)
         self.lru: list[str] = []  # resident adapters, least recently used first
         self.untold: list[str] = []  # evicted, not taken
+        self.unloaded: dict[str, bool] = {}  # loaded, not taken: name -> is the step to wait
+        self.copying: dict[str, int] = {}  # told of, not heard of: name -> load
+        self.told: list[AdapterLoad] = []  # of the latest plan
         self.owed: list[str] = []  # drained, not reported
 
     def evict(self, name: str):
         self.lru.remove(name)
-        self.untold.append(name)
+        self.copying.pop(name, None)
+        if self.unloaded.pop(name, None) is None:
+            self.untold.append(name)
 
     def drop_if_drained(self, name: str):
         if name in self.draining and self.users[name] == 0:
@@ -69,8 +75,8 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
             self.users[name] -= 1
             self.drop_if_drained(name)
 
-    @rule(name=st.sampled_from(NAMES))
-    def load_and_pin(self, name: str):
+    @rule(name=st.sampled_from(NAMES), is_awaited=st.booleans())
+    def load_and_pin(self, name: str, is_awaited: bool):
         """What the scheduler does when it starts a sequence."""
         if self.users[name] == self.pins[name]:
             return
@@ -86,8 +92,9 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
                 victim = idle.pop(0)
                 num_free += NUM_PAGES_OF[victim]
                 self.evict(victim)
-            assert len(self.slots.load(name).page_ids) == NUM_PAGES_OF[name]
+            assert len(self.slots.load(name, is_awaited=is_awaited).page_ids) == NUM_PAGES_OF[name]
             self.lru.append(name)
+            self.unloaded[name] = is_awaited
         self.slots.pin(name)
         self.pins[name] += 1
 
@@ -99,6 +106,22 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
             if not self.pins[name]:
                 self.lru.remove(name)
                 self.lru.append(name)
+
+    @rule()
+    def tell_executor_of_loads(self):
+        self.told += self.slots.take_loads()
+        for load in self.told:
+            if self.unloaded.get(load.adapter_id) is False:
+                self.copying[str(load.adapter_id)] = load.load_id
+        assert {load.adapter_id: load.is_awaited for load in self.told}.items() >= self.unloaded.items()
+        self.unloaded.clear()
+
+    @rule(data=st.data())
+    def hear_of_copies(self, data: st.DataObject):
+        loading = data.draw(st.frozensets(st.sampled_from([0, *self.copying.values()])))
+        self.slots.settle_loads(self.told, loading)
+        self.told = []
+        self.copying = {name: load_id for name, load_id in self.copying.items() if load_id in loading}
 
     @rule()
     def tell_executor(self):
@@ -118,6 +141,9 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
         self.slots.forget_all()
         self.lru.clear()
         self.untold.clear()
+        self.unloaded.clear()
+        self.copying.clear()
+        self.told = []
 
     @invariant()
     def books_balance(self):
@@ -129,6 +155,9 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
         for name, status in statuses.items():
             assert (status.num_users, status.num_pins) == (self.users[name], self.pins[name])
             assert status.is_resident or status.num_pins == 0, "a pinned adapter is never evicted"
+        loading = {name for name, is_awaited in self.unloaded.items() if not is_awaited} | set(self.copying)
+        assert {name for name, status in statuses.items() if status.is_loading} == loading
+        assert slots.has_loading == bool(loading)
         pages = [page_id for status in statuses.values() for page_id in status.page_ids or ()]
         assert len(set(pages)) == len(pages)
         assert slots.num_free_pages + len(pages) == slots.num_pages

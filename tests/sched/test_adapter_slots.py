@@ -20,6 +20,7 @@ def load(slots: AdapterSlots, *names: str) -> None:
     for name in names:
         slots.load(name)
     slots.take_evictions()
+    slots.take_loads()
 
 
 def resident(slots: AdapterSlots) -> list[str]:

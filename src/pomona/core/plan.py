@@ -42,10 +42,15 @@ class ScheduledSeq:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoad:
-    """Copy a staged adapter into these pages before the step runs."""
+    """Copy a staged adapter into these pages."""
 
     adapter_id: AdapterId
     page_ids: tuple[PageId, ...]
+    load_id: int = 0
+    """Which load this is: an adapter may be evicted and loaded again. Ascending."""
+    is_awaited: bool = True
+    """The copy is made before the step runs. Otherwise it runs beside this step and later ones: until it has been made,
+    sequences of the adapter may compute prompt tokens, from the host copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +99,5 @@ class StepResult:
     logits describe the tokens after it."""
     failed: dict[RequestId, str] = field(default_factory=dict)
     """Sequences that cannot go on (for example logits that are not finite), with the reason."""
+    loading: frozenset[int] = frozenset()
+    """Loads, of this plan and earlier ones, whose copies have not been made yet."""

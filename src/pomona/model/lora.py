@@ -133,6 +133,21 @@ class AdapterExtras:
 
 
 @dataclass(frozen=True)
+class HostLora:
+    """One adapter's part of a step while its pages are on the way to the device: computed on the host, from the host
+    copy (CaraServe, arXiv 2401.11240, section 4)."""
+
+    start: int
+    """First row of the step's batch."""
+    end: int
+    batch: LoraBatch
+    """One segment: rows [0, end - start). All tensors are on the host."""
+    slices: dict[tuple[int, Site], LoraSlices]
+    """Views into the host copy."""
+    ranks: dict[tuple[int, Site], LoraRanks]
+
+
+@dataclass(frozen=True)
 class LoraState:
     """All a forward pass must know of adapters in this step. Built once per step by the runner; None if no row has one.
 
@@ -147,6 +162,8 @@ class LoraState:
     extras: tuple[tuple[int, int, AdapterExtras], ...] = ()
     """(start row, end row, extras) of segments whose adapter has extras."""
     logit_extras: tuple[tuple[int, int, AdapterExtras], ...] = ()
+    on_host: tuple[HostLora, ...] = ()
+    """Adapters that are not on the device yet; none of them is in ``batch`` or has extras."""
 
 
 def adapt_embeddings(out: Tensor, token_ids: Tensor, lora: LoraState) -> None:
@@ -184,7 +201,10 @@ def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias:
         bias: the base's [sum of out_features], as it is in ``out``; None if there is none.
     """
     slices = lora.slices[layer, site]
-    add_lora(out, x, slices, lora.ranks[layer, site], lora.batch)
+    if lora.batch.host_rows:
+        add_lora(out, x, slices, lora.ranks[layer, site], lora.batch)
+    for part in lora.on_host:
+        _add_from_host(out[part.start : part.end], x[part.start : part.end], (layer, site), part)
     if not lora.extras:
         return
     first = 0
@@ -194,6 +214,32 @@ def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias:
         target_bias = None if bias is None else bias[columns]
         for start, end, extras in lora.extras:
             _adapt_target(out[start:end, columns], x[start:end], (layer, target), extras, target_bias)
+
+
+def _add_from_host(out: Tensor, x: Tensor, key: tuple[int, Site], lora: HostLora) -> None:
+    """Add one adapter's low-rank part to its rows ``out`` [rows, sum of out_features], from ``x`` [rows, in_features].
+    On another device than a CPU, the part goes there in the model's dtype."""
+    if out.device.type == "cpu":
+        add_lora(out, x, lora.slices[key], lora.ranks[key], lora.batch)
+    elif any(any(of_slice) for of_slice in lora.ranks[key].host_ranks):
+        out += host_product(x.cpu(), out.shape[1], key, lora).to(out.device, non_blocking=True)
+
+
+def host_product(x: Tensor, num_columns: int, key: tuple[int, Site], lora: HostLora) -> Tensor:
+    """One adapter's low-rank part of a site's output alone.
+
+    Args:
+        x: [rows, in_features] on the host.
+        num_columns: the site's out_features together.
+        key: layer and site.
+        lora: the adapter.
+
+    Returns:
+        [rows, num_columns] on the host, in the dtype of ``x``.
+    """
+    product = torch.zeros((x.shape[0], num_columns), dtype=x.dtype)
+    add_lora(product, x, lora.slices[key], lora.ranks[key], lora.batch)
+    return product
 
 
 def _adapt_target(out: Tensor, x: Tensor, key: tuple[int, Target], extras: AdapterExtras, bias: Tensor | None) -> None:

@@ -1,21 +1,24 @@
 """AdapterPool: device pages of adapter weights, and the LoRA inputs of a step made from them.
 
-It obeys the plan: which adapter is in which pages was decided by ``sched.AdapterSlots``. Nothing here chooses.
+It obeys the plan: which adapter is in which pages was decided by ``sched.AdapterSlots``, and who waits for a copy too.
+Nothing here chooses, except that rows of an adapter whose copy has not been made use the host copy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pomona.core.ids import AdapterId
 from pomona.core.plan import AdapterLoad
-from pomona.kernels.lora import LoraBatch, LoraRanks
+from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
 from pomona.model.adapter_weights import AdapterWeights
-from pomona.model.lora import AdapterExtras, LoraState, PageLayout
+from pomona.model.lora import AdapterExtras, HostLora, LoraState, PageLayout
 from pomona.model.spec import Site
+from pomona.runner.adapter_copies import AdapterCopies, AdapterCopy
 from pomona.runner.batch import AdapterRun
 from pomona.runner.copies import upload
 from pomona.runner.kv_cache import lazy_zeros
@@ -33,16 +36,49 @@ class Resident:
     """[num_layers, num_targets]."""
     max_rank: int
     extras: AdapterExtras | None
+    """On the device; None until the copy has been made."""
+    copy: AdapterCopy | None = None
+    """What is still on its way."""
+
+
+@dataclass(frozen=True)
+class _HostCopy:
+    """An adapter's host copy as kernels read it."""
+
+    slices: dict[tuple[int, Site], LoraSlices]
+    ranks: dict[tuple[int, Site], LoraRanks]
+    page_table: Tensor
+    """int32 [1, number of pages]."""
 
 
 class AdapterPool:
-    """Resident adapters and the page pool they live in."""
+    """Resident adapters and the page pool they live in.
 
-    def __init__(self, layout: PageLayout, num_pages: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    Args:
+        layout: of a page.
+        num_pages: as many as the scheduler was told.
+        dtype: of the weights.
+        device: where the pages live.
+        link_bytes_per_s: copies go no faster; None for as fast as it goes.
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        num_pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        link_bytes_per_s: float | None = None,
+    ) -> None:
         self._layout = layout
         self._device = device
         self._pages = lazy_zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
+        self._copies = AdapterCopies(self._pages, link_bytes_per_s)
         self._resident: dict[AdapterId, Resident] = {}
+        # Copies beside the steps that the plans ahead do not know to have been made, by load; and what they are of.
+        self._under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
+        self._host_copies: dict[AdapterId, _HostCopy] = {}
         self.num_pages = num_pages
         self.rows_per_page = layout.rows_per_page
         self.slices = {
@@ -64,18 +100,32 @@ class AdapterPool:
         """Adapters that a step may use now."""
         return frozenset(self._resident)
 
+    @property
+    def loading(self) -> frozenset[int]:
+        """Loads whose copies have not been made."""
+        if not self._under_way:
+            return frozenset()
+        return frozenset(load_id for load_id, (_, copy) in self._under_way.items() if not copy.is_done)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a copy has been made, at most so long; not at all if none is under way."""
+        if self._under_way:
+            self._copies.wait(timeout_s)
+
     def apply(
         self, evictions: Sequence[AdapterId], loads: Sequence[AdapterLoad], staged: dict[AdapterId, AdapterWeights]
     ) -> None:
-        """Carry out a plan's evictions, then its loads.
+        """Carry out a plan's evictions, then its loads; take note of copies that have been made.
 
         Args:
             evictions: adapters to forget; their pages may be overwritten at once.
             loads: adapters and the pages they get.
             staged: host copies; must hold every adapter to load.
         """
+        if self._under_way:
+            self._settle()
         for adapter_id in evictions:
-            del self._resident[adapter_id]
+            self._forget(adapter_id)
         for load in loads:
             self._load(load, staged[load.adapter_id])
         if evictions or loads:
@@ -83,22 +133,50 @@ class AdapterPool:
             self.generation += 1
 
     def resident(self, adapter_id: AdapterId) -> Resident:
-        """An adapter on the device."""
+        """An adapter on the device, or on the way there."""
         return self._resident[adapter_id]
+
+    def _settle(self) -> None:
+        for load_id, (adapter_id, copy) in list(self._under_way.items()):
+            if not copy.is_done:
+                continue
+            del self._under_way[load_id]
+            if copy.error is not None:
+                raise copy.error
+            self._resident[adapter_id] = replace(self._resident[adapter_id], copy=None, extras=copy.extras)
+            self._host_copies.pop(adapter_id, None)
+
+    def _forget(self, adapter_id: AdapterId) -> None:
+        del self._resident[adapter_id]
+        self._host_copies.pop(adapter_id, None)
+        for load_id, (other_id, copy) in list(self._under_way.items()):
+            if other_id == adapter_id:
+                self._copies.cancel(copy)
+                del self._under_way[load_id]
 
     def _load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
         num_rank_pages = weights.pages.shape[0]
         assert len(load.page_ids) >= num_rank_pages, "the scheduler granted fewer pages than the adapter needs"
+        # After a failure the scheduler has forgotten who was where.
+        pages = set(load.page_ids)
+        for other_id, other in [*self._resident.items()]:
+            if other_id == load.adapter_id or not pages.isdisjoint(other.page_ids):
+                self._forget(other_id)
         page_ids = load.page_ids[:num_rank_pages]
-        for index, page_id in enumerate(page_ids):
-            self._pages[page_id].copy_(weights.pages[index], non_blocking=True)
+        copy = self._copies.prepare(weights, page_ids)
+        if load.is_awaited:
+            self._copies.make(copy)
+        else:
+            self._copies.begin(copy)
+            self._under_way[load.load_id] = (load.adapter_id, copy)
         self.num_bytes_copied += weights.pages.numel() * weights.pages.element_size()
         self._resident[load.adapter_id] = Resident(
             page_ids=page_ids,
             ranks=np.asarray(weights.ranks, dtype=np.int32),
             scalings=np.asarray(weights.scalings, dtype=np.float32),
             max_rank=int(np.max(weights.ranks, initial=0)),
-            extras=weights.extras.to(self._device) if weights.extras is not None else None,
+            extras=copy.extras if load.is_awaited else None,
+            copy=None if load.is_awaited else copy,
         )
 
     def state(self, runs: Sequence[AdapterRun]) -> LoraState | None:
@@ -109,26 +187,35 @@ class AdapterPool:
         """
         if not runs:
             return None
+        waiting = [run for run in runs if self._resident[run.adapter_id].copy is not None]
+        if waiting:
+            on_host = tuple(self._host_lora(run) for run in waiting)
+            runs = [run for run in runs if run not in waiting]
+            return replace(self._state(runs), on_host=on_host)
+        return self._state(runs)
+
+    def _state(self, runs: Sequence[AdapterRun]) -> LoraState:
+        """The part of adapters that are on the device."""
         residents = [self._resident[run.adapter_id] for run in runs]
-        max_pages = max(len(resident.page_ids) for resident in residents)
+        max_pages = max((len(resident.page_ids) for resident in residents), default=0)
         page_tables = np.zeros((len(runs), max(max_pages, 1)), dtype=np.int32)
         for index, resident in enumerate(residents):
             page_tables[index, : len(resident.page_ids)] = resident.page_ids
         rows = tuple((run.start, run.end) for run in runs)
-        bounds = upload(np.array(rows, dtype=np.int32), self._device)
+        bounds = upload(np.array(rows, dtype=np.int32).reshape(-1, 2), self._device)
         batch = LoraBatch(
             starts=bounds[:, 0].contiguous(),
             ends=bounds[:, 1].contiguous(),
             page_tables=upload(page_tables, self._device),
             host_rows=rows,
             host_pages=tuple(resident.page_ids for resident in residents),
-            max_rank=max(resident.max_rank for resident in residents),
+            max_rank=max((resident.max_rank for resident in residents), default=0),
         )
         extras = [(run, resident.extras) for run, resident in zip(runs, residents, strict=True)]
         return LoraState(
             batch=batch,
             slices=self.slices,
-            ranks=self._ranks_of(tuple(run.adapter_id for run in runs), residents),
+            ranks=self._ranks_of(tuple(run.adapter_id for run in runs), residents) if runs else {},
             extras=tuple((run.start, run.end, extra) for run, extra in extras if extra is not None),
             logit_extras=tuple(
                 (run.sampled_start, run.sampled_end, extra)
@@ -137,24 +224,57 @@ class AdapterPool:
             ),
         )
 
+    def _host_lora(self, run: AdapterRun) -> HostLora:
+        """A run of rows of an adapter that is on its way."""
+        resident = self._resident[run.adapter_id]
+        assert resident.copy is not None
+        host_copy = self._host_copies.get(run.adapter_id)
+        if host_copy is None:
+            host_copy = self._host_copies[run.adapter_id] = self._read_host_copy(resident, resident.copy.weights)
+        rows = (0, run.end - run.start)
+        batch = LoraBatch(
+            starts=torch.tensor(rows[:1], dtype=torch.int32),
+            ends=torch.tensor(rows[1:], dtype=torch.int32),
+            page_tables=host_copy.page_table,
+            host_rows=(rows,),
+            host_pages=(tuple(range(host_copy.page_table.shape[1])),),
+            max_rank=resident.max_rank,
+        )
+        return HostLora(run.start, run.end, batch, host_copy.slices, host_copy.ranks)
+
+    def _read_host_copy(self, resident: Resident, weights: AdapterWeights) -> _HostCopy:
+        assert weights.extras is None, "the scheduler waits for adapters of more than low-rank parts"
+        pages = weights.pages
+        return _HostCopy(
+            slices={key: self._layout.slices(pages, *key) for key in self.slices},
+            ranks=self._site_ranks(resident.ranks[..., None], resident.scalings[..., None], torch.device("cpu")),
+            page_table=torch.arange(pages.shape[0], dtype=torch.int32).unsqueeze(0),
+        )
+
     def _ranks_of(self, key: tuple[AdapterId, ...], residents: Sequence[Resident]) -> dict[tuple[int, Site], LoraRanks]:
         if key != self._ranks_key:
             ranks = np.stack([resident.ranks for resident in residents], axis=-1)  # [layers, targets, segments]
             scalings = np.stack([resident.scalings for resident in residents], axis=-1)
-            device_ranks = upload(ranks, self._device)
-            device_scalings = upload(scalings, self._device)
-            self._ranks = {
-                (layer, site): LoraRanks(
-                    ranks=device_ranks[layer, site.value[0] : site.value[-1] + 1],
-                    scalings=device_scalings[layer, site.value[0] : site.value[-1] + 1],
-                    host_ranks=_as_tuples(ranks[layer, site.value[0] : site.value[-1] + 1]),
-                    host_scalings=_as_tuples(scalings[layer, site.value[0] : site.value[-1] + 1]),
-                )
-                for layer in range(self._layout.spec.num_layers)
-                for site in Site
-            }
+            self._ranks = self._site_ranks(ranks, scalings, self._device)
             self._ranks_key = key
         return self._ranks
+
+    def _site_ranks(
+        self, ranks: NDArray[np.int32], scalings: NDArray[np.float32], device: torch.device
+    ) -> dict[tuple[int, Site], LoraRanks]:
+        """Every site's part of ranks and scalings [num_layers, num_targets, number of segments]."""
+        device_ranks, device_scalings = upload(ranks, device), upload(scalings, device)
+        parts = {site: slice(site.value[0], site.value[-1] + 1) for site in Site}
+        return {
+            (layer, site): LoraRanks(
+                ranks=device_ranks[layer, part],
+                scalings=device_scalings[layer, part],
+                host_ranks=_as_tuples(ranks[layer, part]),
+                host_scalings=_as_tuples(scalings[layer, part]),
+            )
+            for layer in range(self._layout.spec.num_layers)
+            for site, part in parts.items()
+        }
 
 
 def _as_tuples(array: NDArray[np.generic]) -> tuple[tuple[int, ...], ...]:

@@ -31,6 +31,8 @@ class RunnerConfig:
     """Memory for KV blocks; None sizes it from the free memory and what max_num_seqs full contexts could use."""
     adapter_bytes: int | None = None
     """Device memory for resident adapters; None takes a fifth of what is free, at most 8 GiB."""
+    adapter_link_bytes_per_s: float | None = None
+    """Adapters are copied to the device no faster than this, to rehearse slow links; None: as fast as it goes."""
     rows_per_page: int = 4
     """Rank rows per adapter page; an adapter's rank is rounded up to a multiple of this in memory, never in compute."""
     gpu_memory_fraction: float = 0.9
@@ -53,7 +55,7 @@ class RunnerConfig:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "rows_per_page", "graph_max_lora_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")
-        for name in ("max_model_len", "kv_cache_bytes", "adapter_bytes", "num_threads"):
+        for name in ("max_model_len", "kv_cache_bytes", "adapter_bytes", "adapter_link_bytes_per_s", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: must be at least 1")

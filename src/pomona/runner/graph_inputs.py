@@ -162,9 +162,11 @@ class LoraInputs:
         )
 
     def has_room(self, runs: Sequence[AdapterRun]) -> bool:
-        """True if the adapters have nothing but low-rank parts, of ranks that fit."""
-        residents = (self._pool.resident(run.adapter_id) for run in runs)
-        return all(resident.extras is None and resident.max_rank <= self._max_rank for resident in residents)
+        """True if the adapters are on the device and have nothing but low-rank parts, of ranks that fit."""
+        return all(
+            resident.copy is None and resident.extras is None and resident.max_rank <= self._max_rank
+            for resident in (self._pool.resident(run.adapter_id) for run in runs)
+        )
 
     def fill(self, runs: Sequence[AdapterRun], state: LoraState) -> LoraState:
         """Write a step's segments.

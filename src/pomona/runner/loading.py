@@ -77,7 +77,13 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
     adapters = StagedAdapters(AdapterLoader(weights, layout, capacity.num_adapter_pages), capacity.num_adapter_pages)
     num_blocks = capacity.num_kv_blocks + (limits.num_scrap_blocks if limits is not None else 0)
     kv_cache = KVCache(spec, num_blocks, config.block_size, dtype=dtype, device=device)
-    pool = AdapterPool(layout, capacity.num_adapter_pages, dtype=dtype, device=device)
+    pool = AdapterPool(
+        layout,
+        capacity.num_adapter_pages,
+        dtype=dtype,
+        device=device,
+        link_bytes_per_s=config.adapter_link_bytes_per_s,
+    )
     graphs = None
     if limits is not None:
         graphs = DecodeGraphs(decoder, kv_cache, pool, limits, _capture(device))

@@ -62,10 +62,11 @@ class RecordedDecodes:
 
         Returns:
             [num_rows, hidden_size], overwritten by the next call; None if the step must run as it is: it is large, its
-            adapters are more than low-rank parts, or the model needs operators that no compiled kernel does.
+            adapters are more than low-rank parts or not on the device yet, or the model needs operators that no
+            compiled kernel does.
         """
         num_rows = batch.token_ids.shape[0]
-        if not self._is_recordable or num_rows > _MAX_ROWS or (lora is not None and lora.extras):
+        if not self._is_recordable or num_rows > _MAX_ROWS or (lora is not None and (lora.extras or lora.on_host)):
             return None
         key = (num_rows, lora is not None, torch.get_num_threads())
         step = self._steps.get(key)

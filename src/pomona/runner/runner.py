@@ -21,6 +21,8 @@ from pomona.runner.recorded import RecordedDecodes
 from pomona.runner.sampler import Choice, choose, token_logprobs
 from pomona.runner.sequences import ExpectedTokens, SequenceTable
 
+_IDLE_WAIT_S = 0.002
+"""A step with nothing to compute waits this long for adapters on their way."""
 _PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits are held at once: bounds memory at this many rows of the vocabulary."""
 
@@ -31,6 +33,7 @@ class LaunchedModelStep:
 
     step_id: int
     table: SequenceTable
+    adapter_pool: AdapterPool
     request_ids: list[RequestId] = field(default_factory=list)
     """Of the sampled rows."""
     sampling: tuple[Choice, ExpectedTokens] | None = None
@@ -41,7 +44,9 @@ class LaunchedModelStep:
     def result(self) -> StepResult:
         """Wait for the step's tokens and record them in the table."""
         if self.sampling is None:
-            return StepResult(step_id=self.step_id, prompt_logprobs=self.prompt_logprobs)
+            return StepResult(
+                step_id=self.step_id, prompt_logprobs=self.prompt_logprobs, loading=self.adapter_pool.loading
+            )
         choice, expected = self.sampling
         sampled = choice.sampled()
         self.table.take_in(expected, sampled.token_ids)
@@ -55,6 +60,7 @@ class LaunchedModelStep:
                 self.request_ids[index]: "the model produced logits that are not finite"
                 for index in np.flatnonzero(~sampled.is_finite)
             },
+            loading=self.adapter_pool.loading,
         )
 
 
@@ -110,7 +116,8 @@ class ModelRunner:
             self._table.release(request_id)
         self._adapter_pool.apply(plan.adapter_evictions, plan.adapter_loads, self._staged.staged)
         if not plan.seqs:
-            return LaunchedModelStep(plan.step_id, self._table)
+            self._adapter_pool.wait(_IDLE_WAIT_S)
+            return LaunchedModelStep(plan.step_id, self._table, self._adapter_pool)
         host = gather(plan, self._table, self._block_size)
         logits = None if self.graphs is None else self.graphs.logits(host, self._latest)
         prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
@@ -120,7 +127,7 @@ class ModelRunner:
             hidden = self._forward(host, batch, lora)
             prompt_logprobs = self._prompt_logprobs(plan, host, hidden, lora)
             if not host.sampled_seqs.size:
-                return LaunchedModelStep(plan.step_id, self._table, prompt_logprobs=prompt_logprobs)
+                return LaunchedModelStep(plan.step_id, self._table, self._adapter_pool, prompt_logprobs=prompt_logprobs)
             logits = self._decoder.logits(hidden if host.is_decode else hidden[batch.sampled_rows], lora)
         rows = host.table_rows[host.sampled_seqs]
         choice = choose(logits, rows, self._table)
@@ -128,6 +135,7 @@ class ModelRunner:
         return LaunchedModelStep(
             plan.step_id,
             self._table,
+            self._adapter_pool,
             request_ids=[plan.seqs[index].request_id for index in host.sampled_seqs],
             sampling=(choice, self._table.expect(rows)),
             prompt_logprobs=prompt_logprobs,

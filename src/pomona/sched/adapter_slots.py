@@ -2,10 +2,12 @@
 
 Accounting only: weights live in the executor, which learns of every load and eviction through the step plan. Four
 things can be true of a registered adapter, each the reason for the next: a request *uses* it from ``add`` to its end; a
-running sequence *pins* it; a pinned adapter is *resident*; a resident adapter that nobody pins may be *evicted*.
+running sequence, or one that waits for the copy, *pins* it; a pinned adapter is *resident*; a resident adapter that
+nobody pins may be *evicted*. A resident adapter has its pages; while it is *loading*, its weights are on the way there.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from pomona.core.adapter import AdapterInfo
@@ -26,23 +28,26 @@ class AdapterStatus:
     num_users: int
     """Requests accepted for it that have not ended."""
     num_pins: int
-    """Those of them that are running."""
+    """Those of them that are running, or wait for nothing but its copy."""
+    is_loading: bool = False
+    """Its weights are on the way into its pages."""
 
     @property
     def is_resident(self) -> bool:
-        """True when its weights are on the device."""
+        """True when its weights are on the device, or on the way."""
         return self.page_ids is not None
 
 
 class _Entry:
     """One registered adapter."""
 
-    __slots__ = ("info", "is_draining", "is_resident", "num_pins", "num_users", "order", "page_ids")
+    __slots__ = ("info", "is_draining", "is_loading", "is_resident", "num_pins", "num_users", "order", "page_ids")
 
     def __init__(self, info: AdapterInfo) -> None:
         self.info = info
         self.page_ids: tuple[PageId, ...] = ()
         self.is_resident = False
+        self.is_loading = False
         self.is_draining = False
         self.num_users = 0
         self.num_pins = 0
@@ -69,6 +74,10 @@ class AdapterSlots:
         self._num_idle_pages = 0
         self._num_resident = 0
         self._evictions: list[AdapterId] = []
+        # Loads that the executor has not been told of, and those of which it has not said that they have been made.
+        self._loads: dict[AdapterId, AdapterLoad] = {}
+        self._copying: dict[int, AdapterId] = {}
+        self._num_loading = 0
         self._drained: list[AdapterId] = []
 
     @property
@@ -87,6 +96,11 @@ class AdapterSlots:
         return self._num_resident - len(self._idle)
 
     @property
+    def has_loading(self) -> bool:
+        """True if some adapter is loading."""
+        return self._num_loading > 0
+
+    @property
     def has_evictions(self) -> bool:
         """True when the executor has not been told of every eviction."""
         return bool(self._evictions)
@@ -100,6 +114,7 @@ class AdapterSlots:
                 is_draining=entry.is_draining,
                 num_users=entry.num_users,
                 num_pins=entry.num_pins,
+                is_loading=entry.is_loading,
             )
             for adapter_id, entry in self._entries.items()
         ]
@@ -163,12 +178,26 @@ class AdapterSlots:
         self._drop_if_drained(entry)
 
     def is_resident(self, adapter_id: AdapterId) -> bool:
-        """True when a sequence may pin the adapter without a load."""
-        return self._entries[adapter_id].is_resident
+        """True when a sequence may pin the adapter without a load; False if it is not registered."""
+        entry = self._entries.get(adapter_id)
+        return entry is not None and entry.is_resident
+
+    def is_loading(self, adapter_id: AdapterId) -> bool:
+        """True while the adapter's weights are on the way to its pages."""
+        return self._entries[adapter_id].is_loading
+
+    def info(self, adapter_id: AdapterId) -> AdapterInfo:
+        """What was registered."""
+        return self._entries[adapter_id].info
 
     def can_load(self, adapter_id: AdapterId) -> bool:
         """True when free pages and those of adapters that nobody pins are enough for it."""
         return self._entries[adapter_id].info.num_pages <= self.num_loadable_pages
+
+    @property
+    def idle_ids(self) -> tuple[AdapterId, ...]:
+        """Resident adapters that nobody pins, next to be evicted first."""
+        return tuple(self._idle)
 
     @property
     def num_loadable_pages(self) -> int:
@@ -183,10 +212,15 @@ class AdapterSlots:
         """Running sequences that need the adapter."""
         return self._entries[adapter_id].num_pins
 
-    def load(self, adapter_id: AdapterId) -> AdapterLoad:
+    def load(self, adapter_id: AdapterId, *, is_awaited: bool = True) -> AdapterLoad:
         """Give the adapter its pages, evicting the least recently used adapters that nobody pins as needed.
 
-        The load, and the evictions (``take_evictions``), belong in the plan that is being made.
+        The load (``take_loads``), and the evictions (``take_evictions``), belong in the next plan.
+
+        Args:
+            adapter_id: registered and not resident; ``can_load`` said yes.
+            is_awaited: the step that the plan is for waits for the copy. Otherwise the adapter is loading until
+                ``settle_loads`` hears that the copy has been made.
         """
         entry = self._entries[adapter_id]
         assert not entry.is_resident
@@ -196,12 +230,37 @@ class AdapterSlots:
             self._evict(next(iter(self._idle)))
         entry.page_ids = tuple(self._free_pages.pop() for _ in range(num_pages))
         entry.is_resident = True
+        entry.is_loading = not is_awaited
+        self._num_loading += entry.is_loading
         self._num_resident += 1
         self.num_loads += 1
         entry.order = self.num_loads
         self._idle[adapter_id] = None
         self._num_idle_pages += num_pages
-        return AdapterLoad(adapter_id=adapter_id, page_ids=entry.page_ids)
+        load = self._loads[adapter_id] = AdapterLoad(adapter_id, entry.page_ids, entry.order, is_awaited)
+        return load
+
+    def take_loads(self) -> tuple[AdapterLoad, ...]:
+        """Loads that the executor has not been told of, in order; the caller puts them into its plan."""
+        if not self._loads:
+            return ()
+        loads = tuple(self._loads.values())
+        self._loads.clear()
+        return loads
+
+    def settle_loads(self, loads: Iterable[AdapterLoad], loading: Set[int]) -> None:
+        """Take in how far the copies are.
+
+        Args:
+            loads: of the plan whose result this is.
+            loading: ids of the loads, of that plan and earlier ones, that have not been made.
+        """
+        copying = self._copying
+        copying.update((load.load_id, load.adapter_id) for load in loads if not load.is_awaited)
+        for load_id in [load_id for load_id in copying if load_id not in loading]:
+            entry = self._entries.get(copying.pop(load_id))
+            if entry is not None and entry.is_loading and entry.order == load_id:
+                self._end_loading(entry)
 
     def pin(self, adapter_id: AdapterId) -> int:
         """Forbid eviction of a resident adapter until ``unpin``, and mark it as most recently used.
@@ -240,6 +299,7 @@ class AdapterSlots:
         while self._idle:
             self._evict(next(iter(self._idle)))
         self._evictions.clear()
+        self._copying.clear()
 
     def _drop_if_drained(self, entry: _Entry) -> None:
         if not entry.is_draining or entry.num_users > 0:
@@ -250,6 +310,10 @@ class AdapterSlots:
         del self._entries[adapter_id]
         self._drained.append(adapter_id)
 
+    def _end_loading(self, entry: _Entry) -> None:
+        self._num_loading -= entry.is_loading
+        entry.is_loading = False
+
     def _evict(self, adapter_id: AdapterId) -> None:
         entry = self._entries[adapter_id]
         assert entry.num_pins == 0, "a pinned adapter is never evicted"
@@ -259,5 +323,7 @@ class AdapterSlots:
         entry.page_ids = ()
         entry.is_resident = False
         self._num_resident -= 1
+        self._end_loading(entry)
         self.num_evictions += 1
-        self._evictions.append(adapter_id)
+        if self._loads.pop(adapter_id, None) is None:
+            self._evictions.append(adapter_id)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from pomona.core.errors import ConfigError
+from pomona.sched.adapter_arrivals import AdapterLoading
 from pomona.sched.fairness import FairnessConfig
 
 _AT_LEAST_ONE = ("max_num_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "num_kv_blocks")
@@ -44,8 +45,11 @@ class SchedulerConfig:
     """A sequence is admitted only if the blocks left are enough for the running ones to decode this many steps, so that
     it is not preempted at once; 0 fills the pool."""
     adapter_wait_limit_s: float = 1.0
-    """A request that has waited this long for adapter pages gets them next: until then no other request that would pin
-    pages is admitted."""
+    """A request that has waited this long for adapter pages gets them next: until then nobody else gets pages, and the
+    adapters that will be given up for it take no new users."""
+    adapter_loading: AdapterLoading = "on_demand"
+    """How adapters come to the device: the step waits for the copy, the request joins when it has been made, or its
+    prompt is computed from the host copy meanwhile."""
     fairness: FairnessConfig = field(default=FairnessConfig())
     """How service is divided between tenants."""
     max_step_s: float | None = None

@@ -7,12 +7,15 @@ ones, then running ones that had to let those pass (``Claims``). Pure: decisions
 
 import operator
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain
 
 from pomona.core.errors import InvalidRequestError, QueueFullError
 from pomona.core.ids import BlockId, RequestId
 from pomona.core.output import EngineStats, RequestOutput
-from pomona.core.plan import AdapterLoad, ScheduledSeq, StepPlan, StepResult, TokenLogprobs
+from pomona.core.plan import ScheduledSeq, StepPlan, StepResult, TokenLogprobs
 from pomona.core.request import FinishReason, Request
+from pomona.sched.adapter_arrivals import AdapterArrivals
 from pomona.sched.adapter_slots import AdapterSlots
 from pomona.sched.adapter_turn import AdapterTurn
 from pomona.sched.block_pool import BlockPool
@@ -59,7 +62,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._released: list[RequestId] = []
         self._preempted: list[Sequence] = []
-        self._turn = AdapterTurn(self.adapters, config.adapter_wait_limit_s, self._queue.is_before)
+        self._turn = AdapterTurn(
+            self.adapters, config.adapter_wait_limit_s, self._queue.is_before, lambda: self._running
+        )
+        self._arrivals = AdapterArrivals(self.adapters, config.adapter_loading)
         # The plans whose results are outstanding, oldest first: their steps and sequences, in plan order.
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
         self._now_s = 0.0
@@ -126,7 +132,7 @@ class Scheduler:
             now_s: the engine's clock; must not run backwards.
         """
         assert not self._in_flight, "update comes before the next schedule"
-        return self._plan(now_s, *self._choose(now_s))
+        return self._plan(now_s, self._choose(now_s))
 
     def schedule_ahead(self, now_s: float) -> StepPlan | None:
         """Plan the step after the one whose result is outstanding: its sampled tokens count as known, whatever they
@@ -149,15 +155,14 @@ class Scheduler:
         num_free = self._pool.num_free
         if num_free < len(self._running) and num_free < sum(seq.will_grow for seq in self._running):
             return None
-        chosen, loads = self._choose(now_s)
-        return self._plan(now_s, chosen, loads) if chosen else None
+        chosen = self._choose(now_s)
+        return self._plan(now_s, chosen) if chosen else None
 
-    def _choose(self, now_s: float) -> tuple[list[Sequence], list[AdapterLoad]]:
+    def _choose(self, now_s: float) -> list[Sequence]:
         """Decide who computes what next, and which adapters that needs."""
         self._now_s = now_s
         self._queue.settle(now_s)
         chosen: list[Sequence] = []
-        loads: list[AdapterLoad] = []
         num_preemptions = self._num_preemptions
         allowance = self._allowance()
         budget, self._rows_per_seq = allowance.num_rows, allowance.rows_per_seq
@@ -167,7 +172,7 @@ class Scheduler:
         is_crowded = len(running) * (1 + self._rows_per_seq) > budget
         budget = self._schedule_running(self._claims.by_turn(running) if is_crowded else running, budget, chosen)
         if is_waited_for and (held or self._num_preemptions == num_preemptions):
-            budget = self._admit(now_s, budget, chosen, loads)
+            budget = self._admit(now_s, budget, chosen)
         if held:
             held = self._claims.may_go_on(held) if chosen else held
             budget = self._schedule_running(held, budget, chosen)
@@ -177,7 +182,7 @@ class Scheduler:
         for seq in self._preempted:
             self._queue.requeue(seq)
         self._preempted.clear()
-        return chosen, loads
+        return chosen
 
     def _allowance(self) -> Allowance:
         """The token budget, held to the time that a step may take."""
@@ -186,7 +191,7 @@ class Scheduler:
         limits_s = (self.config.max_step_s, self._queue.tightest_tpot_s())
         return self._pace.within(min((limit_s for limit_s in limits_s if limit_s is not None), default=None))
 
-    def _plan(self, now_s: float, chosen: list[Sequence], loads: list[AdapterLoad]) -> StepPlan:
+    def _plan(self, now_s: float, chosen: list[Sequence]) -> StepPlan:
         """Write down what was decided."""
         if self._queue.has_targets or self.config.max_step_s is not None:
             self._pace.observe(now_s, len(chosen), sum(seq.scheduled.num_scheduled_tokens for seq in chosen))
@@ -200,7 +205,7 @@ class Scheduler:
             seqs=tuple([seq.scheduled for seq in chosen]),
             released=released,
             adapter_evictions=self.adapters.take_evictions(),
-            adapter_loads=tuple(loads),
+            adapter_loads=self.adapters.take_loads(),
         )
 
     def update(self, plan: StepPlan, result: StepResult, now_s: float) -> list[RequestOutput]:
@@ -216,6 +221,8 @@ class Scheduler:
         """
         step_id, seqs = self._in_flight.popleft()
         assert plan.step_id == result.step_id == step_id, "plans and results come in order"
+        if plan.adapter_loads or self.adapters.has_loading:
+            self.adapters.settle_loads(plan.adapter_loads, result.loading)
         outputs: list[RequestOutput] = []
         num_alive = len(self._seqs)
         failed, sampled = result.failed, result.sampled
@@ -277,11 +284,14 @@ class Scheduler:
     def _schedule_running(self, running: list[Sequence], budget: int, chosen: list[Sequence]) -> int:
         """Give running sequences their tokens, preempting others when blocks run out; returns the budget left."""
         max_chunk, rows_per_seq = self._max_chunk, self._rows_per_seq
+        has_loading = self.adapters.has_loading
         for seq in running:
             if budget <= 0:
                 break
             if seq.state is not SequenceState.RUNNING:
                 continue  # preempted for one before it
+            if has_loading and self._arrivals.is_held(seq):
+                continue
             start = seq.num_computed_tokens
             num_known = len(seq.token_ids) + seq.num_pending_tokens
             if num_known >= seq.max_tokens_total:
@@ -325,14 +335,14 @@ class Scheduler:
         seq.state = SequenceState.WAITING
         self._preempted.append(seq)
 
-    def _admit(self, now_s: float, budget: int, chosen: list[Sequence], loads: list[AdapterLoad]) -> int:
+    def _admit(self, now_s: float, budget: int, chosen: list[Sequence]) -> int:
         """Start waiting sequences; returns the budget left. One that only lacks adapter pages, or waits to share a
         prefix, is passed over; one that lacks blocks holds up those behind it, or long prompts would starve."""
-        for seq in self._queue.candidates():
-            if budget <= 0:
-                break
+        candidates = self._queue.candidates()
+        for seq in candidates:
             is_full = len(self._running) == self.config.max_num_seqs
-            if is_full and not self._queue.has_claim(seq.account):
+            if budget <= 0 or (is_full and not self._queue.has_claim(seq.account)):
+                self._look_ahead(seq, candidates)
                 break
             if not self._turn.may_start(seq, now_s) and not self._make_pages(seq, chosen):
                 continue
@@ -340,8 +350,12 @@ class Scheduler:
             if self._cache.should_wait(seq, len(found)):
                 continue
             if not self._fits(seq, found) and not self._make_way(seq, found, chosen):
+                self._look_ahead(seq, candidates)
                 break
-            self._start(seq, found, now_s, loads)
+            if not self._arrivals.may_start(seq):
+                self._turn.leave(seq)
+                continue
+            self._start(seq, found, now_s)
             room = budget
             if self._is_limited and seq.account.num_running == 1:
                 # A step's time is limited for the sake of who comes next; whoever has just come is spared the limit.
@@ -350,6 +364,11 @@ class Scheduler:
             budget -= self._schedule_first(seq, room) + self._rows_per_seq
             chosen.append(seq)
         return budget
+
+    def _look_ahead(self, seq: Sequence, others: Iterator[Sequence]) -> None:
+        """Send for the adapters of sequences that wait for something else."""
+        if self.adapters.num_free_pages and not self._turn.has_claimant:
+            self._arrivals.look_ahead(chain((seq,), others))
 
     def _make_way(self, seq: Sequence, found: list[BlockId], chosen: list[Sequence]) -> bool:
         """Preempt running sequences that owe it to a waiting one, until it fits; False if it does not."""
@@ -395,7 +414,7 @@ class Scheduler:
         num_reserved = -(-len(self._running) * config.reserve_steps // config.block_size)
         return num_new + num_reserved <= self._pool.num_free - self._pool.num_idle(found)
 
-    def _start(self, seq: Sequence, found: list[BlockId], now_s: float, loads: list[AdapterLoad]) -> None:
+    def _start(self, seq: Sequence, found: list[BlockId], now_s: float) -> None:
         """Make a waiting sequence a running one: blocks for all its known tokens, adapter resident and pinned."""
         config = self.config
         self._pool.share(found)
@@ -407,10 +426,7 @@ class Scheduler:
         num_loaded_pages = 0
         adapter_id = seq.request.adapter_id
         if adapter_id is not None:
-            if not self.adapters.is_resident(adapter_id):
-                loads.append(self.adapters.load(adapter_id))
-                num_loaded_pages = len(loads[-1].page_ids)
-            seq.adapter_order = self.adapters.pin(adapter_id)
+            num_loaded_pages = self._arrivals.take(seq)
             self._queue.pin(seq, self.adapters.num_pages_of(adapter_id), now_s)
         self._queue.admit(seq, seq.num_computed_tokens, num_loaded_pages)
         self._num_admissions += 1
@@ -483,6 +499,7 @@ class Scheduler:
         if seq.state is SequenceState.RUNNING:
             self._leave_device(seq)
         else:
+            self._arrivals.leave(seq)
             self._queue.remove(seq)
         self._queue.end(seq)
         if seq.request.adapter_id is not None:

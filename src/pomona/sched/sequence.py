@@ -36,6 +36,7 @@ class Sequence:
         "block_keys",
         "first_blocked_s",
         "first_scheduled_s",
+        "is_joining",
         "key_namespace",
         "max_tokens_total",
         "min_tokens_total",
@@ -43,6 +44,7 @@ class Sequence:
         "num_cached_tokens",
         "num_charged_tokens",
         "num_computed_tokens",
+        "num_loaded_pages",
         "num_pending_tokens",
         "num_prompt_logprobs_sent",
         "num_prompt_tokens",
@@ -96,6 +98,10 @@ class Sequence:
         self.first_scheduled_s: float | None = None
         self.first_blocked_s: float | None = None
         """When it was first passed over for want of adapter pages; None when that is not what it waits for."""
+        self.is_joining = False
+        """It waits for its adapter's copy, and pins the adapter already."""
+        self.num_loaded_pages = 0
+        """Adapter pages that were loaded for it."""
         self.num_cached_tokens = 0
         self.num_prompt_logprobs_sent = 0
         self.account: Account
