@@ -19,6 +19,7 @@ from support.engine import EngineHarness, check_integrity, expected_output, make
 
 ADAPTERS = ("x", "y", "wide")
 NUM_PAGES_OF = {"x": 1, "y": 1, "wide": 2}
+FEATURES_OF = {"y": ("dora",)}
 MAX_MODEL_LEN = 24
 
 CONFIGS = st.fixed_dictionaries(
@@ -33,6 +34,7 @@ CONFIGS = st.fixed_dictionaries(
         "enable_prefix_cache": st.booleans(),
         "min_prefix_wait_tokens": st.integers(0, 4),
         "reserve_steps": st.integers(0, 2),
+        "adapter_loading": st.sampled_from(["on_demand", "join", "assist"]),
         "adapter_wait_limit_s": st.sampled_from([0.0, 2.0, 1e9]),
         "max_model_len": st.just(MAX_MODEL_LEN),
         "max_step_s": st.none() | st.sampled_from([0.5, 1.5]),
@@ -107,9 +109,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     overlap_steps = False
 
-    @initialize(config=CONFIGS, registered=st.sets(st.sampled_from(ADAPTERS)))
-    def build(self, config: dict[str, object], registered: set[str]):
-        self.config = {**config, "overlap_steps": self.overlap_steps}
+    @initialize(config=CONFIGS, copy_steps=st.integers(0, 4), registered=st.sets(st.sampled_from(ADAPTERS)))
+    def build(self, config: dict[str, object], copy_steps: int, registered: set[str]):
+        self.config = {**config, "overlap_steps": self.overlap_steps, "copy_steps": copy_steps}
         self.harness = EngineHarness(**self.config)
         self.events: list[Callable[[EngineHarness], None]] = []
         self.num_requests = 0
@@ -221,7 +223,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(ADAPTERS))
     def register(self, name: str):
-        self.do(lambda harness: harness.register(name, NUM_PAGES_OF[name]))
+        self.do(lambda harness: harness.register(name, NUM_PAGES_OF[name], FEATURES_OF.get(name, ())))
         self.usable.add(name)
         if name in self.retired:
             self.retired.remove(name)

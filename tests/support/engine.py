@@ -42,8 +42,10 @@ def make_scheduler(**changes: object) -> Scheduler:
     return Scheduler(make_config(**changes))
 
 
-def make_adapter(name: str = "a", num_pages: int = 1) -> AdapterInfo:
-    return AdapterInfo(adapter_id=AdapterId(name), lora_rank=8 * num_pages, num_pages=num_pages, num_host_bytes=1)
+def make_adapter(name: str = "a", num_pages: int = 1, features: tuple[str, ...] = ()) -> AdapterInfo:
+    return AdapterInfo(
+        AdapterId(name), lora_rank=8 * num_pages, num_pages=num_pages, num_host_bytes=1, features=features
+    )
 
 
 def make_request(
@@ -163,6 +165,10 @@ class FakeExecutor:
     """Steps launched whose results have not been asked for."""
     num_overlapped: int = 0
     """Steps launched while another was under way."""
+    copy_steps: int = 0
+    """Steps after which a copy that no step waits for has been made."""
+    num_early_rows: int = 0
+    """Prompt tokens computed before their adapter's copy had been made."""
     during_step: Callable[[], None] | None = None
     """Called once in the middle of the next step: what happens between ``schedule`` and ``update``."""
 
@@ -175,6 +181,7 @@ class FakeExecutor:
         self.under_way.clear()
         self._held: dict[RequestId, _Held] = {}
         self._pages: dict[AdapterId, tuple[PageId, ...]] = {}
+        self._copying: dict[AdapterId, tuple[int, int]] = {}  # load, steps that it still takes
         self._slots = [b"garbage"] * (self.config.num_kv_blocks * self.config.block_size)
 
     @property
@@ -202,21 +209,26 @@ class FakeExecutor:
         """Be in the middle of a step that raised."""
         self._doubtful.update(self._held)
         self._pages.clear()
+        self._copying.clear()
         self.under_way.clear()
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert plan.step_id > (self.plans[-1].step_id if self.plans else 0), "steps come in order"
-        assert plan.seqs or plan.released or plan.adapter_evictions, "a step does something"
+        does_something = plan.seqs or plan.released or plan.adapter_evictions or plan.adapter_loads or self._copying
+        assert does_something, "a step does something, or waits for a copy"
         self.plans.append(plan)
         for request_id in plan.released:
             assert request_id in self._held or request_id in self._doubtful, "only what is held is released"
             self._held.pop(request_id, None)
         for adapter_id in plan.adapter_evictions:
             del self._pages[adapter_id]
+            self._copying.pop(adapter_id, None)
+        self._copying = {name: (load_id, left - 1) for name, (load_id, left) in self._copying.items() if left > 1}
         for load in plan.adapter_loads:
             self._load(load)
         self._check(plan)
-        result = StepResult(step_id=plan.step_id)
+        loading = frozenset(load_id for load_id, _ in self._copying.values())
+        result = StepResult(step_id=plan.step_id, loading=loading)
         if self.during_step is not None:
             during_step, self.during_step = self.during_step, None
             during_step()
@@ -235,6 +247,9 @@ class FakeExecutor:
         assert taken.isdisjoint(load.page_ids) and len(set(load.page_ids)) == len(load.page_ids)
         assert all(0 <= page_id < self.config.num_adapter_pages for page_id in load.page_ids)
         self._pages[load.adapter_id] = load.page_ids
+        assert load.is_awaited == (self.config.adapter_loading == "on_demand")
+        if not load.is_awaited and self.copy_steps:
+            self._copying[load.adapter_id] = (load.load_id, self.copy_steps)
 
     def _check(self, plan: StepPlan) -> None:
         config = self.config
@@ -260,10 +275,19 @@ class FakeExecutor:
                 assert owners[held.block_ids[index]] == 1, "a block that is written has one owner"
             if held.start.adapter_id is not None:
                 assert held.start.adapter_id in self._pages, "an adapter is resident before it is used"
+                self._check_copied(held, first, end)
             if not adapter_ids or adapter_ids[-1] != held.start.adapter_id:
                 adapter_ids.append(held.start.adapter_id)
         assert len(set(adapter_ids)) == len(adapter_ids), "each adapter is one run of rows"
         assert None not in adapter_ids[1:], "base rows come first"
+
+    def _check_copied(self, held: _Held, first: int, end: int) -> None:
+        assert held.start.adapter_id is not None
+        if held.start.adapter_id in self._copying:
+            assert self.config.adapter_loading == "assist", "an adapter is there before it is used"
+            assert not self.adapters[held.start.adapter_id].has_extras
+            assert entry_is_prompt(held.start, first), "only prompts are computed from the host copy"
+            self.num_early_rows += end - first
 
     def _take_up(self, entry: ScheduledSeq) -> None:
         if entry.start is not None:
@@ -306,6 +330,11 @@ class FakeExecutor:
         return block_id * self.config.block_size + position % self.config.block_size
 
 
+def entry_is_prompt(start: SeqStart, first: int) -> bool:
+    """True if the token at ``first`` was known when the sequence started."""
+    return first < len(start.token_ids)
+
+
 def check_integrity(scheduler: Scheduler) -> None:
     """Compare the books of pool, slots and queue with what the running sequences hold. Reads private fields, because
     what must never differ is what only they know."""
@@ -317,6 +346,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     queue = scheduler._queue
     waiting = [seq for seq in scheduler._seqs.values() if seq.state is SequenceState.WAITING]
     assert len(queue) == len(waiting)
+    assert not any(seq.is_joining for seq in running)
     assert all(not seq.block_ids and seq.num_computed_tokens == 0 for seq in waiting)
     assert {seq.request_id for seq in running + waiting} == set(scheduler._seqs)
     assert len(running) + len(waiting) == len(scheduler._seqs)
@@ -331,7 +361,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     pages: list[PageId] = []
     for status in adapters.statuses():
         alive = [seq for seq in running + waiting if seq.request.adapter_id == status.adapter_id]
-        pinning = [seq for seq in running if seq.request.adapter_id == status.adapter_id]
+        pinning = [seq for seq in alive if seq in running or seq.is_joining]
         assert (status.num_users, status.num_pins) == (len(alive), len(pinning))
         assert status.is_resident or not pinning, "a pinned adapter is resident"
         pages.extend(status.page_ids or ())
@@ -353,9 +383,9 @@ class Ending:
 class EngineHarness:
     """An engine over a ``FakeExecutor``, with what it answered collected by request, and a clock that it advances."""
 
-    def __init__(self, *, overlap_steps: bool = False, **changes: object) -> None:
+    def __init__(self, *, overlap_steps: bool = False, copy_steps: int = 0, **changes: object) -> None:
         self.config = make_config(**changes)
-        self.executor = FakeExecutor(self.config)
+        self.executor = FakeExecutor(self.config, copy_steps=copy_steps)
         self.engine = Engine(self.config, self.executor, overlap_steps=overlap_steps)
         self.clock = ManualClock()
         self.requests: dict[RequestId, Request] = {}
@@ -372,8 +402,8 @@ class EngineHarness:
         self.endings[request.request_id] = Ending()
         self.executor.salts[request.request_id] = request.cache_salt
 
-    def register(self, name: str, num_pages: int = 1) -> None:
-        adapter = make_adapter(name, num_pages)
+    def register(self, name: str, num_pages: int = 1, features: tuple[str, ...] = ()) -> None:
+        adapter = make_adapter(name, num_pages, features)
         self.engine.register_adapter(adapter)
         self.executor.adapters[adapter.adapter_id] = adapter
 

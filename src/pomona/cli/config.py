@@ -14,6 +14,7 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from pomona.core.errors import ConfigError
+from pomona.sched.adapter_arrivals import AdapterLoading
 
 BUNDLED_MODEL = "pippin"
 """Name of the base model that ships in the package; its adapters come with it unless others are named."""
@@ -98,8 +99,16 @@ class AppConfig(BaseSettings):
     )
     graph_max_lora_rank: int = Field(64, ge=1, description="Steps with an adapter of larger rank are not replayed.")
     prefix_cache: bool = Field(default=True, description="Reuse KV blocks of equal prompt beginnings.")
+    adapter_loading: AdapterLoading = Field(
+        "assist",
+        description="How an adapter that is not on the device comes there: on_demand (the step waits for the copy), join "
+        "(the request waits, beside the steps) or assist (its prompt is computed from the host copy meanwhile).",
+    )
+    adapter_link_bytes_per_s: float | None = Field(
+        None, gt=0, description="Copy adapters no faster, to rehearse a slow link; default: as fast as it goes."
+    )
     adapter_wait_limit_s: float = Field(
-        2.0, gt=0, description="After this long, a request waiting for adapter memory goes before all that need it."
+        2.0, gt=0, description="After this long, a request waiting for adapter memory is the next to get some."
     )
 
     fairness: Literal["fcfs", "rpm", "lcf", "vtc", "wvtc", "drr"] = Field(

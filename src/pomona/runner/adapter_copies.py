@@ -79,17 +79,22 @@ class AdapterCopies:
             self._make(copy)
         else:
             self.begin(copy)
-            with self._changed:
-                self._changed.wait_for(lambda: copy.is_done)
+            self.finish(copy)
+
+    def finish(self, copy: AdapterCopy) -> None:
+        """Wait until a copy that has begun has been made."""
+        with self._changed:
+            self._changed.wait_for(lambda: copy.is_done)
         if copy.error is not None:
             raise copy.error
 
     def cancel(self, copy: AdapterCopy) -> None:
-        """Give the copy up. Its pages may be given to another copy at once, which is made after what is left of this."""
+        """Give the copy up. Its pages may be given to another copy at once: that one is made after what is left of
+        this."""
         copy.is_cancelled = True
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until the copies begun first has been made, or for so long."""
+        """Wait until some copy has been made, at most so long; not at all if none is under way."""
         with self._changed:
             if self._thread is not None:
                 self._changed.wait(timeout_s)

@@ -187,7 +187,7 @@ class AdapterPool:
         """
         if not runs:
             return None
-        waiting = [run for run in runs if self._resident[run.adapter_id].copy is not None]
+        waiting = [run for run in runs if self._is_on_host(run.adapter_id)]
         if waiting:
             on_host = tuple(self._host_lora(run) for run in waiting)
             runs = [run for run in runs if run not in waiting]
@@ -224,6 +224,15 @@ class AdapterPool:
             ),
         )
 
+    def _is_on_host(self, adapter_id: AdapterId) -> bool:
+        """True if its rows are to be computed from the host copy; waits for what cannot be."""
+        resident = self._resident[adapter_id]
+        if resident.copy is not None and resident.copy.weights.extras is not None:
+            self._copies.finish(resident.copy)
+            self._settle()
+            return False
+        return resident.copy is not None
+
     def _host_lora(self, run: AdapterRun) -> HostLora:
         """A run of rows of an adapter that is on its way."""
         resident = self._resident[run.adapter_id]
@@ -243,7 +252,6 @@ class AdapterPool:
         return HostLora(run.start, run.end, batch, host_copy.slices, host_copy.ranks)
 
     def _read_host_copy(self, resident: Resident, weights: AdapterWeights) -> _HostCopy:
-        assert weights.extras is None, "the scheduler waits for adapters of more than low-rank parts"
         pages = weights.pages
         return _HostCopy(
             slices={key: self._layout.slices(pages, *key) for key in self.slices},

@@ -4,6 +4,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import get_args
 
 from pomona.core.errors import ConfigError
 from pomona.sched.adapter_arrivals import AdapterLoading
@@ -66,6 +67,8 @@ class SchedulerConfig:
         _check_at_least("max_model_len", self.max_model_len, 2)
         if self.max_prefill_chunk is not None:
             _check_at_least("max_prefill_chunk", self.max_prefill_chunk, 1)
+        if self.adapter_loading not in get_args(AdapterLoading):
+            raise ConfigError(f"adapter_loading is {self.adapter_loading!r}: must be on_demand, join or assist")
         if not 0.0 <= self.adapter_wait_limit_s < math.inf:
             raise ConfigError(f"adapter_wait_limit_s is {self.adapter_wait_limit_s}: must be finite and at least 0")
         if self.max_step_s is not None and not 0.0 < self.max_step_s < math.inf:
