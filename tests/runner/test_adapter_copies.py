@@ -39,7 +39,7 @@ def make_engine(base_path, adapter_paths, loading: str, *, copy_s: float = 0.02,
     engine = TinyEngine(base_path, adapter_loading=loading, adapter_link_bytes_per_s=1.0, **settings)
     ids = [engine.load_adapter(path) for path in adapter_paths]
     largest = max(weights.pages.nbytes for weights in engine.loaded.adapters.staged.values())
-    engine.loaded.runner._adapter_pool._copies._bytes_per_s = largest / copy_s
+    engine.loaded.runner._adapter_pool.link_bytes_per_s = largest / copy_s
     return engine, ids
 
 
@@ -129,7 +129,7 @@ def test_a_warm_request_gets_its_tokens_while_a_cold_one_waits(base_path, adapte
         engine.step()
     assert engine.tokens(cold) == []
     engine.engine.abort(cold)
-    engine.loaded.runner._adapter_pool._copies._bytes_per_s = None
+    engine.loaded.runner._adapter_pool.link_bytes_per_s = None
     assert engine.engine.stats().num_pinned_adapters == 0
 
 

@@ -156,3 +156,40 @@ def test_every_wait_is_bounded_when_pages_are_contended(num_adapters):
     # Each turn costs at most the limit and one whole answer.
     assert max(waits) <= num_adapters * (1.0 + max_tokens + 1.0)
     harness.run()
+
+
+def test_only_as_many_adapters_are_closed_as_the_claimant_needs_those_done_first_first():
+    harness = make_harness("x", "y", "z", num_adapter_pages=2, adapter_wait_limit_s=0.0)
+    add(harness, "x0", "x", max_tokens=20)
+    add(harness, "y0", "y", max_tokens=6)
+    harness.step()
+    add(harness, "z0", "z", max_tokens=2)
+    harness.step()
+    add(harness, "x1", "x", max_tokens=2)
+    add(harness, "y1", "y", max_tokens=2)
+    harness.step()
+    assert sorted(harness.scheduled()) == ["x0", "x1", "y0"], "y ends sooner, so it takes no new users"
+    while "z0" not in harness.scheduled():
+        harness.step()
+    assert harness.plan().adapter_evictions == ("y",)
+    assert harness.tokens("y1") == []
+    harness.run()
+
+
+def test_an_idle_adapter_that_the_claimant_counts_on_is_closed_too():
+    harness = make_harness("x", "y", "z", num_adapter_pages=2, adapter_wait_limit_s=0.0)
+    harness.register("wide", 2)
+    add(harness, "y0", "y", max_tokens=1)
+    harness.run()
+    add(harness, "x0", "x", max_tokens=8)
+    harness.step()
+    add(harness, "wide0", "wide", max_tokens=2)
+    harness.step()
+    for index in range(30):
+        add(harness, f"y{index + 1}", "y", max_tokens=2)
+        harness.step()
+        if "wide0" in harness.scheduled():
+            break
+    assert len(harness.tokens("x0")) == 8
+    assert harness.tokens("y1") == [], "nobody may take what the claimant has been promised"
+    harness.run()

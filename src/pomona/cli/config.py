@@ -101,8 +101,8 @@ class AppConfig(BaseSettings):
     prefix_cache: bool = Field(default=True, description="Reuse KV blocks of equal prompt beginnings.")
     adapter_loading: AdapterLoading = Field(
         "assist",
-        description="How an adapter that is not on the device comes there: on_demand (the step waits for the copy), join "
-        "(the request waits, beside the steps) or assist (its prompt is computed from the host copy meanwhile).",
+        description="How an adapter comes to the device: on_demand (the step waits for the copy), join (the request "
+        "waits, the steps do not) or assist (its prompt is computed from the host copy meanwhile).",
     )
     adapter_link_bytes_per_s: float | None = Field(
         None, gt=0, description="Copy adapters no faster, to rehearse a slow link; default: as fast as it goes."

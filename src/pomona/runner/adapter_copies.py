@@ -46,7 +46,7 @@ class AdapterCopies:
 
     def __init__(self, pages: Tensor, bytes_per_s: float | None) -> None:
         self._pages = pages
-        self._bytes_per_s = bytes_per_s
+        self.bytes_per_s = bytes_per_s
         self._is_cuda = pages.device.type == "cuda"
         self._bytes = None if self._is_cuda else pages.view(torch.uint8).numpy()
         self._stream: torch.cuda.Stream | None = None
@@ -148,8 +148,8 @@ class AdapterCopies:
 
     def _pace(self, num_bytes: int) -> None:
         """Sleep until the link would have carried these bytes too."""
-        if self._bytes_per_s is None:
+        if self.bytes_per_s is None:
             return
         now_s = time.perf_counter()
-        self._link_free_s = max(self._link_free_s, now_s) + num_bytes / self._bytes_per_s
+        self._link_free_s = max(self._link_free_s, now_s) + num_bytes / self.bytes_per_s
         time.sleep(max(0.0, self._link_free_s - now_s))

@@ -101,6 +101,15 @@ class AdapterPool:
         return frozenset(self._resident)
 
     @property
+    def link_bytes_per_s(self) -> float | None:
+        """Copies go no faster; None for as fast as it goes. May be changed between steps."""
+        return self._copies.bytes_per_s
+
+    @link_bytes_per_s.setter
+    def link_bytes_per_s(self, value: float | None) -> None:
+        self._copies.bytes_per_s = value
+
+    @property
     def loading(self) -> frozenset[int]:
         """Loads whose copies have not been made."""
         if not self._under_way:
