@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 from benchmarks import cold_start_report, results
+from pomona.cli.config import BUNDLED_MODEL
+from pomona.cli.hub import checkpoint_dir
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import AdapterId, RequestId, TenantId
 from pomona.core.request import Request, SamplingParams
@@ -122,7 +124,7 @@ class Stand:
 def request_of(name: str, adapter_id: AdapterId, seed: int, num_output: int = NUM_OUTPUT) -> Request:
     """A prompt unlike any other."""
     chance = random.Random(seed)
-    prompt = tuple(chance.randrange(100, 400) for _ in range(NUM_PROMPT))
+    prompt = tuple(chance.randrange(1, 60) for _ in range(NUM_PROMPT))
     sampling = SamplingParams(max_tokens=num_output, temperature=0.0)
     return Request(RequestId(name), prompt, sampling, 0.0, TenantId("t"), adapter_id)
 
@@ -238,9 +240,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = results.parse(parser, "cold-start", words)
     if not options.report:
         if options.model is None:
-            from pomona.cli.hub import bundled_dir
-
-            options.model = str(bundled_dir())
+            options.model = str(checkpoint_dir(BUNDLED_MODEL))
         options.ranks, options.loads, options.counts = RANKS, LOADS, COUNTS
         if options.quick:
             options.ranks, options.loads, options.counts, options.requests = (8,), (0.5,), (8, 16), 12
