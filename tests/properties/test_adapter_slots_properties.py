@@ -157,7 +157,7 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
             assert status.is_resident or status.num_pins == 0, "a pinned adapter is never evicted"
         loading = {name for name, is_awaited in self.unloaded.items() if not is_awaited} | set(self.copying)
         assert {name for name, status in statuses.items() if status.is_loading} == loading
-        assert slots.has_loading == bool(loading)
+        assert slots.num_loading == len(loading)
         pages = [page_id for status in statuses.values() for page_id in status.page_ids or ()]
         assert len(set(pages)) == len(pages)
         assert slots.num_free_pages + len(pages) == slots.num_pages

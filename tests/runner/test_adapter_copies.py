@@ -79,7 +79,7 @@ def serve(base_path, adapter_paths, loading: str, **settings):
     stats = engine.engine.stats()
     assert stats.num_adapter_evictions > 0
     assert (stats.num_pinned_adapters, stats.num_kv_blocks_used) == (0, 0)
-    assert not engine.loaded.runner._adapter_pool._under_way, "every copy has been made or given up"
+    assert not engine.loaded.runner._adapter_pool.under_way, "every copy has been made or given up"
     return [engine.tokens(request_id) for request_id in requests], num_rows
 
 

@@ -24,6 +24,9 @@ from pomona.runner.copies import upload
 from pomona.runner.kv_cache import lazy_zeros
 
 
+_NO_ROWS: NDArray[np.int32] = np.empty((0, 2), dtype=np.int32)
+
+
 @dataclass(frozen=True)
 class Resident:
     """One adapter on the device."""
@@ -76,8 +79,8 @@ class AdapterPool:
         self._pages = lazy_zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
         self._copies = AdapterCopies(self._pages, link_bytes_per_s)
         self._resident: dict[AdapterId, Resident] = {}
-        # Copies beside the steps that the plans ahead do not know to have been made, by load; and what they are of.
-        self._under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
+        self.under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
+        """Copies beside the steps that had not been made when a plan was last applied, by load."""
         self._host_copies: dict[AdapterId, _HostCopy] = {}
         self.num_pages = num_pages
         self.rows_per_page = layout.rows_per_page
@@ -112,13 +115,11 @@ class AdapterPool:
     @property
     def loading(self) -> frozenset[int]:
         """Loads whose copies have not been made."""
-        if not self._under_way:
-            return frozenset()
-        return frozenset(load_id for load_id, (_, copy) in self._under_way.items() if not copy.is_done)
+        return frozenset(load_id for load_id, (_, copy) in self.under_way.items() if not copy.is_done)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a copy has been made, at most so long; not at all if none is under way."""
-        if self._under_way:
+        if self.under_way:
             self._copies.wait(timeout_s)
 
     def apply(
@@ -131,7 +132,7 @@ class AdapterPool:
             loads: adapters and the pages they get.
             staged: host copies; must hold every adapter to load.
         """
-        if self._under_way:
+        if self.under_way:
             self._settle()
         for adapter_id in evictions:
             self._forget(adapter_id)
@@ -146,10 +147,10 @@ class AdapterPool:
         return self._resident[adapter_id]
 
     def _settle(self) -> None:
-        for load_id, (adapter_id, copy) in list(self._under_way.items()):
+        for load_id, (adapter_id, copy) in list(self.under_way.items()):
             if not copy.is_done:
                 continue
-            del self._under_way[load_id]
+            del self.under_way[load_id]
             if copy.error is not None:
                 raise copy.error
             self._resident[adapter_id] = replace(self._resident[adapter_id], copy=None, extras=copy.extras)
@@ -158,10 +159,10 @@ class AdapterPool:
     def _forget(self, adapter_id: AdapterId) -> None:
         del self._resident[adapter_id]
         self._host_copies.pop(adapter_id, None)
-        for load_id, (other_id, copy) in list(self._under_way.items()):
+        for load_id, (other_id, copy) in list(self.under_way.items()):
             if other_id == adapter_id:
                 self._copies.cancel(copy)
-                del self._under_way[load_id]
+                del self.under_way[load_id]
 
     def _load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
         num_rank_pages = weights.pages.shape[0]
@@ -177,7 +178,7 @@ class AdapterPool:
             self._copies.make(copy)
         else:
             self._copies.begin(copy)
-            self._under_way[load.load_id] = (load.adapter_id, copy)
+            self.under_way[load.load_id] = (load.adapter_id, copy)
         self.num_bytes_copied += weights.pages.numel() * weights.pages.element_size()
         self._resident[load.adapter_id] = Resident(
             page_ids=page_ids,
@@ -196,22 +197,18 @@ class AdapterPool:
         """
         if not runs:
             return None
-        waiting = [run for run in runs if self._is_on_host(run.adapter_id)]
-        if waiting:
+        on_host: tuple[HostLora, ...] = ()
+        if self.under_way:
+            waiting = [run for run in runs if self._is_on_host(run.adapter_id)]
             on_host = tuple(self._host_lora(run) for run in waiting)
             runs = [run for run in runs if run not in waiting]
-            return replace(self._state(runs), on_host=on_host)
-        return self._state(runs)
-
-    def _state(self, runs: Sequence[AdapterRun]) -> LoraState:
-        """The part of adapters that are on the device."""
         residents = [self._resident[run.adapter_id] for run in runs]
         max_pages = max((len(resident.page_ids) for resident in residents), default=0)
         page_tables = np.zeros((len(runs), max(max_pages, 1)), dtype=np.int32)
         for index, resident in enumerate(residents):
             page_tables[index, : len(resident.page_ids)] = resident.page_ids
         rows = tuple((run.start, run.end) for run in runs)
-        bounds = upload(np.array(rows, dtype=np.int32).reshape(-1, 2), self._device)
+        bounds = upload(np.array(rows if rows else _NO_ROWS, dtype=np.int32), self._device)
         batch = LoraBatch(
             starts=bounds[:, 0].contiguous(),
             ends=bounds[:, 1].contiguous(),
@@ -231,6 +228,7 @@ class AdapterPool:
                 for run, extra in extras
                 if extra is not None and run.sampled_end > run.sampled_start
             ),
+            on_host=on_host,
         )
 
     def _is_on_host(self, adapter_id: AdapterId) -> bool:

@@ -23,6 +23,7 @@ from pomona.runner.sequences import ExpectedTokens, SequenceTable
 
 _IDLE_WAIT_S = 0.002
 """A step with nothing to compute waits this long for adapters on their way."""
+_NONE: frozenset[int] = frozenset()
 _PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits are held at once: bounds memory at this many rows of the vocabulary."""
 
@@ -43,10 +44,9 @@ class LaunchedModelStep:
     @torch.inference_mode()
     def result(self) -> StepResult:
         """Wait for the step's tokens and record them in the table."""
+        loading = self.adapter_pool.loading if self.adapter_pool.under_way else _NONE
         if self.sampling is None:
-            return StepResult(
-                step_id=self.step_id, prompt_logprobs=self.prompt_logprobs, loading=self.adapter_pool.loading
-            )
+            return StepResult(step_id=self.step_id, prompt_logprobs=self.prompt_logprobs, loading=loading)
         choice, expected = self.sampling
         sampled = choice.sampled()
         self.table.take_in(expected, sampled.token_ids)
@@ -60,7 +60,7 @@ class LaunchedModelStep:
                 self.request_ids[index]: "the model produced logits that are not finite"
                 for index in np.flatnonzero(~sampled.is_finite)
             },
-            loading=self.adapter_pool.loading,
+            loading=loading,
         )
 
 

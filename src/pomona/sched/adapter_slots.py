@@ -74,10 +74,12 @@ class AdapterSlots:
         self._num_idle_pages = 0
         self._num_resident = 0
         self._evictions: list[AdapterId] = []
-        # Loads that the executor has not been told of, and those of which it has not said that they have been made.
-        self._loads: dict[AdapterId, AdapterLoad] = {}
+        self.untold_loads: dict[AdapterId, AdapterLoad] = {}
+        """Loads that the executor has not been told of."""
+        self.num_loading = 0
+        """Adapters that are loading."""
+        # Loads of which the executor has not said that they have been made.
         self._copying: dict[int, AdapterId] = {}
-        self._num_loading = 0
         self._drained: list[AdapterId] = []
 
     @property
@@ -94,11 +96,6 @@ class AdapterSlots:
     def num_pinned(self) -> int:
         """Resident adapters that a running sequence needs."""
         return self._num_resident - len(self._idle)
-
-    @property
-    def has_loading(self) -> bool:
-        """True if some adapter is loading."""
-        return self._num_loading > 0
 
     @property
     def has_evictions(self) -> bool:
@@ -231,21 +228,19 @@ class AdapterSlots:
         entry.page_ids = tuple(self._free_pages.pop() for _ in range(num_pages))
         entry.is_resident = True
         entry.is_loading = not is_awaited
-        self._num_loading += entry.is_loading
+        self.num_loading += entry.is_loading
         self._num_resident += 1
         self.num_loads += 1
         entry.order = self.num_loads
         self._idle[adapter_id] = None
         self._num_idle_pages += num_pages
-        load = self._loads[adapter_id] = AdapterLoad(adapter_id, entry.page_ids, entry.order, is_awaited)
+        load = self.untold_loads[adapter_id] = AdapterLoad(adapter_id, entry.page_ids, entry.order, is_awaited)
         return load
 
     def take_loads(self) -> tuple[AdapterLoad, ...]:
         """Loads that the executor has not been told of, in order; the caller puts them into its plan."""
-        if not self._loads:
-            return ()
-        loads = tuple(self._loads.values())
-        self._loads.clear()
+        loads = tuple(self.untold_loads.values())
+        self.untold_loads.clear()
         return loads
 
     def settle_loads(self, loads: Iterable[AdapterLoad], loading: Set[int]) -> None:
@@ -311,7 +306,7 @@ class AdapterSlots:
         self._drained.append(adapter_id)
 
     def _end_loading(self, entry: _Entry) -> None:
-        self._num_loading -= entry.is_loading
+        self.num_loading -= entry.is_loading
         entry.is_loading = False
 
     def _evict(self, adapter_id: AdapterId) -> None:
@@ -325,5 +320,5 @@ class AdapterSlots:
         self._num_resident -= 1
         self._end_loading(entry)
         self.num_evictions += 1
-        if self._loads.pop(adapter_id, None) is None:
+        if self.untold_loads.pop(adapter_id, None) is None:
             self._evictions.append(adapter_id)

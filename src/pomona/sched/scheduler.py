@@ -205,7 +205,7 @@ class Scheduler:
             seqs=tuple([seq.scheduled for seq in chosen]),
             released=released,
             adapter_evictions=self.adapters.take_evictions(),
-            adapter_loads=self.adapters.take_loads(),
+            adapter_loads=self.adapters.take_loads() if self.adapters.untold_loads else (),
         )
 
     def update(self, plan: StepPlan, result: StepResult, now_s: float) -> list[RequestOutput]:
@@ -221,7 +221,7 @@ class Scheduler:
         """
         step_id, seqs = self._in_flight.popleft()
         assert plan.step_id == result.step_id == step_id, "plans and results come in order"
-        if plan.adapter_loads or self.adapters.has_loading:
+        if self.adapters.num_loading:
             self.adapters.settle_loads(plan.adapter_loads, result.loading)
         outputs: list[RequestOutput] = []
         num_alive = len(self._seqs)
@@ -284,13 +284,13 @@ class Scheduler:
     def _schedule_running(self, running: list[Sequence], budget: int, chosen: list[Sequence]) -> int:
         """Give running sequences their tokens, preempting others when blocks run out; returns the budget left."""
         max_chunk, rows_per_seq = self._max_chunk, self._rows_per_seq
-        has_loading = self.adapters.has_loading
+        num_loading = self.adapters.num_loading
         for seq in running:
             if budget <= 0:
                 break
             if seq.state is not SequenceState.RUNNING:
                 continue  # preempted for one before it
-            if has_loading and self._arrivals.is_held(seq):
+            if num_loading and self._arrivals.is_held(seq):
                 continue
             start = seq.num_computed_tokens
             num_known = len(seq.token_ids) + seq.num_pending_tokens
