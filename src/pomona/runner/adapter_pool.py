@@ -23,7 +23,6 @@ from pomona.runner.batch import AdapterRun
 from pomona.runner.copies import upload
 from pomona.runner.kv_cache import lazy_zeros
 
-
 _NO_ROWS: NDArray[np.int32] = np.empty((0, 2), dtype=np.int32)
 
 
