@@ -42,7 +42,7 @@ def live(tmp_path_factory):
         for index, lora_rank in enumerate((4, 8, 16))
     ]
     config = SchedulerConfig(
-        num_kv_blocks=48,
+        num_kv_blocks=46,
         num_adapter_pages=6,
         max_model_len=128,
         block_size=4,
