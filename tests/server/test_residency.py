@@ -239,3 +239,15 @@ async def test_clients_that_go_away_while_they_wait_leave_nothing_held(tmp_path:
         await until(lambda: served.adapters.host.cache.num_holds(adapter_id) == 0, "nobody holds it")
         assert (await served.http.delete("/v1/adapters/a")).status_code == 200
         assert not _staged(served)
+
+
+async def test_an_unload_between_the_ends_of_two_loads_disturbs_neither(tmp_path: Path):
+    make_adapter(tmp_path / "slow", "slow", seconds=0.4)
+    make_adapter(tmp_path / "quick", "quick")
+    async with served_folder(tmp_path) as (served, _):
+        slow = asyncio.create_task(_text(served, "slow"))
+        await until(lambda: served.adapters.num_waiting == 1, "the request waits")
+        await _text(served, "quick")
+        assert (await served.http.delete("/v1/adapters/quick")).status_code == 200
+        await slow
+        assert len(_staged(served)) == 1

@@ -37,7 +37,8 @@ class HostTier:
         self._unwanted: set[AdapterId] = set()
         self._turn = asyncio.Lock()
         self._change = asyncio.Event()
-        self._unloads_sent: list[set[AdapterId]] = []
+        self._unloads_sent: dict[int, set[AdapterId]] = {}
+        """Per load under way: what was unloaded since it was sent."""
         self._unloads: dict[AdapterId, asyncio.Task[None]] = {}
         self._growth: dict[int, float] = {}
         """Host bytes per file byte, the most that was seen, by magnitude of the file."""
@@ -102,7 +103,7 @@ class HostTier:
         unloads_sent: set[AdapterId] = set()
         magnitude = num_weights_bytes.bit_length()
         async with self._room(round(num_weights_bytes * (1.0 + self._growth.get(magnitude, 1.0)))):
-            self._unloads_sent.append(unloads_sent)
+            self._unloads_sent[id(unloads_sent)] = unloads_sent
             try:
                 while True:
                     unloads_sent.clear()
@@ -115,7 +116,7 @@ class HostTier:
                     if info.adapter_id not in unloads_sent:
                         break
             finally:
-                self._unloads_sent.remove(unloads_sent)
+                del self._unloads_sent[id(unloads_sent)]
             growth = info.num_host_bytes / max(num_weights_bytes, 1)
             self._growth[magnitude] = max(self._growth.get(magnitude, 0.0), growth)
             self.cache.add(info.adapter_id, info.num_host_bytes, time.monotonic() - began_s)
@@ -170,7 +171,7 @@ class HostTier:
         assert not self.cache.num_holds(adapter_id), "what is in use is never unloaded"
         num_bytes = self.cache.evict(adapter_id) if is_eviction else self.cache.discard(adapter_id)
         self._unwanted.discard(adapter_id)
-        for sent in self._unloads_sent:
+        for sent in self._unloads_sent.values():
             sent.add(adapter_id)
         self.cache.reserve(num_bytes)  # until they are really free
         before = self._unloads.get(adapter_id)
