@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from pomona.core.errors import ConfigError
-from pomona.kernels.cpu.binding import keep_freed_memory
 from pomona.model.adapter_weights import AdapterLoader
 from pomona.model.decoder import Decoder
 from pomona.model.hf_config import read_spec
@@ -158,7 +157,6 @@ def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) 
     device = torch_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-        keep_freed_memory()
     return load_weights(
         folder,
         spec,

@@ -27,7 +27,6 @@ MAX_RANK = 1024
 _ABI = 4
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class LoraSite(Structure):
@@ -228,15 +227,6 @@ def prefer_huge_pages(tensor: torch.Tensor) -> None:
     num_bytes = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
     if num_bytes >= _HUGE_PAGE_BYTES and sys.platform == "linux":
         CDLL(None).madvise(c_void_p(start), ctypes.c_size_t(num_bytes), _MADV_HUGEPAGE)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep large blocks that are freed: every step allocates the same ones again, and memory given
-    back is zeroed anew by the operating system, page by page. For a process that serves a model; glibc only."""
-    mallopt = getattr(CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def describe() -> str:
