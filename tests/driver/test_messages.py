@@ -25,6 +25,8 @@ _ERRORS: list[errors.PomonaError] = [
     errors.AdapterError("bad"),
     errors.AdapterNotFoundError("nothing there"),
     errors.AdapterForbiddenError("outside"),
+    errors.AdapterUnavailableError("the source does not answer", 4.0),
+    errors.AdapterFailedError("wrong base"),
     errors.AdapterConfigError("r", "r is -1"),
     errors.CheckpointError("no config.json"),
     errors.ConfigError("max_waiting is 0"),
@@ -53,6 +55,7 @@ _COMMANDS = [
     messages.Abort(RequestId("r")),
     messages.LoadAdapter(1, "/a/b"),
     messages.UnloadAdapter(2, AdapterId("ab")),
+    messages.AskResident(3),
     messages.Ping(),
     messages.Shutdown(),
 ]
@@ -60,6 +63,7 @@ _REPLIES = [
     messages.Rejection(RequestId("r"), _WIRE),
     messages.AdapterLoaded(1, _INFO),
     messages.AdapterUnloaded(2),
+    messages.ResidentAdapters(3, [AdapterId("ab")]),
     messages.CallFailed(3, _WIRE),
 ]
 _REPORTS = [

@@ -157,6 +157,14 @@ class _Malicious:
         return (open, (self.path, "w"))
 
 
+def cards(server):
+    """All adapters as the server shows them, but for the count of loads that failed."""
+    return [
+        {key: value for key, value in card.items() if key != "num_failures"}
+        for card in httpx.get(f"{server.url}/v1/adapters").json()["data"]
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
@@ -175,7 +183,7 @@ class _Malicious:
     ],
 )
 def test_a_broken_adapter_is_refused_with_the_reason_and_changes_nothing(server, adapters_dir, base_path, kind, named):
-    before = httpx.get(f"{server.url}/v1/adapters").json()
+    before = cards(server)
     folder = adapters_dir / "broken"
     try:
         broken_adapter(kind, folder, base_path)
@@ -186,7 +194,7 @@ def test_a_broken_adapter_is_refused_with_the_reason_and_changes_nothing(server,
     assert 400 <= answer.status_code < 500
     assert named in error_of(answer)["message"]
     assert not (adapters_dir / "canary").exists(), "code in a pickle was executed"
-    assert httpx.get(f"{server.url}/v1/adapters").json() == before
+    assert cards(server) == before
 
 
 def test_sources_outside_the_allowed_folders_are_forbidden_whether_or_not_they_exist(server, adapters_dir, tmp_path):
