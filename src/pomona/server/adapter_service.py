@@ -303,8 +303,9 @@ class AdapterService:
 
     async def _replace(self, name: str, source: str, sources: AdapterSources) -> CatalogueEntry:
         async with self._name_lock(name):
+            if not self._catalogue.has(name):
+                self._created_s[name] = int(time.time())  # noqa: TID251
             self._catalogue.begin_load(name, source)
-            self._created_s.setdefault(name, int(time.time()))  # noqa: TID251
             record = self._loading.record(name)
             try:
                 read = CatalogueEntry(name, source, AdapterState.LOADING, 0, None)
