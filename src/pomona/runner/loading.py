@@ -1,5 +1,6 @@
 """load_runner: a checkpoint folder becomes a ModelRunner whose sizes are known."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from pomona.core.errors import ConfigError
+from pomona.kernels.cpu import binding
 from pomona.model.adapter_weights import AdapterLoader
 from pomona.model.decoder import Decoder
 from pomona.model.hf_config import read_spec
@@ -25,6 +27,8 @@ from pomona.runner.kv_cache import KVCache, block_bytes
 from pomona.runner.memory import Capacity, plan_capacity, torch_device, torch_dtype
 from pomona.runner.runner import ModelRunner
 from pomona.runner.sequences import SequenceTable
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) 
     device = torch_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        _LOGGER.log(logging.INFO if binding.is_available() else logging.WARNING, binding.describe())
     return load_weights(
         folder,
         spec,
