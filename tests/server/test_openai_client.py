@@ -147,11 +147,13 @@ async def test_a_wrong_key_is_an_authentication_error(live: Live):
 
 
 async def test_a_failure_in_the_middle_of_a_stream_is_an_api_error(live: Live):
+    live.served.executor.pause_at_token = 3
     stream = await live.api.completions.create(
         model=BASE, prompt="one two", stream=True, max_tokens=400, extra_body={"ignore_eos": True}
     )
     await anext(aiter(stream))
     live.served.executor.fail_with = "it broke"
+    live.served.executor.gate.set()
     with pytest.raises(openai.APIError, match="it broke"):
         [chunk async for chunk in stream]
 

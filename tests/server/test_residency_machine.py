@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -233,3 +234,25 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 ResidencyMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestResidencyMachine = ResidencyMachine.TestCase
+
+
+def test_an_engine_that_restarts_between_the_grant_and_the_turn_of_who_waited(monkeypatch):
+    machine = ResidencyMachine()
+    loading = machine.service._loading
+    begin = loading.begin
+
+    def begin_and_restart_at_its_end(entry):
+        load = begin(entry)
+        load.task.add_done_callback(lambda _: machine.engine.restart())
+        return load
+
+    monkeypatch.setattr(loading, "begin", begin_and_restart_at_its_end)
+
+    async def ask() -> None:
+        with pytest.raises(EngineUnavailableError, match="started again"):
+            async with machine.service.lease("s1"):
+                pass
+
+    machine.runner.run(ask())
+    monkeypatch.undo()
+    machine.teardown()

@@ -57,6 +57,8 @@ class EchoExecutor:
     special_token_ids: frozenset[int]
     gate: threading.Event = field(default_factory=threading.Event)
     """While it is clear, steps wait."""
+    pause_at_token: int | None = None
+    """The step that would compute this output token of a running sequence clears the gate first."""
     fail_with: str | None = None
     """Every sequence of the next steps fails with this reason."""
     starts: dict[RequestId, SeqStart] = field(default_factory=dict)
@@ -64,6 +66,14 @@ class EchoExecutor:
     """Every sequence ever started, in order."""
 
     def execute(self, plan: StepPlan) -> StepResult:
+        if self.pause_at_token is not None and any(
+            seq.num_computed_tokens + seq.num_scheduled_tokens
+            == self.starts[seq.request_id].num_prompt_tokens + self.pause_at_token
+            for seq in plan.seqs
+            if seq.request_id in self.starts
+        ):
+            self.pause_at_token = None
+            self.gate.clear()
         self.gate.wait()
         result = StepResult(plan.step_id)
         for request_id in plan.released:

@@ -22,6 +22,7 @@ from pomona.server.tasks import Tasks
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_PINNED_SHARE = 0.5
+_STARTED_AGAIN = "the engine was started again while the adapter was brought in"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,9 @@ class AdapterLoading:
             raise
         finally:
             record.num_waiting -= 1
+        if not self.host.is_staged(info.adapter_id):  # between the grant and this request's turn
+            self.host.release(info.adapter_id)
+            raise EngineUnavailableError(_STARTED_AGAIN)
         return info.adapter_id
 
     def begin(self, entry: CatalogueEntry) -> Load:
@@ -237,7 +241,7 @@ class AdapterLoading:
             record.fetch_s, record.stage_s = fetched_s - began_s, time.monotonic() - fetched_s
             if not self.host.is_staged(info.adapter_id):
                 self.host.release(info.adapter_id)
-                raise EngineUnavailableError("the engine was started again while the adapter was brought in")
+                raise EngineUnavailableError(_STARTED_AGAIN)
             if not is_corrupt and entry.expected_id in (None, info.adapter_id):
                 return info
             self.host.release(info.adapter_id)
