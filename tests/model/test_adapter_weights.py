@@ -23,6 +23,7 @@ from pomona.adapters.targets import resolve
 from pomona.core.adapter import AdapterFiles
 from pomona.core.errors import AdapterError
 from pomona.model.adapter_modules import map_modules
+from pomona.model.adapter_state import parse_tensors
 from pomona.model.adapter_weights import AdapterLoader, AdapterWeights
 from pomona.model.lora import PageLayout
 from pomona.model.spec import Site, Target
@@ -44,7 +45,7 @@ class Kit:
 
     def load(self, files: AdapterFiles | None = None, loader: AdapterLoader | None = None) -> AdapterWeights:
         files, loader = files or self.files, loader or self.decoder.loader
-        return loader.load(resolve(parse_config(files.config_bytes), loader.modules), files)
+        return loader.load(resolve(parse_config(files.config_bytes), loader.modules), parse_tensors(files))
 
     def with_tensors(self, tensors: Tensors) -> AdapterFiles:
         return dataclasses.replace(self.files, weights_bytes=safetensors.torch.save(tensors))

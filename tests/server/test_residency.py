@@ -96,7 +96,7 @@ async def test_what_is_in_use_is_not_evicted_and_who_waits_too_long_is_told_to_c
     for name in ("a", "b"):
         make_adapter(tmp_path / name, name * 100)
         (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(100))
-    async with served_folder(tmp_path, host_adapter_bytes=250, load_wait_s=0.2) as (served, _):
+    async with served_folder(tmp_path, host_adapter_bytes=350, load_wait_s=0.2) as (served, _):
         expected = await _text(served, "a")
         served.executor.gate.clear()
         running = asyncio.create_task(_text(served, "a"))

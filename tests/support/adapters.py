@@ -17,6 +17,7 @@ from pomona.adapters.sources import read_files
 from pomona.adapters.targets import resolve
 from pomona.core.ids import AdapterId, PageId
 from pomona.core.plan import AdapterLoad
+from pomona.model.adapter_state import parse_tensors
 from pomona.model.adapter_weights import AdapterLoader, AdapterWeights
 from pomona.model.decoder import Decoder
 from pomona.model.lora import LoraState, PageLayout
@@ -125,7 +126,7 @@ class AdaptedDecoder:
         """Read, check and convert an adapter folder."""
         files = read_files(str(adapter_path))
         resolved = resolve(parse_config(files.config_bytes), self.loader.modules)
-        return adapter_digest(files), self.loader.load(resolved, files)
+        return adapter_digest(files), self.loader.load(resolved, parse_tensors(files))
 
     def add(self, adapter_path: Path) -> AdapterId:
         """Convert an adapter and make it resident."""

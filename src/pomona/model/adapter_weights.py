@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pomona.core.adapter import EMBEDDING_NAME, HEAD_NAME, AdapterFiles, BaseModules, ModuleLora, ResolvedAdapter
+from pomona.core.adapter import EMBEDDING_NAME, HEAD_NAME, BaseModules, ModuleLora, ResolvedAdapter
 from pomona.core.errors import AdapterError
+from pomona.kernels.host_memory import mapped_zeros
 from pomona.kernels.linear import is_served_as
 from pomona.model.adapter_modules import ModuleMap, map_modules, norm_size
-from pomona.model.adapter_state import AdapterState, parse_tensors
+from pomona.model.adapter_state import AdapterState
 from pomona.model.lora import AdapterExtras, PageLayout
 from pomona.model.spec import Site, Target
 from pomona.model.weights import DecoderWeights
@@ -74,17 +75,17 @@ class AdapterLoader:
         num_extra_bytes = 0 if weights.extras is None else weights.extras.num_bytes
         return max(1, weights.pages.shape[0] + math.ceil(num_extra_bytes / page_bytes))
 
-    def load(self, adapter: ResolvedAdapter, files: AdapterFiles) -> AdapterWeights:
+    def load(self, adapter: ResolvedAdapter, tensors: dict[str, Tensor]) -> AdapterWeights:
         """Verify and convert one adapter.
 
         Args:
             adapter: its config, resolved against ``modules``.
-            files: its bytes.
+            tensors: of its weights file, by key.
 
         Raises:
             AdapterError: naming the tensor that is missing, unexpected, of the wrong shape or type, or not finite.
         """
-        state = AdapterState(parse_tensors(files), adapter.spec.base_model_name)
+        state = AdapterState(tensors, adapter.spec.base_model_name)
         state.check_modules(self._map.base.names)
         parts = _Parts(adapter, state, self._base, self._map)
         with torch.no_grad():
@@ -117,7 +118,7 @@ class AdapterLoader:
             raise AdapterError(
                 f"rank {max_rank} needs {num_pages} adapter pages; there are {self._max_pages}: raise adapter_bytes"
             )
-        pages = torch.zeros((num_pages, self._layout.page_elems), dtype=self._base.dtype)
+        pages = mapped_zeros((num_pages, self._layout.page_elems), self._base.dtype)
         for layer, site in itertools.product(range(self._base.spec.num_layers), Site):
             slices = self._layout.slices(pages, layer, site)
             for target, a_pages, b_pages in zip(site.value, slices.a, slices.b, strict=True):

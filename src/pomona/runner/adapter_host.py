@@ -11,6 +11,7 @@ from pomona.adapters.targets import resolve
 from pomona.core.adapter import AdapterInfo
 from pomona.core.errors import AdapterError
 from pomona.core.ids import AdapterId
+from pomona.model.adapter_state import parse_tensors
 from pomona.model.adapter_weights import AdapterLoader, AdapterWeights
 
 
@@ -40,12 +41,7 @@ class StagedAdapters:
         Raises:
             AdapterError: it cannot be used; nothing changed.
         """
-        files = read_files(path)
-        adapter_id = adapter_digest(files)
-        with self._lock:
-            weights = self._staged.get(adapter_id)
-        if weights is None:
-            weights = self._loader.load(resolve(parse_config(files.config_bytes), self._loader.modules), files)
+        adapter_id, weights = self._read(path)
         num_pages = self._loader.num_pages(weights)
         if num_pages > self._num_device_pages:
             raise AdapterError(
@@ -62,6 +58,18 @@ class StagedAdapters:
             modules=weights.modules,
             features=weights.features,
         )
+
+    def _read(self, path: str) -> tuple[AdapterId, AdapterWeights]:
+        files = read_files(path)
+        adapter_id = adapter_digest(files)
+        with self._lock:
+            weights = self._staged.get(adapter_id)
+        if weights is None:
+            resolved = resolve(parse_config(files.config_bytes), self._loader.modules)
+            tensors = parse_tensors(files)
+            del files  # the tensors are copies: no more than two are there at any time
+            weights = self._loader.load(resolved, tensors)
+        return adapter_id, weights
 
     def unstage(self, adapter_id: AdapterId) -> None:
         """Drop the host copy; unknown ids are ignored."""

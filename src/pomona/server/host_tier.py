@@ -102,7 +102,9 @@ class HostTier:
         """
         unloads_sent: set[AdapterId] = set()
         magnitude = num_weights_bytes.bit_length()
-        async with self._room(round(num_weights_bytes * (1.0 + self._growth.get(magnitude, 1.0)))):
+        # The file is parsed into copies of its tensors, and these are cast, then laid out.
+        growth = self._growth.get(magnitude, 1.0)
+        async with self._room(round(num_weights_bytes * max(2.0, 1.0 + 2.0 * growth))):
             self._unloads_sent[id(unloads_sent)] = unloads_sent
             try:
                 while True:
