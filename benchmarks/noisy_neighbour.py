@@ -11,6 +11,7 @@ The 32 adapters are copies of the bundled ones with other scalings, so they shar
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import shutil
@@ -140,6 +141,8 @@ async def measure(case: str, duration_s: float, adapters: list[Path]) -> dict[st
     builder = engine_builder(load_config(dict(used)))
     async with ProcessClient(builder) as client:
         infos = [await client.load_adapter(str(path)) for path in adapters]
+        gc.collect()
+        gc.freeze()  # as `pomona serve` does
         load = Load(client, [info.adapter_id for info in infos])
         tally = await load.run(duration_s, has_flood=settings is not None)
         stats = client.stats()

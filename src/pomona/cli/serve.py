@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -77,6 +78,9 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
     with _bind(config) as listener:
         async with _build_app(config, console) as (app, running_adapters, base_name):
             host = f"[{config.host}]" if ":" in config.host else config.host
+            # What is there now lives as long as the server: no collection need ever look at it again.
+            gc.collect()
+            gc.freeze()
             running = Running(f"http://{host}:{listener.getsockname()[1]}", base_name, running_adapters)
             server = _Server(
                 uvicorn.Config(
