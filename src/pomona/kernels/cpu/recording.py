@@ -69,6 +69,11 @@ class Workspace:
 class _OnlyKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses torch's own operators, views excepted."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be wrapped for torch.compile: that imports the compiler, a second and 100 MiB, at the first step."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
