@@ -8,6 +8,7 @@ import pytest
 from pomona.accounts.accounts import Accounts
 from pomona.core.errors import ConfigError
 from pomona.core.request import Priority, ServiceLevel
+from pomona.metrics.registry import LEDGER_METRICS
 from pomona.server.limits import duration
 from support.accounts import serve_accounts
 from support.server import BASE, Connection, listen
@@ -280,3 +281,16 @@ async def test_the_scheduler_is_told_what_a_tenant_may_expect(served, monkeypatc
     assert first.cache_salt != second.cache_salt
     card = (await served.call("admin", "PATCH", "/v1/admin/tenants/acme", {"ttft_s": 0.0})).json()
     assert (card["weight"], card["ttft_s"]) == (3.0, None)
+
+
+async def test_metrics_tell_whether_the_bill_is_being_written(served):
+    for _ in range(3):
+        await served.complete("acme")
+    await served.accounts.ledger.flush()
+    text = (await served.call("operator", "GET", "/metrics")).text
+    for metric in LEDGER_METRICS:
+        assert f"# TYPE {metric.name} {metric.kind}" in text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(("pomona_ledger", "pomona_acc")))
+    assert values["pomona_ledger_rows_total"] == "3.0"
+    assert values["pomona_ledger_waiting_rows"] == values["pomona_ledger_open_requests"] == "0.0"
+    assert values["pomona_accounts_database_down_seconds"] == values["pomona_ledger_failed_writes_total"] == "0.0"

@@ -64,6 +64,8 @@ class EchoExecutor:
     starts: dict[RequestId, SeqStart] = field(default_factory=dict)
     seen: list[SeqStart] = field(default_factory=list)
     """Every sequence ever started, in order."""
+    num_prompt_tokens: dict[RequestId, int] = field(default_factory=dict)
+    """Of every request ever started."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.pause_at_token is not None and any(
@@ -82,6 +84,7 @@ class EchoExecutor:
             if seq.start is not None:
                 self.starts[seq.request_id] = seq.start
                 self.seen.append(seq.start)
+                self.num_prompt_tokens[seq.request_id] = seq.start.num_prompt_tokens
             if self.fail_with is not None:
                 result.failed[seq.request_id] = self.fail_with
                 continue

@@ -75,6 +75,12 @@ class Database:
         self.down_since_s: float | None = None
         """Monotonic time of the first failure since the last success; None while the database answers."""
 
+    @property
+    def down_s(self) -> float:
+        """For how long the database has not answered; 0 while it does."""
+        since_s = self.down_since_s
+        return 0.0 if since_s is None else time.monotonic() - since_s
+
     def migrate(self) -> None:
         """Bring the tables to this version's form; processes that start together wait for each other.
 

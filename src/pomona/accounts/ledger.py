@@ -9,7 +9,7 @@ only after the commit. Journals of processes that have died are taken over by wh
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pomona.accounts import clock
@@ -81,9 +81,9 @@ class Entry:
         self.counted = Counted(num_output + len(output.new_token_ids), num_cached, num_input)
         self._ledger.advance(self.start, self.counted)
         if output.finish_reason is not None:
-            self.end_choice(index, now_s)
+            self._end_choice(index, now_s)
 
-    def end_choice(self, index: int, now_s: float) -> None:
+    def _end_choice(self, index: int, now_s: float) -> None:
         """Note that a choice has left the engine."""
         begun_s = self._begun_s.get(index)
         if begun_s is not None:
@@ -101,7 +101,7 @@ class Entry:
             return
         self._is_closed = True
         for index in self._begun_s:
-            self.end_choice(index, now_s)
+            self._end_choice(index, now_s)
         start = self.start
         usage = Usage(
             number=start.number,
@@ -146,6 +146,10 @@ class Ledger:
         self._num_written = 0
         self._num_synced = 0
         self._num_shipped = 0
+        self._num_ended = 0
+        self._num_own_rows = 0
+        self._num_adopted_rows = 0
+        self._num_failed_writes = 0
         self._unwritten: list[tuple[Start, Usage]] = []
         self._prices: Prices | None = None
         self._shipping = asyncio.Lock()
@@ -159,6 +163,17 @@ class Ledger:
     def num_journal_bytes(self) -> int:
         """Bytes of the journal that still wait for something."""
         return self._journal.num_bytes
+
+    def totals(self) -> Mapping[str, float]:
+        """Return what is exported, by the ``stat`` of ``metrics.registry.LEDGER_METRICS``."""
+        return {
+            "rows": self._num_own_rows + self._num_adopted_rows,
+            "waiting_rows": self._num_ended - self._num_own_rows,
+            "open_requests": self._journal.num_open - len(self._unwritten),
+            "journal_bytes": self._journal.num_bytes,
+            "failed_writes": self._num_failed_writes,
+            "database_down_seconds": self._database.down_s,
+        }
 
     def check(self) -> None:
         """Ask whether a request may be accepted now.
@@ -192,6 +207,7 @@ class Ledger:
     def finish(self, start: Start, usage: Usage) -> None:
         """Write a request's end."""
         self._num_written += 1
+        self._num_ended += 1
         try:
             self._journal.finish(start, usage)
         except DatabaseUnavailableError as error:
@@ -213,9 +229,11 @@ class Ledger:
                 if num_rounds % _ROUNDS_PER_ADOPTION == 0:
                     await self.adopt()
             except DatabaseUnavailableError as error:
+                self._num_failed_writes += 1
                 _LOGGER.warning("%s; usage waits in the journal (%d bytes)", error, self._journal.num_bytes)
                 await asyncio.sleep(_RETRY_S)
             except OSError as error:
+                self._num_failed_writes += 1
                 _LOGGER.error("The journal cannot be written: %s", error)
                 await asyncio.sleep(_RETRY_S)
 
@@ -239,6 +257,7 @@ class Ledger:
                     self._num_shipped = num_written
                     return
                 self._on_spending(await self._insert(rows))
+                self._num_own_rows += len(rows)
                 self._position = position
                 self._journal.forget_before(position)
 
@@ -249,6 +268,7 @@ class Ledger:
             DatabaseUnavailableError: the database does not answer; the journals stay.
         """
         num_rows, spending = await self._database.run(self._adopt)
+        self._num_adopted_rows += num_rows
         self._on_spending(spending)
         return num_rows
 

@@ -79,7 +79,8 @@ class EngineClient(Protocol):
         ...
 
     def submit(self, request: Request) -> AsyncIterator[RequestOutput]:
-        """Yield the request's outputs until the one with a finish reason. Closing the iterator early aborts.
+        """Yield the request's outputs until the one with a finish reason. Closing the iterator early aborts; a read
+        that was cancelled can be made again.
 
         Raises:
             QueueFullError: the queue is full; nothing was admitted.

@@ -66,7 +66,8 @@ class _Inbox:
 class RequestStream:
     """Outputs of one request, for one reader. What arrived since the last read comes as one output.
 
-    Ending early (``aclose``, cancellation of a read, or dropping the last reference) aborts the request.
+    Ending early (``aclose``, or dropping the last reference) aborts the request. A read that was cancelled can be made
+    again: nothing is lost, so that whoever counts may ``abort`` and read on to the terminal output.
     """
 
     def __init__(self, session: "EngineSession", request_id: RequestId, inbox: _Inbox) -> None:
@@ -97,9 +98,6 @@ class RequestStream:
             inbox.waiter = asyncio.get_running_loop().create_future()
             try:
                 await inbox.waiter
-            except asyncio.CancelledError:
-                self.close()
-                raise
             finally:
                 inbox.waiter = None
         outputs, inbox.outputs = inbox.outputs, []

@@ -29,8 +29,8 @@ class Metric:
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram's buckets, without infinity."""
     stat: str | None = None
-    """Field of ``core.output.EngineStats`` that it shows, or of ``AdapterService.totals``; None if the server counts it
-    as it happens."""
+    """Field of ``core.output.EngineStats`` that it shows, or of ``AdapterService.totals`` or ``Ledger.totals``; None if
+    the server counts it as it happens."""
 
 
 TTFT_SECONDS: Final = Metric(
@@ -162,6 +162,26 @@ RESIDENCY_METRICS: Final = tuple(
 )
 """What is known of adapters on their way to the device."""
 
+_LEDGER: Final = (
+    ("pomona_ledger_rows_total", "counter", "rows", "rows",
+     "Rows of usage that this server has brought to the accounts database, those of dead servers included."),
+    ("pomona_ledger_waiting_rows", "gauge", "rows", "waiting_rows",
+     "Rows of ended requests that wait in the journal for the accounts database."),
+    ("pomona_ledger_open_requests", "gauge", "requests", "open_requests",
+     "Requests accepted whose row is not written yet, because they have not ended."),
+    ("pomona_ledger_journal_bytes", "gauge", "bytes", "journal_bytes", "Disk space that the journal takes."),
+    ("pomona_ledger_failed_writes_total", "counter", "writes", "failed_writes",
+     "Times rows could not be brought to the disk or the database, and stayed in the journal."),
+    ("pomona_accounts_database_down_seconds", "gauge", "seconds", "database_down_seconds",
+     "Time since the accounts database began not to answer; 0 while it answers."),
+)  # fmt: skip
+
+LEDGER_METRICS: Final = tuple(
+    Metric(name, "gauge" if kind == "gauge" else "counter", unit, f"{text} Only with accounts.", stat=stat)
+    for name, kind, unit, stat, text in _LEDGER
+)
+"""Whether the bill is being written."""
+
 SERVER_METRICS: Final = (
     TTFT_SECONDS,
     ITL_SECONDS,
@@ -178,6 +198,7 @@ SERVER_METRICS: Final = (
     ENGINE_READY,
     ENGINE_RESTARTS,
     *RESIDENCY_METRICS,
+    *LEDGER_METRICS,
 )
 """What the server counts."""
 

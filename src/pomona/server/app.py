@@ -62,6 +62,8 @@ def create_app(
     """
     metrics = ServerMetrics(client, model.name, config.max_adapter_labels)
     metrics.add_residency(adapter_service.totals)
+    if accounts is not None:
+        metrics.add_ledger(accounts.ledger.totals)
 
     wake_batches = asyncio.Event()
 

@@ -1,6 +1,11 @@
-"""The engine requests behind one API request: started together, read as one stream, never left behind."""
+"""The engine requests behind one API request: started together, read as one stream, never left behind.
+
+Where there is a ledger, what the engine counts is what it says: a request that ends early has a step under way, so its
+line is closed only after the engine's last word on every choice.
+"""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from types import TracebackType
@@ -40,6 +45,7 @@ class FanOut:
         self._meters = [RequestMeter(series, len(request.prompt_token_ids), request.arrival_s) for request in requests]
         self._streams: list[AsyncIterator[RequestOutput]] = []
         self._pumps: list[_Pump] = []
+        self._queue: asyncio.Queue[tuple[int, RequestOutput] | _Pump] = asyncio.Queue()
         self._outputs = self._run()
 
     async def __aenter__(self) -> Self:
@@ -49,20 +55,18 @@ class FanOut:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Abort whatever has not ended."""
-        for pump in self._pumps:
-            pump.cancel()
-        if self._pumps:
-            await asyncio.wait(self._pumps)
-        await self._outputs.aclose()
+        """Abort whatever has not ended, and write the ledger's line."""
         reason = FinishReason.FAIL if isinstance(error, EngineUnavailableError) else FinishReason.ABORT
-        for index, meter in enumerate(self._meters):
-            if meter.timeline.is_ended:
-                await self._close(index)
-            else:
-                await self._abort(index, None if isinstance(error, QueueFullError) else reason)
-        if self._entry is not None:
-            self._entry.close(_outcome_of(error), time.monotonic())
+        try:
+            for index, meter in enumerate(self._meters):
+                if not meter.timeline.is_ended:
+                    await self._abort(index, None if isinstance(error, QueueFullError) else reason)
+            if self._entry is not None:
+                await self._settle()
+        finally:
+            await self._close()
+            if self._entry is not None:
+                self._entry.close(_outcome_of(error), time.monotonic())
 
     def __aiter__(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Outputs of all requests as they come, each with its request's index.
@@ -76,24 +80,36 @@ class FanOut:
     async def finish(self, index: int) -> None:
         """End a request whose answer is complete: a stop string was found in it."""
         if not self._meters[index].timeline.is_ended:
-            if self._pumps:
-                self._pumps[index].cancel()
-                await asyncio.wait([self._pumps[index]])
             await self._abort(index, FinishReason.STOP)
 
     async def _abort(self, index: int, reason: FinishReason | None) -> None:
-        now_s = time.monotonic()
-        self._meters[index].end(reason, now_s)
-        if self._entry is not None:
-            self._entry.end_choice(index, now_s)
+        self._meters[index].end(reason, time.monotonic())
         if index < len(self._streams):
             await self._client.abort(self._requests[index].request_id)
-            await self._close(index)
 
-    async def _close(self, index: int) -> None:
-        aclose = getattr(self._streams[index], "aclose", None)  # iterators need not have one
-        if aclose is not None:
-            await aclose()
+    async def _settle(self) -> None:
+        """Count what the engine reports of requests until each has its terminal output, at most a step away."""
+        if self._pumps:
+            await asyncio.gather(*self._pumps, return_exceptions=True)
+            while not self._queue.empty():
+                item = self._queue.get_nowait()
+                if not isinstance(item, asyncio.Task):
+                    self._note(*item)
+            return
+        for index, stream in enumerate(self._streams):
+            with contextlib.suppress(PomonaError):  # it was never admitted
+                async for output in stream:
+                    self._note(index, output)
+
+    async def _close(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await self._outputs.aclose()
+        for stream in self._streams:
+            aclose = getattr(stream, "aclose", None)  # iterators need not have one
+            if aclose is not None:
+                await aclose()
 
     async def _run(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         for request in self._requests:
@@ -105,36 +121,37 @@ class FanOut:
                 if self._meters[0].timeline.is_ended:
                     return
             raise EngineUnavailableError("The engine ended the request without an answer.")
-        queue: asyncio.Queue[tuple[int, RequestOutput] | _Pump] = asyncio.Queue()
         for index in range(len(self._streams)):
-            pump = asyncio.create_task(self._pump(index, queue))
-            pump.add_done_callback(queue.put_nowait)
+            pump = asyncio.create_task(self._pump(index))
+            pump.add_done_callback(self._queue.put_nowait)
             self._pumps.append(pump)
         while not all(meter.timeline.is_ended for meter in self._meters):
-            item = await queue.get()
+            item = await self._queue.get()
             if isinstance(item, asyncio.Task):
                 if not item.cancelled():
                     item.result()  # raises what the pump raised
                 continue
             index, output = item
-            if not self._meters[index].timeline.is_ended:
-                self._note(index, output)
+            is_late = self._meters[index].timeline.is_ended
+            self._note(index, output)
+            if not is_late:
                 yield index, output
 
-    async def _pump(self, index: int, queue: "asyncio.Queue[tuple[int, RequestOutput] | _Pump]") -> None:
+    async def _pump(self, index: int) -> None:
         async for output in self._streams[index]:
-            queue.put_nowait((index, output))
+            self._queue.put_nowait((index, output))
             if output.finish_reason is not None:
                 return
         raise EngineUnavailableError("The engine ended the request without an answer.")
 
     def _note(self, index: int, output: RequestOutput) -> None:
+        """Count an output, and end its choice with it unless that has ended already."""
         now_s = time.monotonic()
         meter = self._meters[index]
         meter.advance(output, now_s)
         if self._entry is not None:
             self._entry.note(index, output, now_s)
-        if output.finish_reason is not None:
+        if output.finish_reason is not None and not meter.timeline.is_ended:
             meter.end(output.finish_reason, now_s)
             error = self._error_of(output)
             if error is not None:

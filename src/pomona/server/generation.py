@@ -166,7 +166,7 @@ async def run(context: ServerContext, job: Job, backing: _Backing, answer: Answe
         await reply.events(b"data: " + error_body(error) + b"\n\n")
         await reply.end()
         return
-    usage = _usage(job, progress)
+    usage = _usage(job, progress, backing.entry)
     if not job.is_stream:
         await reply.json(answer.body([one.whole for one in progress], usage))
         return
@@ -206,11 +206,15 @@ def _engine_requests(context: ServerContext, job: Job, backing: _Backing) -> lis
     ]
 
 
-def _usage(job: Job, progress: list[_Progress]) -> Usage:
-    num_prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
-    num_output_tokens = sum(one.choice.num_output_tokens for one in progress)
-    # The first choice of each prompt: the others find in the cache what it computed.
-    num_cached_tokens = sum(one.choice.num_cached_tokens for one in progress[:: job.n])
+def _usage(job: Job, progress: list[_Progress], entry: Entry | None) -> Usage:
+    """What the answer says of itself: the same as its line in the ledger, if there is one."""
+    if entry is not None:
+        num_output_tokens, num_cached_tokens, num_prompt_tokens = entry.counted
+    else:
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in job.prompts)
+        num_output_tokens = sum(one.choice.num_output_tokens for one in progress)
+        # The first choice of each prompt: the others find in the cache what it computed.
+        num_cached_tokens = sum(one.choice.num_cached_tokens for one in progress[:: job.n])
     return Usage(
         num_prompt_tokens,
         num_output_tokens,

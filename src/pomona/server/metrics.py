@@ -1,6 +1,6 @@
 """Exports the metrics of ``metrics.registry`` in Prometheus' format, and measures requests for them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import prometheus_client
@@ -38,16 +38,17 @@ class _EngineCollector(Collector):
         yield prometheus.CounterMetricFamily(restarts.name, restarts.help, value=self._client.num_restarts)
 
 
-class _ResidencyCollector(Collector):
-    """Reads the adapters' residency when scraped; no label, so their number costs nothing."""
+class _TotalsCollector(Collector):
+    """Reads sums without labels when scraped: over all adapters, or of the ledger."""
 
-    def __init__(self, read: Callable[[], Mapping[str, float]]) -> None:
+    def __init__(self, metrics: Sequence[Metric], read: Callable[[], Mapping[str, float]]) -> None:
+        self._metrics = metrics
         self._read = read
 
     def collect(self) -> Iterator[prometheus.Metric]:
-        """Yield one family per residency metric."""
+        """Yield one family per metric."""
         values = self._read()
-        for metric in table.RESIDENCY_METRICS:
+        for metric in self._metrics:
             assert metric.stat is not None
             kind = prometheus.CounterMetricFamily if metric.kind == "counter" else prometheus.GaugeMetricFamily
             yield kind(metric.name, metric.help, value=values[metric.stat])
@@ -117,7 +118,11 @@ class ServerMetrics:
 
     def add_residency(self, read: Callable[[], Mapping[str, float]]) -> None:
         """Export what ``read`` returns, by the ``stat`` of ``RESIDENCY_METRICS``."""
-        self._registry.register(_ResidencyCollector(read))
+        self._registry.register(_TotalsCollector(table.RESIDENCY_METRICS, read))
+
+    def add_ledger(self, read: Callable[[], Mapping[str, float]]) -> None:
+        """Export what ``read`` returns, by the ``stat`` of ``LEDGER_METRICS``."""
+        self._registry.register(_TotalsCollector(table.LEDGER_METRICS, read))
 
     def _histogram(self, metric: Metric) -> prometheus_client.Histogram:
         return prometheus_client.Histogram(
@@ -162,7 +167,7 @@ class RequestMeter:
         self.timeline = RequestTimeline(arrival_s)
 
     def advance(self, output: RequestOutput, now_s: float) -> None:
-        """Take note of an output."""
+        """Take note of an output. Tokens that come after the end are counted like others, but belong to no latency."""
         timeline, series = self.timeline, self._series
         if timeline.first_scheduled_s is None and output.first_scheduled_s is not None:
             timeline.schedule(output.first_scheduled_s)
@@ -171,9 +176,11 @@ class RequestMeter:
             series.cached_tokens.inc(output.num_cached_tokens)
         num_new = len(output.new_token_ids)
         if num_new:
+            series.output_tokens.inc(num_new)
+            if timeline.is_ended:
+                return
             is_first = not timeline.num_output_tokens
             timeline.add_tokens(num_new, now_s)
-            series.output_tokens.inc(num_new)
             if is_first:
                 series.ttft.observe(now_s - timeline.arrival_s)
 

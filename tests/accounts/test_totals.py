@@ -1,0 +1,110 @@
+"""Totals of the ledger are what the engine counted, to the last token, however requests end."""
+
+import asyncio
+import random
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pomona.accounts.config import AccountsConfig
+from support.accounts import ServedAccounts, serve_accounts
+from support.server import BASE, Connection
+
+WORDS = ("one", "two", "three", "fox", "dog", "hello")
+
+
+class Mix:
+    """Requests of every kind at once, over an engine that is too small for them."""
+
+    def __init__(self, served: ServedAccounts, seed: int, n: int) -> None:
+        self.served = served
+        self.random = random.Random(seed)
+        self.n = n
+        self.told: dict[str, dict[str, int]] = {}
+        """Request id -> the usage in its answer."""
+
+    def body(self) -> dict[str, object]:
+        prompts = [
+            " ".join(self.random.choices(WORDS, k=self.random.randint(3, 60))) for _ in range(self.random.randint(1, 2))
+        ]
+        common = {"model": BASE, "prompt": prompts, "n": self.n, "temperature": self.random.choice([0, 1])}
+        return common | {"max_tokens": self.random.randint(1, 80), "ignore_eos": self.random.random() < 0.7}
+
+    async def finish(self) -> None:
+        await self._answered(self.body())
+
+    async def stop(self) -> None:
+        """Most words are found in the middle of what the engine goes on to produce."""
+        await self._answered(self.body() | {"stop": [self.random.choice(WORDS)], "max_tokens": 80, "ignore_eos": True})
+
+    async def disconnect(self) -> None:
+        body = self.body() | {"stream": self.random.random() < 0.5, "max_tokens": 80, "ignore_eos": True}
+        connection = Connection(self.served.served.app, "/v1/completions", body, key=self.served.keys["acme"])
+        await asyncio.sleep(self.random.random() * 0.03)
+        await connection.disconnect()
+
+    async def fail(self) -> None:
+        """Until it has its answer every sequence fails that takes part in a step, those of others too."""
+        await asyncio.sleep(self.random.random() * 0.05)
+        self.served.served.executor.fail_with = "broken"
+        await self._answered(self.body())
+        self.served.served.executor.fail_with = None
+
+    async def run(self, num_rounds: int) -> None:
+        for _ in range(num_rounds):
+            kinds = self.random.choices((self.finish, self.stop, self.disconnect), k=9)
+            await asyncio.gather(*(kind() for kind in kinds), self.fail())
+
+    async def _answered(self, body: dict[str, object]) -> None:
+        response = await self.served.call("acme", "POST", "/v1/completions", body)
+        if response.status_code == 200:
+            answer = response.json()
+            self.told[answer["id"]] = answer["usage"]
+
+
+def metric(text: str, name: str) -> float:
+    """Sum of a counter over its labels."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_rows_and_metrics_add_up_to_what_the_engine_counted(tmp_path, seed, n):
+    limits = {"num_kv_blocks": 40, "max_waiting": 30, "max_num_seqs": 12}
+    async with serve_accounts(tmp_path, AccountsConfig(data_dir=tmp_path), **limits) as served:
+        mix = Mix(served, seed, n)
+        await mix.run(6)
+        stats = served.served.client.stats()
+        rows = {row["request_id"]: row for row in await served.usage()}
+        metrics = (await served.call("operator", "GET", "/metrics")).text
+        computed = served.served.executor.num_prompt_tokens
+
+    outcomes = [row["outcome"] for row in rows.values()]
+    assert len(rows) == 60
+    assert {"finish", "abort", "fail"} <= set(outcomes)
+    assert stats.num_preemptions > 0
+
+    assert sum(row["output_tokens"] for row in rows.values()) == stats.num_output_tokens
+    assert metric(metrics, "pomona_output_tokens_total") == stats.num_output_tokens
+    assert metric(metrics, "pomona_prompt_tokens_total") == stats.num_prefix_queries
+    assert metric(metrics, "pomona_cached_tokens_total") == stats.num_prefix_hits
+    if n == 1:
+        assert sum(row["input_tokens"] for row in rows.values()) == stats.num_prefix_queries
+        assert sum(row["cached_tokens"] for row in rows.values()) == stats.num_prefix_hits
+    prompts = {}  # (request, which of its prompts) -> tokens, of all prompts that were begun
+    for request_id, num_prompt_tokens in computed.items():
+        response_id, _, choice = request_id.rpartition("-")
+        prompts[response_id, int(choice) // n] = num_prompt_tokens
+    for request_id, row in rows.items():
+        assert row["input_tokens"] == sum(size for (owner, _), size in prompts.items() if owner == request_id)
+
+    for request_id, usage in mix.told.items():
+        row = rows[request_id]
+        assert row["outcome"] == "finish"
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (row["input_tokens"], row["output_tokens"])
+        assert usage["prompt_tokens_details"]["cached_tokens"] == row["cached_tokens"]
