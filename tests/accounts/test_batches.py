@@ -195,17 +195,25 @@ async def test_files_have_a_limit_together(config, tmp_path):
     assert statuses == [200, 409]
 
 
-async def test_a_cancelled_batch_keeps_what_is_done(served, clients):
+async def test_a_cancelled_batch_keeps_what_is_done(served, clients, monkeypatch):
     client = clients["acme"]
     served.served.executor.gate.clear()
+    abort, has_aborted = served.served.client.abort, asyncio.Event()
+
+    async def noted_abort(request_id):
+        has_aborted.set()
+        await abort(request_id)
+
+    monkeypatch.setattr(served.served.client, "abort", noted_abort)
     async with working(served):
         batch = await start(client, lines(*(body() for _ in range(40))))
         while batch.status != "in_progress":
             await asyncio.sleep(0.05)
             batch = await client.batches.retrieve(batch.id)
         assert (await client.batches.cancel(batch.id)).status == "cancelling"
-        batch = await until_ended(client, batch)
+        await has_aborted.wait()
         served.served.executor.gate.set()
+        batch = await until_ended(client, batch)
     assert batch.status == "cancelled"
     assert batch.request_counts.completed < 40
 

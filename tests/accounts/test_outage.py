@@ -26,6 +26,7 @@ async def requests_during_outage(served, postgres, outage_s):
     while time.monotonic() < end_s:
         statuses.append((await served.complete("acme")).status_code)
         await asyncio.sleep(0.02)
+    assert served.accounts.ledger.totals()["database_down_seconds"] > 0
     await asyncio.to_thread(postgres.start)
     async with asyncio.timeout(30):
         while served.accounts.database.down_since_s is not None:
@@ -43,7 +44,11 @@ async def test_answers_go_on_without_the_database_and_every_row_arrives(tmp_path
         statuses = await requests_during_outage(served, own_postgres, outage_s)
         assert set(statuses) == {200}
         rows = await served.usage()
-    assert len(rows) == len(statuses) + 3
+        totals = served.accounts.ledger.totals()
+    print(f"{len(statuses)} requests answered in {outage_s:g} s without the database; {len(rows)} rows")
+    assert len(rows) == totals["rows"] == len(statuses) + 3
+    assert (totals["waiting_rows"], totals["open_requests"]) == (0, 0)
+    assert totals["failed_writes"] > 0
     assert len({row["request_id"] for row in rows}) == len(rows)
 
 

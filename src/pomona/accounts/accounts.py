@@ -68,6 +68,9 @@ class Accounts:
         self._adapters: Mapping[str, OwnedAdapter] = {}
         self._adapter_limits: Mapping[str, Limits] = {}
         self._are_facts_stale = True
+        self._has_changed = asyncio.Event()
+        self._reading_facts = asyncio.Lock()
+        self._adapter_listeners: list[Callable[[Mapping[str, OwnedAdapter]], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self.authenticator.on_change(self._forget_facts)
 
@@ -81,7 +84,7 @@ class Accounts:
         revision = await self.database.run(self.database.revision)
         await self.ledger.adopt()
         await self.facts()
-        for work in (self.authenticator.watch(revision), self.ledger.run(), self._maintain()):
+        for work in (self.authenticator.watch(revision), self.ledger.run(), self._maintain(), self._follow()):
             self._tasks.append(asyncio.create_task(work))
         return self
 
@@ -112,16 +115,24 @@ class Accounts:
         """Adapters that belong to tenants, by qualified name, as they were when ``facts`` was last awaited."""
         return self._adapters
 
+    def on_adapters(self, listener: Callable[[Mapping[str, OwnedAdapter]], None]) -> None:
+        """Have ``listener`` called with ``adapters`` now, and whenever they have been read again."""
+        self._adapter_listeners.append(listener)
+        listener(self._adapters)
+
     async def facts(self) -> None:
         """Read who owns which adapter and the adapters' limits again, if anything has changed."""
-        while self._are_facts_stale:
-            self._are_facts_stale = False
-            try:
-                self._adapters = await self.database.run(self.shares.adapters)
-                self._adapter_limits = await self.database.run(self.tenants.adapter_limits)
-            except DatabaseUnavailableError:
-                self._are_facts_stale = True
-                raise
+        async with self._reading_facts:
+            while self._are_facts_stale:
+                self._are_facts_stale = False
+                try:
+                    self._adapters = await self.database.run(self.shares.adapters)
+                    self._adapter_limits = await self.database.run(self.tenants.adapter_limits)
+                except DatabaseUnavailableError:
+                    self._are_facts_stale = True
+                    raise
+                for listener in self._adapter_listeners:
+                    listener(self._adapters)
 
     def scopes(self, principal: Principal, adapter: str) -> list[Scope]:
         """Return whoever has limits for a request of this principal for this adapter (qualified name)."""
@@ -152,7 +163,20 @@ class Accounts:
 
     def _forget_facts(self) -> None:
         self._are_facts_stale = True
+        self._has_changed.set()
         self.ledger.forget_prices()
+
+    async def _follow(self) -> None:
+        """Read the facts again after every change, those of other processes included."""
+        while True:
+            await self._has_changed.wait()
+            self._has_changed.clear()
+            try:
+                await self.facts()
+            except DatabaseUnavailableError as error:
+                _LOGGER.warning("%s", error)
+                await asyncio.sleep(_MAINTENANCE_S)
+                self._has_changed.set()
 
     async def _maintain(self) -> None:
         while True:

@@ -1,12 +1,14 @@
 """Accounts for ``pomona serve``: opened if the settings want them, with names for the tenants' adapters."""
 
 import contextlib
+import functools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from pomona.accounts.accounts import Accounts
 from pomona.accounts.config import AccountsConfig
+from pomona.accounts.shares import OwnedAdapter
 from pomona.adapters.remote import is_url
 from pomona.adapters.sources import AdapterSources
 from pomona.adapters.stores import StoredAdapter
@@ -24,6 +26,17 @@ def accounts_config(config: AppConfig) -> AccountsConfig:
         database_url=None if config.database_url is None else config.database_url.get_secret_value(),
         when_database_is_down=config.when_database_is_down,
     )
+
+
+def announce_adapters(service: AdapterService, adapters: Mapping[str, OwnedAdapter]) -> None:
+    """Let requests use the adapters that belong to tenants, whichever server they were loaded through. Names that this
+    server has already stay what they are."""
+    known = {entry.name for entry in service.entries}
+    for name in sorted(adapters.keys() - known):
+        adapter = adapters[name]
+        parent = str(Path(adapter.source).expanduser().resolve().parent)
+        sources = service.sources if is_url(adapter.source) else AdapterSources((parent,), allow_hub=True)
+        service.announce((StoredAdapter(adapter.qualified_name, adapter.source),), sources)
 
 
 @contextlib.asynccontextmanager
@@ -45,10 +58,7 @@ async def open_accounts(config: AppConfig, service: AdapterService) -> AsyncIter
         )
     logging.getLogger("alembic").setLevel(logging.WARNING)
     async with Accounts(accounts_config(config)) as accounts:
-        for adapter in accounts.adapters.values():
-            parent = str(Path(adapter.source).expanduser().resolve().parent)
-            sources = service.sources if is_url(adapter.source) else AdapterSources((parent,), allow_hub=True)
-            service.announce((StoredAdapter(adapter.qualified_name, adapter.source),), sources)
+        accounts.on_adapters(functools.partial(announce_adapters, service))
         if not await accounts.database.run(accounts.tenants.has_admin):
             _LOGGER.warning(
                 "There is no administrator's key yet. Make one: pomona keys admin --data-dir %s", config.data_dir

@@ -62,7 +62,12 @@ class FanOut:
                 if not meter.timeline.is_ended:
                     await self._abort(index, None if isinstance(error, QueueFullError) else reason)
             if self._entry is not None:
-                await self._settle()
+                settling = asyncio.create_task(self._settle())
+                try:
+                    await asyncio.shield(settling)
+                except asyncio.CancelledError:  # the client goes away just now
+                    await settling
+                    raise
         finally:
             await self._close()
             if self._entry is not None:
