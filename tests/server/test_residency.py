@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,16 @@ class CountingStore:
     def __init__(self, root: Path) -> None:
         self._store = FolderStore(root)
         self.asked: list[str] = []
+        self.gate = threading.Event()
+        """While it is clear, the store does not answer."""
+        self.gate.set()
 
     def list(self) -> list[StoredAdapter]:
         return self._store.list()
 
     def find(self, name: str) -> StoredAdapter | None:
         self.asked.append(name)
+        assert self.gate.wait(20)
         return self._store.find(name)
 
 
@@ -201,6 +207,44 @@ async def test_a_pinned_adapter_stays(tmp_path: Path):
         assert (await _card(served, "a0"))["state"] == "registered"
 
 
+async def test_what_does_not_fit_beside_pinned_adapters_is_refused_and_keeps_nobody_waiting(tmp_path: Path):
+    for name, size in (("pinned", 100), ("large", 100), ("small", 20)):
+        make_adapter(tmp_path / name, name[0] * size)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(size))
+    async with served_folder(tmp_path, host_adapter_bytes=350) as (served, _):
+        await _text(served, "pinned")
+        await served.http.patch("/v1/adapters/pinned", json={"pinned": True})
+        for refused in (
+            await _ask(served, "large"),
+            await served.http.post("/v1/adapters", json={"name": "new", "source": str(tmp_path / "large")}),
+        ):
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "adapter_unavailable")
+            assert "pinned adapters leave" in refused.json()["error"]["message"]
+        await _text(served, "small")
+        await served.http.patch("/v1/adapters/pinned", json={"pinned": False})
+        await until(lambda: served.adapters.record("large").retry_at_s < time.monotonic(), "it may be tried again")
+        await _text(served, "large")
+
+
+async def test_a_load_that_waits_for_room_goes_on_when_an_adapter_is_unpinned(tmp_path: Path):
+    for name, size in (("pinned", 100), ("used", 100), ("next", 110)):
+        make_adapter(tmp_path / name, name[0] * size)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(size))
+    async with served_folder(tmp_path, host_adapter_bytes=500) as (served, _):
+        for name in ("pinned", "used"):
+            await _text(served, name)
+        await served.http.patch("/v1/adapters/pinned", json={"pinned": True})
+        served.executor.gate.clear()
+        requests = [asyncio.create_task(_text(served, "used"))]
+        await until(lambda: served.adapters.num_requests(served.adapters.get("used")) == 1, "the request is accepted")
+        requests.append(asyncio.create_task(_text(served, "next")))
+        await until(lambda: served.adapters.num_waiting == 1, "the other one waits")
+        served.adapters.pin("pinned", is_pinned=False)
+        await until(lambda: served.adapters.record("pinned").num_evictions == 1, "room is made")
+        served.executor.gate.set()
+        await asyncio.gather(*requests)
+
+
 async def test_unloading_a_stores_name_frees_it_until_it_is_loaded_again(tmp_path: Path):
     make_adapter(tmp_path / "a", "a")
     async with served_folder(tmp_path) as (served, _):
@@ -211,6 +255,39 @@ async def test_unloading_a_stores_name_frees_it_until_it_is_loaded_again(tmp_pat
         body = {"name": "a", "source": str(tmp_path / "a")}
         assert (await served.http.post("/v1/adapters", json=body)).status_code == 200
         await _text(served, "a")
+
+
+async def test_a_request_for_a_name_that_is_being_unloaded_does_not_bring_it_back(tmp_path: Path):
+    make_adapter(tmp_path / "a", "a")
+    async with served_folder(tmp_path) as (served, store):
+        await _text(served, "a")
+        served.executor.gate.clear()
+        running = asyncio.create_task(_text(served, "a"))
+        await until(lambda: served.adapters.num_requests(served.adapters.get("a")) == 1, "the request is accepted")
+        store.gate.clear()
+        unload = asyncio.create_task(served.http.delete("/v1/adapters/a"))
+        await until(lambda: served.adapters.num_ready == 0, "it drains")
+        late = asyncio.create_task(_ask(served, "a"))
+        served.executor.gate.set()
+        await running
+        assert (await unload).status_code == 200
+        store.gate.set()
+        assert (await late).status_code == 404
+        assert (await _ask(served, "a")).status_code == 404
+
+
+async def test_what_a_store_says_after_a_name_was_loaded_and_unloaded_comes_too_late(tmp_path: Path):
+    async with served_folder(tmp_path) as (served, store):
+        make_adapter(tmp_path / "a", "a")
+        store.gate.clear()
+        early = asyncio.create_task(_ask(served, "a"))
+        await until(lambda: store.asked == ["a"], "the store is asked")
+        body = {"name": "a", "source": str(tmp_path / "a")}
+        assert (await served.http.post("/v1/adapters", json=body)).status_code == 200
+        assert (await served.http.delete("/v1/adapters/a")).status_code == 200
+        store.gate.set()
+        assert (await early).status_code == 404
+        assert (await _ask(served, "a")).status_code == 404
 
 
 async def test_requests_of_others_go_on_while_an_adapter_is_brought_in(tmp_path: Path):

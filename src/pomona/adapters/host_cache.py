@@ -128,6 +128,11 @@ class HostCache:
         chosen, num_missing = self._choose(num_bytes)
         return None if num_missing > 0 else chosen
 
+    def leaves_room(self, num_bytes: int) -> bool:
+        """False when, because of what is pinned, ``num_bytes`` will not fit however long one waits."""
+        num_pinned_bytes = sum(kept.num_bytes for adapter_id, kept in self._kept.items() if adapter_id in self._pinned)
+        return num_pinned_bytes + num_bytes <= self.max_bytes
+
     def surplus(self) -> list[AdapterId]:
         """What may go of what is more than the budget: adapters turned out larger than was reserved for them."""
         return self._choose(0)[0]

@@ -145,7 +145,7 @@ class AdapterLoading:
 
     def apply_pins(self) -> None:
         """Names have come to mean something else: so have pins."""
-        self.host.cache.pin(frozenset(self._pinned()))
+        self.host.pin(frozenset(self._pinned()))
 
     async def close(self) -> None:
         """Stop what is under way."""

@@ -283,7 +283,7 @@ class AdapterService:
     async def _discover(self, name: str) -> bool:
         """Ask the stores for a name that the catalogue does not have."""
         now_s = time.monotonic()
-        if not self._stores or name in self._removed or self._unknown.knows(name, now_s):
+        if not self._stores or not self._is_sought(name) or self._unknown.knows(name, now_s):
             return False
         try:
             self._catalogue.validate_name(name)
@@ -295,11 +295,17 @@ class AdapterService:
             except PomonaError as error:
                 _LOGGER.warning("A store cannot be asked for %r: %s", name, error)
                 continue
+            if not self._is_sought(name):  # it was loaded or unloaded meanwhile
+                return self._catalogue.has(name)
             if found is not None:
                 self.announce((found,))
                 return True
         self._unknown.note(name, now_s)
         return False
+
+    def _is_sought(self, name: str) -> bool:
+        """True if a store may say what the name means: nobody else has, and nobody has unloaded it or just does."""
+        return name not in self._removed and not self._catalogue.has(name)
 
     async def _replace(self, name: str, source: str, sources: AdapterSources) -> CatalogueEntry:
         async with self._name_lock(name):

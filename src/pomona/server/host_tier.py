@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 from pomona.adapters.host_cache import HostCache
 from pomona.core.adapter import AdapterInfo
-from pomona.core.errors import AdapterError, EngineUnavailableError, PomonaError
+from pomona.core.errors import AdapterError, AdapterUnavailableError, EngineUnavailableError, PomonaError
 from pomona.core.ids import AdapterId
 from pomona.core.interfaces import EngineClient
 
@@ -73,6 +73,11 @@ class HostTier:
                 self._drop_surplus()
             self._wake()
 
+    def pin(self, adapter_ids: frozenset[AdapterId]) -> None:
+        """Evict none of these; what was pinned before and is not among them may go."""
+        self.cache.pin(adapter_ids)
+        self._wake()
+
     def want(self, adapter_id: AdapterId) -> None:
         """A name means the adapter: it stays as long as there is room."""
         self._unwanted.discard(adapter_id)
@@ -98,6 +103,7 @@ class HostTier:
 
         Raises:
             AdapterError: it cannot be used, or is larger than the budget.
+            AdapterUnavailableError: pinned adapters leave no room for it.
             EngineUnavailableError: the engine is not there.
         """
         unloads_sent: set[AdapterId] = set()
@@ -141,9 +147,16 @@ class HostTier:
                 f"is {self.cache.max_bytes}"
             )
         async with self._turn:
-            await self._until(lambda: self.cache.victims(num_bytes) is not None)
+            # Others wait behind this one, so it must not wait for what cannot come.
+            await self._until(
+                lambda: self.cache.victims(num_bytes) is not None or not self.cache.leaves_room(num_bytes)
+            )
             victims = self.cache.victims(num_bytes)
-            assert victims is not None
+            if victims is None:
+                raise AdapterUnavailableError(
+                    f"loading it needs about {num_bytes} bytes of host memory, more than pinned adapters leave of "
+                    f"{self.cache.max_bytes}"
+                )
             self.cache.reserve(num_bytes)
         try:
             await self._evict(victims)
