@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from pomona.accounts import clock
 from pomona.accounts.buckets import Buckets, RateLimit
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
 from pomona.accounts.limiter import Limiter, Scope
 from pomona.accounts.principal import Limits
-from pomona.accounts.slots import Slots
+from pomona.accounts.slots import EXPIRY_S, Slots
 from pomona.core.errors import DatabaseUnavailableError, QuotaExceededError, RateLimitError
 
 
@@ -112,11 +113,12 @@ async def test_slots_are_never_more_than_the_limit_over_all_processes(config, da
 
 
 async def test_slots_of_a_process_that_died_come_back(database, monkeypatch):
-    monkeypatch.setattr("pomona.accounts.slots.EXPIRY_S", 0.2)
+    now_s = clock.now_s()
+    monkeypatch.setattr(clock, "now_s", lambda: now_s)
     dead, alive = Slots(database, "dead"), Slots(database, "alive")
     assert await dead.take("acme", 1)
     assert not await alive.take("acme", 1)
-    await asyncio.sleep(0.25)
+    monkeypatch.setattr(clock, "now_s", lambda: now_s + EXPIRY_S + 0.1)
     assert await alive.take("acme", 1)
 
 

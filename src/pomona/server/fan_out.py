@@ -44,6 +44,8 @@ class FanOut:
         self._requests = requests
         self._meters = [RequestMeter(series, len(request.prompt_token_ids), request.arrival_s) for request in requests]
         self._streams: list[AsyncIterator[RequestOutput]] = []
+        self._num_over = 0
+        """Streams whose terminal output has been counted."""
         self._pumps: list[_Pump] = []
         self._queue: asyncio.Queue[tuple[int, RequestOutput] | _Pump] = asyncio.Queue()
         self._outputs = self._run()
@@ -61,7 +63,7 @@ class FanOut:
             for index, meter in enumerate(self._meters):
                 if not meter.timeline.is_ended:
                     await self._abort(index, None if isinstance(error, QueueFullError) else reason)
-            if self._entry is not None:
+            if self._entry is not None and self._num_over < len(self._streams):
                 settling = asyncio.create_task(self._settle())
                 try:
                     await asyncio.shield(settling)
@@ -156,7 +158,10 @@ class FanOut:
         meter.advance(output, now_s)
         if self._entry is not None:
             self._entry.note(index, output, now_s)
-        if output.finish_reason is not None and not meter.timeline.is_ended:
+        if output.finish_reason is None:
+            return
+        self._num_over += 1
+        if not meter.timeline.is_ended:
             meter.end(output.finish_reason, now_s)
             error = self._error_of(output)
             if error is not None:
