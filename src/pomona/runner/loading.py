@@ -80,6 +80,7 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
     adapters = StagedAdapters(AdapterLoader(weights, layout, capacity.num_adapter_pages), capacity.num_adapter_pages)
     num_blocks = capacity.num_kv_blocks + (limits.num_scrap_blocks if limits is not None else 0)
     kv_cache = KVCache(spec, num_blocks, config.block_size, dtype=dtype, device=device)
+    kv_cache.use(0)
     pool = AdapterPool(
         layout,
         capacity.num_adapter_pages,

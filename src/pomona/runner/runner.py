@@ -119,6 +119,7 @@ class ModelRunner:
             self._adapter_pool.wait(_IDLE_WAIT_S)
             return LaunchedModelStep(plan.step_id, self._table, self._adapter_pool)
         host = gather(plan, self._table, self._block_size)
+        self._kv_cache.use(self._table.last_block_id)
         logits = None if self.graphs is None else self.graphs.logits(host, self._latest)
         prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
         if logits is None:

@@ -42,6 +42,8 @@ class SequenceTable:
         self.has_prompt_logprobs: NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
         self.sampling: list[SamplingParams | None] = [None] * max_num_seqs
         self.adapter_ids: list[AdapterId | None] = [None] * max_num_seqs
+        self.last_block_id = 0
+        """The highest that any sequence ever had."""
         self._rows: dict[RequestId, int] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
@@ -74,6 +76,7 @@ class SequenceTable:
             first = self.num_blocks[row]
             last = first + len(seq.new_block_ids)
             self.block_table[row, first:last] = seq.new_block_ids
+            self.last_block_id = max(self.last_block_id, *seq.new_block_ids)
             self.num_blocks[row] = last
         return row
 
