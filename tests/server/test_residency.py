@@ -226,6 +226,20 @@ async def test_what_does_not_fit_beside_pinned_adapters_is_refused_and_keeps_nob
         await _text(served, "large")
 
 
+async def test_names_pinned_before_they_were_read_keep_no_more_than_half_of_the_budget(tmp_path: Path):
+    names = [f"a{index}" for index in range(4)]
+    for name in names:
+        make_adapter(tmp_path / name, name * 50)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(100))
+    async with served_folder(tmp_path, host_adapter_bytes=500) as (served, _):
+        for name in names:
+            answer = await served.http.patch(f"/v1/adapters/{name}", json={"pinned": True})
+            assert answer.status_code == 200
+        for name in (*names, *names):
+            await _text(served, name)
+        assert [(await _card(served, name))["num_loads"] for name in names[:2]] == [1, 1]
+
+
 async def test_a_load_that_waits_for_room_goes_on_when_an_adapter_is_unpinned(tmp_path: Path):
     for name, size in (("pinned", 100), ("used", 100), ("next", 110)):
         make_adapter(tmp_path / name, name[0] * size)

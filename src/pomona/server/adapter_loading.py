@@ -64,7 +64,8 @@ class AdapterLoading:
         self._records: dict[str, AdapterRecord] = {}
         self._sources: dict[str, AdapterSources] = {}
         self._loads: dict[tuple[str, int], Load] = {}
-        self._pinned_names: set[str] = set()
+        self._pinned_names: dict[str, None] = {}
+        """In order of pinning."""
         # Over all names, those that are gone included.
         self.num_hits = 0
         self.num_misses = 0
@@ -114,7 +115,7 @@ class AdapterLoading:
         """The name is gone."""
         self._records.pop(name, None)
         self._sources.pop(name, None)
-        self._pinned_names.discard(name)
+        self._pinned_names.pop(name, None)
         self.apply_pins()
 
     def count_success(self, record: AdapterRecord) -> None:
@@ -134,18 +135,26 @@ class AdapterLoading:
         Raises:
             InvalidRequestError: more than half of the budget would be pinned.
         """
-        before = set(self._pinned_names)
-        (self._pinned_names.add if is_pinned else self._pinned_names.discard)(name)
+        before = dict(self._pinned_names)
+        if is_pinned:
+            self._pinned_names[name] = None
+        else:
+            self._pinned_names.pop(name, None)
         num_bytes = sum(info.num_host_bytes for info in self._pinned().values())
-        if num_bytes > _MAX_PINNED_SHARE * self._limits.host_adapter_bytes:
+        if is_pinned and num_bytes > self._max_pinned_bytes:
             self._pinned_names = before
             raise InvalidRequestError("pinned", f"{num_bytes} bytes would be pinned: more than half of the budget")
         self.record(name).is_pinned = is_pinned
         self.apply_pins()
 
     def apply_pins(self) -> None:
-        """Names have come to mean something else: so have pins."""
-        self.host.pin(frozenset(self._pinned()))
+        """Names mean something else now, and so do pins; if that has become too much, the latest do not count."""
+        kept, num_bytes = set(), 0
+        for adapter_id, info in self._pinned().items():
+            if num_bytes + info.num_host_bytes <= self._max_pinned_bytes:
+                num_bytes += info.num_host_bytes
+                kept.add(adapter_id)
+        self.host.pin(frozenset(kept))
 
     async def close(self) -> None:
         """Stop what is under way."""
@@ -263,6 +272,10 @@ class AdapterLoading:
         if orphan is not None:
             self._tasks.spawn(self.host.free(orphan))
         self.apply_pins()
+
+    @property
+    def _max_pinned_bytes(self) -> float:
+        return _MAX_PINNED_SHARE * self._limits.host_adapter_bytes
 
     def _pinned(self) -> dict[AdapterId, AdapterInfo]:
         infos = [self._catalogue.get(name).info for name in self._pinned_names if self._catalogue.has(name)]
