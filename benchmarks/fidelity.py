@@ -67,6 +67,7 @@ def models() -> dict[str, Model]:
     """The bundled model, and the shape of the comparison with other engines."""
     root = workload.cache_dir() / "smollm2-135m"
     common = {"max_model_len": 1024, "prefix_cache": False, "max_waiting": 100_000}
+    common["adapter_loading"] = "on_demand"  # what the simulator's executor does: copies are part of a step
     small = {"kv_cache_bytes": 64 << 20, "max_num_seqs": 64}
     large = {"kv_cache_bytes": 512 << 20, "max_num_seqs": 32, "model": str(root / "model")}
     large["adapters_dir"] = (str(root / "adapters"),)
