@@ -11,6 +11,7 @@ from the arrival that was planned.
 """
 
 import argparse
+import gc
 import itertools
 import random
 import statistics
@@ -124,6 +125,10 @@ class Bench:
         self.parts, self.executor, self.adapters = build_metered(self.config)
         assert len(self.adapters) == len(startup_adapters(self.config))
         self._num_runs = 0
+        gc.collect()
+        gc.freeze()  # as an engine's process does
+        # Down from a full batch, so that steps of every number of rows have been recorded.
+        self.live(generate(spec("chat", len(self.adapters), AllAtOnce(), self.config.max_num_seqs)))
 
     def profile(self, console: Console) -> CostProfile:
         """Measure."""
@@ -253,7 +258,6 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
     profiles = list(results.of_kind(done, "profile"))
     if profiles:
         profile = CostProfile.from_json(profiles[-1]["profile"], "the row")
-        bench.live(generate(spec("chat", len(bench.adapters), AllAtOnce(), 32)))
     else:
         if not arguments.accept_noise:
             meter.wait_until_quiet()
