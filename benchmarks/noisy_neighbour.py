@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "alone": None,
     "fcfs": {"fairness": "fcfs"},
     "seats": {"fairness": "wvtc"},
-    "seats, short steps": {"fairness": "wvtc", "max_step_s": 0.003},
+    "seats, short steps": {"fairness": "wvtc", "max_step_s": 0.002},
 }
 """Settings of the server; None sends no flood (under those of the last case)."""
 
