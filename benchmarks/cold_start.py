@@ -1,7 +1,7 @@
 """What a cold adapter costs, its own request and others: every way of loading against an oracle with all resident.
 
     python -m benchmarks.cold_start                    # ranks, loads, contention on the bundled model; about 8 minutes
-    python -m benchmarks.cold_start --model PATH       # the same on another checkpoint
+    python -m benchmarks.cold_start --shape smollm2-135m --repeats 2   # the same on a model of that shape; 10 minutes
     python -m benchmarks.cold_start --quick            # one rank, one load, few requests: to see that it works
     python -m benchmarks.cold_start --report           # the page from the rows there are
 
@@ -15,12 +15,12 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import cold_start_report, results
+from benchmarks import assets, cold_start_report, results
+from benchmarks.shapes import SHAPES
 from pomona.cli.config import BUNDLED_MODEL
 from pomona.cli.hub import checkpoint_dir
 from pomona.core.adapter import AdapterInfo
@@ -184,7 +184,7 @@ def calibrate(stand: Stand, options: argparse.Namespace) -> float:
 
 def cold_starts(stand: Stand, rate: float, options: argparse.Namespace) -> None:
     """Half of the requests are of adapters never used before; the others' is resident."""
-    setup = results.setup(model=Path(options.model).name, link_bytes_per_s=options.link_bytes_per_s)
+    setup = results.setup(model=options.shape or BUNDLED_MODEL, link_bytes_per_s=options.link_bytes_per_s)
     for lora_rank in options.ranks:
         for load in options.loads:
             for repeat in range(options.repeats):
@@ -211,7 +211,7 @@ def contention(stand: Stand, rate: float, options: argparse.Namespace) -> None:
     num_pages = ROWS_FOR * stand.weights(lora_rank).pages.shape[0]
     cases = [(way, "limit") for way in WAYS if way != "oracle"]
     cases += [("assist", rule) for rule in RULES if rule != "limit"]
-    setup = results.setup(model=Path(options.model).name, link_bytes_per_s=options.link_bytes_per_s)
+    setup = results.setup(model=options.shape or BUNDLED_MODEL, link_bytes_per_s=options.link_bytes_per_s)
     for count in options.counts:
         for repeat in range(options.repeats):
             arrivals = arrivals_of(
@@ -232,15 +232,16 @@ def contention(stand: Stand, rate: float, options: argparse.Namespace) -> None:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint; default: the bundled model")
+    parser.add_argument("--shape", choices=SHAPES, help="a model of random weights; default: the bundled model")
     parser.add_argument("--requests", type=int, default=60, help="of one run")
     parser.add_argument("--copy-prefills", type=float, default=1.0, help="copies of rank 64 take so many prompts' time")
     parser.add_argument("--report", action="store_true", help="only write the page")
     results.add_arguments(parser, "cold-start", repeats=3)
     options = results.parse(parser, "cold-start", words)
     if not options.report:
-        if options.model is None:
-            options.model = str(checkpoint_dir(BUNDLED_MODEL))
+        options.model = str(checkpoint_dir(BUNDLED_MODEL))
+        if options.shape is not None:
+            options.model = str(assets.make(SHAPES[options.shape]) / "model")
         options.ranks, options.loads, options.counts = RANKS, LOADS, COUNTS
         if options.quick:
             options.ranks, options.loads, options.counts, options.requests = (8,), (0.5,), (8, 16), 12

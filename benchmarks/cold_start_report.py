@@ -9,8 +9,6 @@ from benchmarks import results, tables
 from benchmarks.chart import Bar, Series, grouped_bars
 from benchmarks.results import Row
 
-_CHART = "cold-start-adapters.svg"
-
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
@@ -92,13 +90,19 @@ def write(quick: Path | None) -> None:
         (folder / "cold_start.md").write_text(text + "No results yet.\n")
         return
     rows = results.of_last_program(results.read(path))
-    colds, contended = (list(results.of_kind(rows, kind)) for kind in ("cold_start", "contention"))
     text += tables.setup_text(rows) + f"- Rows: `benchmarks/results/{path.name}`\n"
     text += (
-        "\n## Against everything resident\n\nHalf of the requests are of adapters never used before. The link is held "
-        "to a speed; differences are to the oracle of the same rank and load.\n\n"
+        "\nHalf of the requests are of adapters never used before. The link is held to a speed; differences are to the "
+        "oracle of the same rank and load, which has everything resident.\n"
     )
-    text += cold_start_table(colds)
-    text += f"\n## More adapters than there is room for\n\n![TTFT]({_CHART})\n\n{contention_table(contended)}"
-    (folder / _CHART).write_text(adapters_chart(contended))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        here = [row for row in rows if row["model"] == model]
+        colds, contended = (list(results.of_kind(here, kind)) for kind in ("cold_start", "contention"))
+        speed = here[-1]["link_bytes_per_s"] / 1e6
+        text += f"\n## {model}: against everything resident\n\nLink: {speed:.0f} MB/s.\n\n{cold_start_table(colds)}"
+        if contended:
+            chart = f"cold-start-adapters-{model}.svg"
+            text += f"\n## {model}: more adapters than there is room for\n\n![TTFT]({chart})\n\n"
+            text += contention_table(contended)
+            (folder / chart).write_text(adapters_chart(contended))
     (folder / "cold_start.md").write_text(text)

@@ -125,6 +125,7 @@ class Bench:
         self.parts, self.executor, self.adapters = build_metered(self.config)
         assert len(self.adapters) == len(startup_adapters(self.config))
         self._num_runs = 0
+        self.executor.lora_ranks.update({info.adapter_id: info.lora_rank for info in self.adapters})
         gc.collect()
         gc.freeze()  # as an engine's process does
         # Down from a full batch, so that steps of every number of rows have been recorded.
