@@ -1,6 +1,6 @@
 """What accounts cost: one load on two servers of the bundled model, with and without everything about tenants.
 
-    python -m benchmarks.accounts            # measures (under a minute), appends a row, writes the page
+    python -m benchmarks.accounts            # measures (two minutes), appends a row, writes the page
     python -m benchmarks.accounts --report   # only writes docs/benchmarks/accounts.md from the newest row
 
 Both servers run all the time; rounds alternate between them (A B B A ...), so that what else happens on the machine
@@ -33,7 +33,7 @@ from pomona.cli.bench import spawned_server
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks" / "accounts.md"
-NUM_CLIENTS, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 16, 32, 64, 48
+NUM_CLIENTS, NUM_REQUESTS, NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 16, 128, 64, 48
 LIMITS = Limits(10**7, 10**9, 10**4, 10**12, 10**15)
 KINDS = ("bare", "full")
 
@@ -138,7 +138,7 @@ def main() -> None:
     """Measure, or only report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only write the page from the newest row")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=24)
     options = parser.parse_args()
     if not options.report:
         row = measure(options.rounds)

@@ -11,7 +11,7 @@ from pomona.sim.step_work import StepWork
 def test_the_bundled_model_is_profiled_and_written_down(tmp_path, capsys):
     output = tmp_path / "pippin.json"
     config = load_config({"kv_cache_bytes": "4MiB", "num_threads": 1})
-    run_profile_command(config, ProfileLimits(max_points=6, max_seconds=20.0), output)
+    run_profile_command(config, ProfileLimits(max_points=6, max_seconds=300.0), output)
     profile = CostProfile.from_json(output.read_bytes(), output.name)
     assert profile.model == "pippin"
     assert profile.num_points == 6
