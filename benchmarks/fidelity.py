@@ -71,7 +71,7 @@ class Model:
 def models() -> dict[str, Model]:
     """The bundled model, and the shape of the comparison with other engines."""
     root = workload.cache_dir() / "smollm2-135m"
-    common = {"max_model_len": 1024, "prefix_cache": False, "max_waiting": 100_000}
+    common: dict[str, Any] = {"max_model_len": 1024, "prefix_cache": False, "max_waiting": 100_000}
     common["adapter_loading"] = "on_demand"  # what the simulator's executor does: copies are part of a step
     small = {"kv_cache_bytes": 64 << 20, "max_num_seqs": 64}
     large = {"kv_cache_bytes": 512 << 20, "max_num_seqs": 32, "model": str(root / "model")}
@@ -381,8 +381,8 @@ def render(rows: Sequence[results.Row]) -> str:
         "The same workloads on the live engine in real time and on the simulator with this machine's profile; none of",
         "them was used for the fit. *Error*: simulated over live, minus one, the median of the runs. *Spread*: the",
         "live run farthest from their median; where it is large, no simulator can be exact. This machine is shared:",
-        f"beside each run a fixed probe took {factors[0]:.2f} to {factors[-1]:.2f} times what it took beside the profile, and",
-        f"simulated steps are scaled by it; as profiled, the median error is {statistics.median(raw):.1%}, the worst "
+        f"beside each run a fixed probe took {factors[0]:.2f} to {factors[-1]:.2f} times what it took beside the profile,",
+        f"and simulated steps are scaled by it; as profiled, the median error is {statistics.median(raw):.1%}, the worst "
         f"{raw[-1]:.1%}.",
         "",
         f"{setup['hardware']['cpu']}, {setup['hardware']['cores']} cores; commit {setup['commit'][:12]}, "
