@@ -381,9 +381,9 @@ def render(rows: Sequence[results.Row]) -> str:
         "The same workloads on the live engine in real time and on the simulator with this machine's profile; none of",
         "them was used for the fit. *Error*: simulated over live, minus one, the median of the runs. *Spread*: the",
         "live run farthest from their median; where it is large, no simulator can be exact. This machine is shared:",
-        f"beside each run a fixed probe took {factors[0]:.2f} to {factors[-1]:.2f} times what it took beside the profile,",
-        f"and simulated steps are scaled by it; as profiled, the median error is {statistics.median(raw):.1%}, the worst "
-        f"{raw[-1]:.1%}.",
+        f"beside each run a fixed probe took {factors[0]:.2f} to {factors[-1]:.2f} times what it took beside the",
+        "profile, and simulated steps are scaled by it. As profiled, the median error is "
+        f"{statistics.median(raw):.1%}, the worst {raw[-1]:.1%}.",
         "",
         f"{setup['hardware']['cpu']}, {setup['hardware']['cores']} cores; commit {setup['commit'][:12]}, "
         f"{setup['utc']}.",
