@@ -7,6 +7,7 @@ dense: it is kept per adapter in ``AdapterExtras`` and applied segment by segmen
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from pomona.kernels.norm import rms_norm
 from pomona.model.spec import ModelSpec, Site, Target
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PageLayout:
     """Where things are in an adapter page.
 
@@ -31,10 +32,10 @@ class PageLayout:
     spec: ModelSpec
     rows_per_page: int
 
-    @property
+    @cached_property
     def layer_elems(self) -> int:
         """Elements of one layer's part of a page."""
-        return sum(self.rows_per_page * sum(self.spec.target_shape(target)) for target in Target)
+        return sum(self.rows_per_page * (in_features + out_features) for in_features, out_features, *_ in self._targets)
 
     @property
     def page_elems(self) -> int:
@@ -43,33 +44,32 @@ class PageLayout:
 
     def offsets(self, layer: int, target: Target) -> tuple[int, int]:
         """Element offsets of A and of B within a page."""
-        offset = layer * self.layer_elems
-        for earlier in Target:
-            in_features, out_features = self.spec.target_shape(earlier)
-            if earlier is target:
-                return offset, offset + self.rows_per_page * in_features
-            offset += self.rows_per_page * (in_features + out_features)
-        raise AssertionError(target)
+        _, _, a_offset, b_offset = self._targets[target]
+        return layer * self.layer_elems + a_offset, layer * self.layer_elems + b_offset
 
     def slices(self, pages: Tensor, layer: int, site: Site) -> LoraSlices:
         """Views of a page pool [num_pages, page_elems] as the A and B pages of one site."""
-        a, b = [], []
+        num_pages, page_stride = pages.shape[0], pages.stride(0)
+        base = pages.storage_offset() + layer * self.layer_elems
+        a: list[Tensor] = []
+        b: list[Tensor] = []
         for target in site.value:
-            in_features, out_features = self.spec.target_shape(target)
-            a_offset, b_offset = self.offsets(layer, target)
-            strides = (pages.stride(0),)
-            base = pages.storage_offset()
-            a.append(
-                pages.as_strided(
-                    (pages.shape[0], self.rows_per_page, in_features), (*strides, in_features, 1), base + a_offset
-                )
-            )
-            b.append(
-                pages.as_strided(
-                    (pages.shape[0], self.rows_per_page, out_features), (*strides, out_features, 1), base + b_offset
-                )
-            )
+            in_features, out_features, a_offset, b_offset = self._targets[target]
+            for views, width, offset in ((a, in_features, a_offset), (b, out_features, b_offset)):
+                shape, stride = (num_pages, self.rows_per_page, width), (page_stride, width, 1)
+                views.append(pages.as_strided(shape, stride, base + offset))
         return LoraSlices(a=tuple(a), b=tuple(b))
+
+    @cached_property
+    def _targets(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Per target: in_features, out_features, offsets of A and of B within a layer's part."""
+        parts, offset = [], 0
+        for target in Target:
+            in_features, out_features = self.spec.target_shape(target)
+            b_offset = offset + self.rows_per_page * in_features
+            parts.append((in_features, out_features, offset, b_offset))
+            offset = b_offset + self.rows_per_page * out_features
+        return tuple(parts)
 
 
 @dataclass
