@@ -184,7 +184,7 @@ def calibrate(stand: Stand, options: argparse.Namespace) -> float:
 
 def cold_starts(stand: Stand, rate: float, options: argparse.Namespace) -> None:
     """Half of the requests are of adapters never used before; the others' is resident."""
-    setup = results.setup(model=options.shape or BUNDLED_MODEL, link_bytes_per_s=options.link_bytes_per_s)
+    setup = results.setup(model=options.model, link_bytes_per_s=options.link_bytes_per_s)
     for lora_rank in options.ranks:
         for load in options.loads:
             for repeat in range(options.repeats):
@@ -211,7 +211,7 @@ def contention(stand: Stand, rate: float, options: argparse.Namespace) -> None:
     num_pages = ROWS_FOR * stand.weights(lora_rank).pages.shape[0]
     cases = [(way, "limit") for way in WAYS if way != "oracle"]
     cases += [("assist", rule) for rule in RULES if rule != "limit"]
-    setup = results.setup(model=options.shape or BUNDLED_MODEL, link_bytes_per_s=options.link_bytes_per_s)
+    setup = results.setup(model=options.model, link_bytes_per_s=options.link_bytes_per_s)
     for count in options.counts:
         for repeat in range(options.repeats):
             arrivals = arrivals_of(
@@ -232,20 +232,21 @@ def contention(stand: Stand, rate: float, options: argparse.Namespace) -> None:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, help="a model of random weights; default: the bundled model")
+    parser.add_argument(
+        "--shape", dest="model", choices=SHAPES, default=BUNDLED_MODEL, help="of random weights; default: %(default)s"
+    )
     parser.add_argument("--requests", type=int, default=60, help="of one run")
     parser.add_argument("--copy-prefills", type=float, default=1.0, help="copies of rank 64 take so many prompts' time")
     parser.add_argument("--report", action="store_true", help="only write the page")
     results.add_arguments(parser, "cold-start", repeats=3)
     options = results.parse(parser, "cold-start", words)
     if not options.report:
-        options.model = str(checkpoint_dir(BUNDLED_MODEL))
-        if options.shape is not None:
-            options.model = str(assets.make(SHAPES[options.shape]) / "model")
+        is_bundled = options.model == BUNDLED_MODEL
+        path = checkpoint_dir(BUNDLED_MODEL) if is_bundled else assets.make(SHAPES[options.model]) / "model"
         options.ranks, options.loads, options.counts = RANKS, LOADS, COUNTS
         if options.quick:
             options.ranks, options.loads, options.counts, options.requests = (8,), (0.5,), (8, 16), 12
-        stand = Stand(options.model, max(options.ranks), max(options.requests, *options.counts))
+        stand = Stand(str(path), max(options.ranks), max(options.requests, *options.counts))
         rate = calibrate(stand, options)
         cold_starts(stand, rate, options)
         contention(stand, rate, options)

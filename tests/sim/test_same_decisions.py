@@ -66,10 +66,10 @@ def make_requests(adapters):
             RequestId(f"r{index}"),
             tuple(chance.choice([[], shared]) + own),
             SamplingParams(
-                max_tokens=chance.randrange(1, 40),
+                max_tokens=chance.randrange(1, 60),
                 temperature=chance.choice([0.0, 1.0]),
                 seed=index,
-                stop_token_ids=tuple(range(0, VOCAB_SIZE, 30)),
+                stop_token_ids=(7, 77),
             ),
             arrival_s=0.0,
             adapter_id=adapter and adapter.adapter_id,
@@ -77,7 +77,8 @@ def make_requests(adapters):
 
 
 async def run_live(client, requests):
-    """Send the requests at irregular moments; every sixth client goes away early."""
+    """Send half of the requests at once, more than there is room for, and half at irregular moments; every sixth client
+    goes away early."""
 
     async def ask(index, request):
         stream = client.submit(replace(request, arrival_s=time.monotonic()))
@@ -90,7 +91,8 @@ async def run_live(client, requests):
     asking = []
     for index, request in enumerate(requests):
         asking.append(asyncio.create_task(ask(index, request)))
-        await asyncio.sleep(chance.choice([0.0, 0.0, 0.001, 0.004, 0.03]))
+        if index >= NUM_REQUESTS // 2:
+            await asyncio.sleep(chance.choice([0.0, 0.0, 0.001, 0.004, 0.03]))
     await asyncio.gather(*asking)
 
 
