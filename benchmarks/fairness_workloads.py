@@ -7,12 +7,13 @@ Arena, from Ying1123/VTC-artifact at 192c2e2 (fair_bench), Apache-2.0; reduced t
 import csv
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.results import ROOT
 from pomona.core.ids import TenantId
 from pomona.workload.spec import WorkloadRequest
 
+ARENA_S = 600.0
 ARENA = ROOT / "benchmarks" / "data" / "vtc-arena.csv"
 
 
@@ -92,7 +93,30 @@ SYNTHETIC = (
         (Client("writer", 1.5, 32, 512, is_poisson=True), Client("reader", 3.0, 512, 32, is_poisson=True)),
     ),
 )
-"""All on a replica that serves about 1.6 requests of 256 + 256 tokens a second."""
+"""All on a replica that serves about REPLICA_RPS requests of 256 + 256 tokens a second."""
+
+REPLICA_RPS = 1.6
+LIVE_SHORTER = 4
+"""Live, prompts and outputs are so many times shorter."""
+LIVE_SHARE = 0.5
+"""Live, so much of a workload's time is played."""
+
+
+def hastened(workload: FairnessWorkload, rate_per_s: float) -> FairnessWorkload:
+    """A workload for an engine that serves so many requests of 64 + 64 tokens a second: all times are cut alike."""
+    factor = rate_per_s / REPLICA_RPS
+    clients = tuple(
+        replace(
+            client,
+            rate_per_s=client.rate_per_s * factor,
+            num_prompt=client.num_prompt // LIVE_SHORTER,
+            num_output=client.num_output // LIVE_SHORTER,
+            on_off_s=None if client.on_off_s is None else client.on_off_s / factor,
+            ramp_to=None if client.ramp_to is None else client.ramp_to * factor,
+        )
+        for client in workload.clients
+    )
+    return FairnessWorkload(f"live {workload.name}", clients, LIVE_SHARE * workload.duration_s / factor)
 
 
 def arena() -> list[WorkloadRequest]:
@@ -107,3 +131,18 @@ def arena() -> list[WorkloadRequest]:
             )
             for row in csv.DictReader(file)
         ]
+
+
+def hastened_arena(rate_per_s: float) -> list[WorkloadRequest]:
+    """The trace's beginning for an engine that serves so many requests of 64 + 64 tokens a second."""
+    factor = rate_per_s / REPLICA_RPS
+    return [
+        replace(
+            request,
+            arrival_s=request.arrival_s / factor,
+            num_prompt_tokens=-(-request.num_prompt_tokens // LIVE_SHORTER),
+            num_output_tokens=-(-request.num_output_tokens // LIVE_SHORTER),
+        )
+        for request in arena()
+        if request.arrival_s < LIVE_SHARE * ARENA_S
+    ]
