@@ -99,7 +99,7 @@ REPLICA_RPS = 1.6
 LIVE_SHORTER = 4
 """Live, prompts and outputs are so many times shorter."""
 LIVE_SHARE = 0.5
-"""Live, so much of a workload's time is played."""
+"""Live, so much of a workload's time is played; of the overload, whose gap grows with it, all."""
 
 
 def hastened(workload: FairnessWorkload, rate_per_s: float) -> FairnessWorkload:
@@ -116,7 +116,8 @@ def hastened(workload: FairnessWorkload, rate_per_s: float) -> FairnessWorkload:
         )
         for client in workload.clients
     )
-    return FairnessWorkload(f"live {workload.name}", clients, LIVE_SHARE * workload.duration_s / factor)
+    share = 1.0 if workload.name == "overload" else LIVE_SHARE
+    return FairnessWorkload(f"live {workload.name}", clients, share * workload.duration_s / factor)
 
 
 def arena() -> list[WorkloadRequest]:
