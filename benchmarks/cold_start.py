@@ -199,8 +199,8 @@ def cold_starts(stand: Stand, rate: float, options: argparse.Namespace) -> None:
                     stand.pool.link_bytes_per_s = options.link_bytes_per_s
                     outcome = play(engine, arrivals)
                     row = {"kind": "cold_start", "way": way, "rank": lora_rank, "load": load, "repeat": repeat}
-                    row["ttft_ms"] = outcome.ttfts_ms(is_cold=True)
-                    row["itl_ms"] = outcome.warm_itls_ms()
+                    row["ttft_ms"] = [round(value, 3) for value in outcome.ttfts_ms(is_cold=True)]
+                    row["itl_ms"] = [round(value, 3) for value in outcome.warm_itls_ms()]
                     results.append(options.output, {**setup, **row})
                     print(f"rank {lora_rank:3} load {load} {way:10} TTFT {np.mean(row['ttft_ms']):7.1f} ms")
 

@@ -17,7 +17,7 @@ from benchmarks import fairness_report, results
 from benchmarks.fairness_run import POLICIES, REPLICA, Outcome, live, rebuilt, simulate
 from benchmarks.fairness_workloads import (
     ARENA_S,
-    LIVE_SHARE,
+    LIVE_S,
     REPLICA_RPS,
     SYNTHETIC,
     Client,
@@ -65,7 +65,7 @@ def live_all(path: Path, names: Sequence[str]) -> None:
     setup = results.setup(mode="live", rate_per_s=rate, max_lead=max_lead)
     workloads = [hastened(one, rate) for one in SYNTHETIC]
     traces = [(one.name, one.requests(), one.weights, one.duration_s) for one in workloads]
-    traces.append(("live arena", hastened_arena(rate), {}, LIVE_SHARE * ARENA_S * REPLICA_RPS / rate))
+    traces.append(("live arena", hastened_arena(rate), {}, LIVE_S * REPLICA_RPS / rate))
     for name, requests, weights, duration_s in traces:
         if names and name.removeprefix("live ") not in names:
             continue
@@ -76,7 +76,8 @@ def live_all(path: Path, names: Sequence[str]) -> None:
                 fairness_prediction=fairness.prediction,
                 fairness_seats=fairness.has_seats,
                 fairness_max_lead=max_lead,
-                fairness_requests_per_minute=round(fairness.requests_per_minute * rate / REPLICA_RPS),
+                # A run is shorter than a minute: it gets what its workload's minutes would together.
+                fairness_requests_per_minute=round(fairness.requests_per_minute * LIVE_S / 60.0),
                 max_waiting=1_000_000,
             )
             row = row_of(name, policy, live(parts, requests, weights, duration_s))

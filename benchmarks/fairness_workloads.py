@@ -98,8 +98,8 @@ SYNTHETIC = (
 REPLICA_RPS = 1.6
 LIVE_SHORTER = 4
 """Live, prompts and outputs are so many times shorter."""
-LIVE_SHARE = 0.5
-"""Live, so much of a workload's time is played; of the overload, whose gap grows with it, all."""
+LIVE_S = 360.0
+"""Live, so much of a workload's time is played at most: the length of the overload."""
 
 
 def hastened(workload: FairnessWorkload, rate_per_s: float) -> FairnessWorkload:
@@ -116,8 +116,7 @@ def hastened(workload: FairnessWorkload, rate_per_s: float) -> FairnessWorkload:
         )
         for client in workload.clients
     )
-    share = 1.0 if workload.name == "overload" else LIVE_SHARE
-    return FairnessWorkload(f"live {workload.name}", clients, share * workload.duration_s / factor)
+    return FairnessWorkload(f"live {workload.name}", clients, min(LIVE_S, workload.duration_s) / factor)
 
 
 def arena() -> list[WorkloadRequest]:
@@ -145,5 +144,5 @@ def hastened_arena(rate_per_s: float) -> list[WorkloadRequest]:
             num_output_tokens=-(-request.num_output_tokens // LIVE_SHORTER),
         )
         for request in arena()
-        if request.arrival_s < LIVE_SHARE * ARENA_S
+        if request.arrival_s < LIVE_S
     ]

@@ -74,7 +74,7 @@ def test_a_model_with_other_operators_is_not_recorded(base_path, adapter_paths):
 
 
 def test_torchs_compiler_is_not_imported():
-    """It would cost the first decode step a second, and every full collection of garbage from then on 40 ms."""
+    """It would hold up the first decode step, and every full collection of garbage from then on."""
     program = (
         "import sys; from pomona import LLM, SamplingParams\n"
         "LLM().generate(['a b'], sampling=SamplingParams(max_tokens=3), ignore_eos=True)\n"

@@ -73,20 +73,13 @@ def test_no_trial_is_simulated_twice(capacities, load: float):
     assert len(world.trials) == len(set(world.trials)) == plan.num_trials
 
 
-def test_a_whole_workload_harder_than_the_window_gets_more_replicas():
-    world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=4.0, whole_load=6.0)
+@pytest.mark.parametrize(("window_load", "whole_load"), [(4.0, 6.0), (6.0, 4.0)])
+def test_the_whole_workload_decides_where_it_is_harder_or_easier_than_the_window(window_load, whole_load):
+    world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=window_load, whole_load=whole_load)
     plan = PlanSearch(_space(), world).run()
-    assert plan.settings.num_replicas == 6
+    assert plan.settings.num_replicas == whole_load
     assert plan.one_fewer is not None
-    assert plan.one_fewer.attainment == pytest.approx(5 / 6)
-
-
-def test_a_whole_workload_easier_than_the_window_gets_fewer_replicas():
-    world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=6.0, whole_load=4.0)
-    plan = PlanSearch(_space(), world).run()
-    assert plan.settings.num_replicas == 4
-    assert plan.one_fewer is not None
-    assert plan.one_fewer.attainment == pytest.approx(3 / 4)
+    assert plan.one_fewer.attainment == pytest.approx((whole_load - 1) / whole_load)
 
 
 def test_what_binds_shows_on_the_whole_workload_where_the_window_is_too_easy():

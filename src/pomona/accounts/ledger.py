@@ -159,11 +159,6 @@ class Ledger:
         """Requests that have begun and not ended."""
         return self._journal.num_open
 
-    @property
-    def num_journal_bytes(self) -> int:
-        """Bytes of the journal that still wait for something."""
-        return self._journal.num_bytes
-
     def totals(self) -> Mapping[str, float]:
         """Return what is exported, by the ``stat`` of ``metrics.registry.LEDGER_METRICS``."""
         return {

@@ -140,9 +140,8 @@ class EngineSession:
         self._num_answered = channel.num_sent
         self._inboxes: dict[RequestId, _Inbox] = {}
         self._next_call_id = 0
-        self._loads: dict[int, asyncio.Future[AdapterInfo]] = {}
-        self._unloads: dict[int, asyncio.Future[None]] = {}
-        self._questions: dict[int, asyncio.Future[frozenset[AdapterId]]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        """Loads, unloads and questions that have no answer yet."""
         self._end_reason: str | None = None
 
     @property
@@ -178,25 +177,16 @@ class EngineSession:
 
     async def load_adapter(self, path: str) -> AdapterInfo:
         """See EngineClient.load_adapter. If the caller is cancelled the load goes on."""
-        call_id, future = self._new_call_id(), self._loop.create_future()
-        self._send(LoadAdapter(call_id, path))
-        self._loads[call_id] = future
-        info: AdapterInfo = await future
+        info: AdapterInfo = await self._call(LoadAdapter(self._new_call_id(), path))
         return info
 
     async def unload_adapter(self, adapter_id: AdapterId) -> None:
         """See EngineClient.unload_adapter."""
-        call_id, future = self._new_call_id(), self._loop.create_future()
-        self._send(UnloadAdapter(call_id, adapter_id))
-        self._unloads[call_id] = future
-        await future
+        await self._call(UnloadAdapter(self._new_call_id(), adapter_id))
 
     async def resident_adapters(self) -> frozenset[AdapterId]:
         """See EngineClient.resident_adapters."""
-        call_id, future = self._new_call_id(), self._loop.create_future()
-        self._send(AskResident(call_id))
-        self._questions[call_id] = future
-        adapter_ids: frozenset[AdapterId] = await future
+        adapter_ids: frozenset[AdapterId] = await self._call(AskResident(self._new_call_id()))
         return adapter_ids
 
     def ping(self) -> None:
@@ -227,16 +217,19 @@ class EngineSession:
         for request_id, inbox in self._inboxes.items():
             inbox.put(RequestOutput(request_id, finish_reason=FinishReason.FAIL, error=reason))
         self._inboxes.clear()
-        calls: tuple[dict[int, asyncio.Future[Any]], ...] = (self._loads, self._unloads, self._questions)
-        for futures in calls:
-            for future in futures.values():
-                if not future.done():
-                    future.set_exception(EngineUnavailableError(reason))
-            futures.clear()
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(EngineUnavailableError(reason))
+        self._calls.clear()
 
     def _send(self, command: Command) -> None:
         if self._end_reason is not None or not self._channel.send(command):
             raise EngineUnavailableError(self._end_reason or "the engine's process is gone")
+
+    async def _call(self, command: LoadAdapter | UnloadAdapter | AskResident) -> Any:
+        self._send(command)
+        call = self._calls[command.call_id] = self._loop.create_future()
+        return await call
 
     def _new_call_id(self) -> int:
         self._next_call_id += 1
@@ -249,18 +242,17 @@ class EngineSession:
                 if inbox is not None:
                     inbox.reject(unpack_error(error))
             case AdapterLoaded(call_id, info):
-                load = self._loads.pop(call_id)
-                if not load.done():
-                    load.set_result(info)
-            case CallFailed(call_id, error):
-                load = self._loads.pop(call_id)
-                if not load.done():
-                    load.set_exception(unpack_error(error))
+                self._answer(call_id, info)
             case AdapterUnloaded(call_id):
-                unload = self._unloads.pop(call_id)
-                if not unload.done():
-                    unload.set_result(None)
+                self._answer(call_id, None)
             case ResidentAdapters(call_id, adapter_ids):
-                question = self._questions.pop(call_id)
-                if not question.done():
-                    question.set_result(frozenset(adapter_ids))
+                self._answer(call_id, frozenset(adapter_ids))
+            case CallFailed(call_id, error):
+                call = self._calls.pop(call_id)
+                if not call.done():
+                    call.set_exception(unpack_error(error))
+
+    def _answer(self, call_id: int, result: object) -> None:
+        call = self._calls.pop(call_id)
+        if not call.done():
+            call.set_result(result)

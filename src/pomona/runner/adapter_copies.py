@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ class AdapterCopy:
     """On the device, once the copy has been made."""
     error: Exception | None = None
     is_cancelled: bool = False
-    is_done: bool = field(default=False)
+    is_done: bool = False
     """Made, or failed with ``error``."""
 
 

@@ -3,6 +3,9 @@
 Continuous batching without phases (vLLM): a sequence has tokens known and tokens computed, and a step computes some of
 the difference. Under a token budget (Sarathi-Serve), running sequences come first, in order of admission, then waiting
 ones, then running ones that had to let those pass (``Claims``). Pure: decisions depend on calls and arguments alone.
+
+Longer than other files: what has a question of its own (queue, claims, cache, slots, turns, arrivals, pace, deadlines)
+stands beside it; what is left moves one sequence through its states, and each move touches all of these at once.
 """
 
 import operator

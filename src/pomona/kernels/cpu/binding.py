@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ MAX_HEAD_DIM = 256
 MAX_RANK = 1024
 
 _ABI = 4
-_HUGE_PAGE_BYTES = 2 << 20
-_MADV_HUGEPAGE = 14
 
 
 class LoraSite(Structure):
@@ -209,24 +206,6 @@ def allocate_with(lend: Callable[[Sequence[int], torch.dtype], torch.Tensor]) ->
 def address_of(struct: Structure) -> int:
     """Where a structure is, for a library call; the caller keeps the structure alive."""
     return ctypes.addressof(struct)
-
-
-def new_on_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialized CPU memory on huge pages: weights are read from end to end."""
-    tensor = torch.empty(shape, dtype=dtype)
-    prefer_huge_pages(tensor)
-    return tensor
-
-
-def prefer_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask the operating system to back a large contiguous CPU tensor, not yet touched, with huge pages.
-
-    Advice only: where it is refused, ordinary pages work as well and a little slower.
-    """
-    start = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
-    num_bytes = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
-    if num_bytes >= _HUGE_PAGE_BYTES and sys.platform == "linux":
-        CDLL(None).madvise(c_void_p(start), ctypes.c_size_t(num_bytes), _MADV_HUGEPAGE)
 
 
 def describe() -> str:

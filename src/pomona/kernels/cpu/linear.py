@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pomona.kernels.cpu import binding
+from pomona.kernels.host_memory import new_on_huge_pages
 from pomona.kernels.linear import GROUP, Layout, PackedWeight, QuantizedWeight
 from pomona.kernels.reference import linear as reference
 
@@ -35,7 +36,7 @@ def _grouped(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if (out_features, in_features) != (groups * GROUP, units * per_unit):
         padded = weight.new_zeros((groups * GROUP, units * per_unit))
         padded[:out_features, :in_features] = weight
-    data = binding.new_on_huge_pages((groups, units, GROUP, per_unit), weight.dtype)
+    data = new_on_huge_pages((groups, units, GROUP, per_unit), weight.dtype)
     return data.copy_(padded.view(groups, GROUP, units, per_unit).permute(0, 2, 1, 3))
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pomona.kernels.attention import AttentionBatch
 from pomona.kernels.cpu import attention, binding, lora
+from pomona.kernels.host_memory import new_on_huge_pages
 from pomona.kernels.lora import LoraBatch, LoraRanks
 
 _ALIGNMENT = 64
@@ -37,7 +38,7 @@ class Workspace:
     until the next replay of any of them."""
 
     def __init__(self) -> None:
-        self.region = binding.new_on_huge_pages((_FIRST_REGION_BYTES,), torch.uint8)
+        self.region = new_on_huge_pages((_FIRST_REGION_BYTES,), torch.uint8)
         self._lent: list[tuple[int, int]] = []
         """[start, end) of what is in use, in order."""
 
@@ -62,7 +63,7 @@ class Workspace:
 
     def grow(self) -> None:
         """Take a region of twice the size. Recordings keep the one they were made in."""
-        self.region = binding.new_on_huge_pages((2 * self.region.numel(),), torch.uint8)
+        self.region = new_on_huge_pages((2 * self.region.numel(),), torch.uint8)
         self._lent = []
 
 
@@ -71,7 +72,7 @@ class _OnlyKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Not to be wrapped for torch.compile: that imports the compiler, a second and 100 MiB, at the first step."""
+        """Not to be wrapped for torch.compile: that would import the compiler in the middle of a step."""
         return False
 
     def __torch_dispatch__(
