@@ -16,7 +16,8 @@ from torch import Tensor
 from pomona.kernels.activation import silu_mul
 from pomona.kernels.cpu import binding
 from pomona.kernels.dispatch import use_backend
-from pomona.kernels.linear import pack, packed_linear
+from pomona.kernels.linear import pack, packed_linear, quantize
+from pomona.kernels.lora import adapted_linear
 from pomona.kernels.norm import add_rms_norm, rms_norm
 from pomona.kernels.rope import apply_rope
 from pomona.kernels.sample import greedy
@@ -69,6 +70,35 @@ def test_a_row_with_an_adapter_is_the_same_in_any_batch(rows_per_page: int, dtyp
             for segment in ordered:
                 if segment.adapter == 0:
                     assert torch.equal(added[segment.start : segment.end], expected[segment.start : segment.end])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize(("in_features", "widths"), [(70, [160, 48, 16]), (64, [150, 40]), (5000, [64])])
+def test_a_product_with_adapters_is_the_product_and_then_the_adapters(
+    in_features: int, widths: list[int], is_int8: bool, dtype: torch.dtype
+) -> None:
+    ranks = [[16] * len(widths), [5, 0, 33][: len(widths)], [0, 8, 1][: len(widths)], [40, 3, 2][: len(widths)]]
+    adapters = make_adapters(ranks, in_features=in_features, widths=widths, dtype=dtype)
+    weight = torch.randn(sum(widths), in_features).to(dtype)
+    packed = pack(quantize(weight) if is_int8 else weight)
+    bias, x = torch.randn(sum(widths)).to(dtype), torch.randn(330, in_features).to(dtype)
+    long_runs = [Segment(0, 36, 0), Segment(36, 45, 1), Segment(50, 300, 2), Segment(300, 320, 3)]
+    short_runs = [Segment(index, index + 1, index % 4) for index in range(9, 17)]
+    mixed = [Segment(0, 1, 3), Segment(3, 9, 0), Segment(9, 11, 1), Segment(13, 40, 0), Segment(45, 53, 2)]
+    for num_rows, segments in ((330, long_runs), (20, short_runs), (60, mixed), (1, [Segment(0, 1, 0)]), (2, [])):
+        batch, of_segments = adapters.batch(segments)
+        for use_bias in (bias, None):
+            base = packed_linear(x[:num_rows], packed, use_bias)
+            expected = adapters.apply(x[:num_rows], base, segments)
+            for num_threads in (1, 2):
+                out = _on_threads(
+                    num_threads,
+                    lambda args=(x[:num_rows], packed, use_bias, adapters.slices, of_segments, batch): adapted_linear(
+                        *args
+                    ),
+                )
+                torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

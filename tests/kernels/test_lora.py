@@ -232,13 +232,15 @@ def test_pages_are_followed_one_by_one_even_if_the_first_and_last_look_adjacent(
     assert_close(out, expected)
 
 
-def test_nothing_is_rounded_to_half_precision_before_the_end() -> None:
-    """x @ A is 1 + 2**-9, which bfloat16 would round to 1; added to -1 it leaves 2**-9."""
-    case = make_case(dtype=torch.bfloat16, rank_kind=1, num_rows=1, popularity="identical", base_rows="none")
+def test_sums_are_not_rounded_to_half_precision_before_the_end() -> None:
+    """v is (1, 2**-9): bfloat16 holds both, but neither 1 + 2**-9, of which the second's sum and the last one start."""
+    case = make_case(dtype=torch.bfloat16, rank_kind=2, num_rows=1, popularity="identical", base_rows="none")
     case.x.fill_(0)
-    case.x[0, :2] = torch.tensor([1.0, 2.0**-9])
-    for pages in (*case.slices.a, *case.slices.b):
-        pages[case.batch.host_pages[0][0], 0] = 1.0
+    case.x[0, :3] = torch.tensor([1.0, 2.0**-9, -1.0])
+    for a, b in zip(case.slices.a, case.slices.b, strict=True):
+        page = case.batch.host_pages[0][0]
+        a[page, :2, :3] = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+        b[page, :2] = 1.0
     ones = tuple(tuple(1.0 for _ in of_slice) for of_slice in case.ranks.host_scalings)
     ranks = LoraRanks(case.ranks.ranks, torch.ones_like(case.ranks.scalings), case.ranks.host_ranks, ones)
     out = -torch.ones(1, sum(WIDTHS), dtype=torch.bfloat16)

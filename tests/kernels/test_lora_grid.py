@@ -91,10 +91,11 @@ def check(variant: str, case: Case) -> None:
     x[~in_segment] = NAN
     whole, out = _poisoned(num_rows, sum(widths), dtype)
     before, expected = whole.clone(), adapters.expected(x, out, segments)
+    allowance = adapters.rounding(x, out, segments) if variant.startswith("cpu") and dtype is torch.bfloat16 else None
     batch, rank_table = adapters.batch(segments)
     with _variant(variant):
         lora(out, x, adapters.slices, rank_table, batch)
-    assert_close(out, expected)
+    assert_close(out, expected, allowance)
     whole[1 : num_rows + 1, : sum(widths)][adapted] = before[1 : num_rows + 1, : sum(widths)][adapted]
     torch.testing.assert_close(whole, before, rtol=0, atol=0, equal_nan=True)
 

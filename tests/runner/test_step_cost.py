@@ -35,22 +35,22 @@ MOST = {
         "torch_ops": 21,
         "allocations": 3,
         "copied_bytes": 3 * 32 * 8,
-        "python_calls": 443,
-        "builtin_calls": 386,
+        "python_calls": 444,
+        "builtin_calls": 387,
     },
     "decode of 32, 8 adapters": {
         "torch_ops": 29,
         "allocations": 5,
         "copied_bytes": 3 * 32 * 8,
-        "python_calls": 563,
-        "builtin_calls": 463,
+        "python_calls": 564,
+        "builtin_calls": 464,
     },
     "chunk of a prompt": {
         "torch_ops": 31,
         "allocations": 14,
         "copied_bytes": 0,
-        "python_calls": 262,
-        "builtin_calls": 303,
+        "python_calls": 270,
+        "builtin_calls": 311,
     },
 }
 """Of two layers, on Python 3.11; later ones call fewer functions."""
@@ -171,7 +171,7 @@ def test_a_sequence_and_an_adapter_cost_a_few_calls_of_python_each(base_path, ad
 def test_a_layer_costs_a_bounded_number_of_calls_of_python(base_path, tmp_path):
     deeper = make_checkpoint(tmp_path / "deeper", num_hidden_layers=NUM_LAYERS + 2, max_position_embeddings=1024)
     few, many = (count_step(workload("chunk", path, ()).step) for path in (base_path, deeper))
-    assert (many.python_calls - few.python_calls) / 2 <= 59
+    assert (many.python_calls - few.python_calls) / 2 <= 63
     assert (many.torch_ops - few.torch_ops) / 2 <= 11
 
 

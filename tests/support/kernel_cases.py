@@ -58,13 +58,25 @@ class Adapters:
 
     def expected(self, x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor:
         """The contract's formula in float64, segment by segment, page by page."""
-        result = out.double()
+        return self._add(lambda v, b: v @ b, x, out.double(), segments)
+
+    def rounding(self, x: Tensor, out: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """How much ``expected`` may move, elementwise, when the shrunk inputs are rounded to x's dtype."""
+        unit = torch.finfo(x.dtype).eps / 2
+        moved = self._add(
+            lambda v, b: unit * v.abs() @ b.abs(), x, torch.zeros(out.shape, dtype=torch.float64), segments
+        )
+        return moved.abs()
+
+    def _add(
+        self, expand: Callable[[Tensor, Tensor], Tensor], x: Tensor, result: Tensor, segments: Sequence[Segment]
+    ) -> Tensor:
         for segment in segments:
             rows, pages, column = slice(segment.start, segment.end), list(self.pages[segment.adapter]), 0
             for i, (a, b) in enumerate(zip(self.slices.a, self.slices.b, strict=True)):
                 lora_rank, width = self.ranks[segment.adapter][i], b.shape[2]
                 dense_a, dense_b = (part[pages].flatten(0, 1)[:lora_rank].double() for part in (a, b))
-                added = (x[rows].double() @ dense_a.T) @ dense_b
+                added = expand(x[rows].double() @ dense_a.T, dense_b)
                 result[rows, column : column + width] += self.scalings[segment.adapter][i] * added
                 column += width
         return result

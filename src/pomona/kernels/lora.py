@@ -6,6 +6,8 @@ A *segment* is a run of rows that use the same adapter; rows outside every segme
 A *slice* is one target of a fused projection (q, k, v side by side in ``out``). A and B live in *pages*: fixed numbers
 of rank rows, so an adapter of rank r occupies ceil(r / rows_per_page) pages anywhere in the pool (Punica's SGMV
 contract, arXiv 2310.18547 section 4, widened by S-LoRA's own-rank paging, arXiv 2311.03285 section 5).
+
+Sums are float32 in both halves. Between them a backend may round ``x @ A.T`` to the model's dtype, once, as peft does.
 """
 
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from pomona.kernels.dispatch import backend_for
+from pomona.kernels.linear import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -120,3 +123,23 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
 def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> None:
     """Shrink then expand: ``out += lora(x)`` in place. Does nothing for a site that no segment adapts."""
     backend_for("lora", out.device).lora(out, x, slices, ranks, batch)
+
+
+def adapted_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch
+) -> Tensor:
+    """Semantics: ``lora(packed_linear(x, packed, bias), x, ...)``, bit for bit; a backend may overlap the two.
+
+    Args:
+        x: [num_tokens, in_features], packed.dtype.
+        packed: the base's weight.
+        bias: the base's [sum of out_features], or None.
+        slices: pages of the site that ``packed`` is the base of.
+        ranks: rank and scaling per slice and segment.
+        batch: the step's segments.
+
+    Returns:
+        [num_tokens, sum of out_features], contiguous.
+    """
+    result: Tensor = backend_for("lora", x.device).adapted_linear(x, packed, bias, slices, ranks, batch)
+    return result

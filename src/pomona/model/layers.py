@@ -46,9 +46,11 @@ def project(x: Tensor, layer: int, site: Site, context: StepContext) -> Tensor:
     """
     weights = context.weights.layers[layer]
     bias = weights.biases[site]
-    out = packed_linear(x, weights.sites[site], bias)
-    if context.lora is not None:
-        adapters.adapt(out, x, layer, site, context.lora, bias)
+    lora = context.lora
+    if lora is None:
+        return packed_linear(x, weights.sites[site], bias)
+    out = adapters.project(x, weights.sites[site], bias, layer, site, lora)
+    adapters.adapt(out, x, layer, site, lora, bias)
     return out
 
 

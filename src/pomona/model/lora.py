@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
+from pomona.kernels.linear import PackedWeight, packed_linear
+from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices, adapted_linear
 from pomona.kernels.lora import lora as add_lora
 from pomona.kernels.norm import rms_norm
 from pomona.model.spec import ModelSpec, Site, Target
@@ -189,26 +190,42 @@ def adapt_embeddings(out: Tensor, token_ids: Tensor, lora: LoraState) -> None:
             rows.copy_(torch.where(is_replaced, new_rows[index], rows))
 
 
-def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias: Tensor | None) -> None:
-    """Turn a site's base output into each row's own adapter's, in place.
+def project(x: Tensor, weight: PackedWeight, bias: Tensor | None, layer: int, site: Site, lora: LoraState) -> Tensor:
+    """A site's base product with the low-rank parts of the adapters that are on the device.
 
     Args:
-        out: [num_tokens, sum of out_features], base product with bias.
+        x: [num_tokens, in_features], what the site reads.
+        weight: the base's.
+        bias: the base's [sum of out_features], or None.
+        layer: which layer.
+        site: which product.
+        lora: the step's adapters.
+
+    Returns:
+        [num_tokens, sum of out_features].
+    """
+    if not lora.batch.host_rows:
+        return packed_linear(x, weight, bias)
+    return adapted_linear(x, weight, bias, lora.slices[layer, site], lora.ranks[layer, site], lora.batch)
+
+
+def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias: Tensor | None) -> None:
+    """Add what ``project`` left out, in place: adapters that are still on the host, and what is not of low rank.
+
+    Args:
+        out: [num_tokens, sum of out_features], from ``project``.
         x: [num_tokens, in_features], what the site read.
         layer: which layer.
         site: which product.
         lora: the step's adapters.
         bias: the base's [sum of out_features], as it is in ``out``; None if there is none.
     """
-    slices = lora.slices[layer, site]
-    if lora.batch.host_rows:
-        add_lora(out, x, slices, lora.ranks[layer, site], lora.batch)
     for part in lora.on_host:
         _add_from_host(out[part.start : part.end], x[part.start : part.end], (layer, site), part)
     if not lora.extras:
         return
     first = 0
-    for target, b_pages in zip(site.value, slices.b, strict=True):
+    for target, b_pages in zip(site.value, lora.slices[layer, site].b, strict=True):
         columns = slice(first, first + b_pages.shape[2])
         first = columns.stop
         target_bias = None if bias is None else bias[columns]

@@ -23,7 +23,7 @@ MAX_SLICES = 4
 MAX_HEAD_DIM = 256
 MAX_RANK = 1024
 
-_ABI = 4
+_ABI = 5
 
 
 class LoraSite(Structure):
@@ -78,6 +78,11 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
     # dtype, num_threads, x, num_rows, x_stride, packed, scales, bias, out, in_features, out_features, is_out_float
     "pomona_gemm": [c_int, c_int, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64, c_int],
+    # as pomona_gemm up to out_features; then site, step, ranks, scalings
+    "pomona_adapted_gemm": [
+        *[c_int, c_int, c_void_p, c_int64, c_int64, *[c_void_p] * 4, c_int64, c_int64],
+        *[c_void_p] * 4,
+    ],
     # dtype, num_threads, x, residual, weight, out, num_outer, num_inner, outer_stride, inner_stride, features, eps
     "pomona_norm": [c_int, c_int, *[c_void_p] * 4, *[c_int64] * 5, c_float],
     # dtype, num_threads, query, key, value, key_cache, value_cache, positions, slots, cos_sin, num_tokens, num_heads,

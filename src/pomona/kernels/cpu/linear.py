@@ -46,23 +46,22 @@ def packed_linear(
     """See ``kernels.linear.packed_linear``."""
     if packed.layout is not Layout.GROUPED:
         return reference.packed_linear(x, packed, bias, out_dtype=out_dtype)
+    x = x if x.stride()[1] == 1 else x.contiguous()
+    out = binding.empty((x.shape[0], packed.out_features), out_dtype or x.dtype)
+    if x.shape[0]:
+        binding.library().pomona_gemm(*gemm_arguments(out, x, packed, bias), out_dtype is torch.float32)
+    return out
+
+
+def gemm_arguments(out: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor | None) -> tuple[int | None, ...]:
+    """What native products take first: dtype, threads, x, its rows and stride, weights, scales, bias, out, sizes."""
     dtype = x.dtype
     assert bias is None or (bias.dtype is dtype and bias.is_contiguous())
-    num_rows, in_features = x.shape
-    row_stride, column_stride = x.stride()
-    if column_stride != 1:
-        x = x.contiguous()
-        row_stride = in_features
-    out_features = packed.out_features
-    out = binding.empty((num_rows, out_features), out_dtype or dtype)
-    if num_rows:
-        binding.library().pomona_gemm(
-            *(binding.DTYPES[dtype], torch.get_num_threads(), x.data_ptr(), num_rows, row_stride),
-            *(packed.data.data_ptr(), None if packed.scales is None else packed.scales.data_ptr()),
-            *(None if bias is None else bias.data_ptr(), out.data_ptr()),
-            *(in_features, out_features, out_dtype is torch.float32),
-        )
-    return out
+    return (
+        *(binding.DTYPES[dtype], torch.get_num_threads(), x.data_ptr(), x.shape[0], x.stride()[0]),
+        *(packed.data.data_ptr(), None if packed.scales is None else packed.scales.data_ptr()),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr(), packed.in_features, packed.out_features),
+    )
 
 
 def gather_rows(packed: PackedWeight, row_ids: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pomona.kernels.cpu import binding
+from pomona.kernels.cpu import binding, linear
+from pomona.kernels.linear import Layout, PackedWeight
 from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
 from pomona.kernels.reference import lora as reference
 
@@ -155,6 +156,29 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
         *(site.dtype, torch.get_num_threads(), _BOTH, site.address, step.address, known.ranks, known.scalings),
         *(x.data_ptr(), x.stride(0), out.data_ptr(), out_strides[0], None),
     )
+
+
+def adapted_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch
+) -> Tensor:
+    """See ``kernels.lora.adapted_linear``: while the product runs, the adapters' pages are fetched into the cache."""
+    site, known = _site_of(slices), _ranks_of(ranks)
+    if known.is_idle and not binding.is_recording():
+        return linear.packed_linear(x, packed, bias)
+    if site is None or packed.layout is not Layout.GROUPED:
+        return reference.adapted_linear(x, packed, bias, slices, ranks, batch)
+    x = _dense_rows(x)
+    num_tokens, in_features = x.shape
+    assert in_features == site.in_features
+    assert packed.out_features == site.out_features
+    assert binding.DTYPES.get(x.dtype) == site.dtype
+    out = binding.empty((num_tokens, site.out_features), x.dtype)
+    if num_tokens:
+        binding.library().pomona_adapted_gemm(
+            *linear.gemm_arguments(out, x, packed, bias),
+            *(site.address, _step_of(batch, num_tokens).address, known.ranks, known.scalings),
+        )
+    return out
 
 
 def lora_shrink(x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> Tensor:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from pomona.kernels.linear import PackedWeight, packed_linear
 from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
+from pomona.kernels.lora import lora as add_lora
 
 
 def _rank_rows(pages: Tensor, batch: LoraBatch, segment: int, lora_rank: int) -> Tensor:
@@ -61,6 +63,15 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
     assert out.shape == (x.shape[0], sum(b.shape[2] for b in slices.b)), "out must hold all slices"
     if any(any(of_slice) for of_slice in ranks.host_ranks):
         lora_expand(lora_shrink(x, slices, ranks, batch), slices, ranks, batch, out)
+
+
+def adapted_linear(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch
+) -> Tensor:
+    """See ``kernels.lora.adapted_linear``: one after the other, each by its own backend."""
+    out = packed_linear(x, packed, bias)
+    add_lora(out, x, slices, ranks, batch)
+    return out
 
 
 def reserve(batch: LoraBatch, num_tokens: int) -> None:

@@ -217,6 +217,9 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
         launch.run()
 
 
+adapted_linear = reference.adapted_linear
+
+
 def lora_shrink(x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> Tensor:
     """See ``kernels.lora.lora_shrink``."""
     if slices.a[0].dtype not in _PRECISIONS:

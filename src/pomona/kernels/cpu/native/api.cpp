@@ -38,15 +38,28 @@ const Kernels* kernels_of(int isa) {
 const Kernels* kernels = kernels_of(best_isa());
 int current_isa = best_isa();
 
+// Any other kernel: everything it is told is in its call.
+template <class Call>
+struct Task {
+  using Kernel = void (*)(const Call&, int);
+  Kernel (Kernels::*kernel)[2];
+  int dtype, num_threads;
+  Call call;
+  void run() const { (kernels->*kernel)[dtype](call, num_threads); }
+};
+
 struct LoraTask {
   int dtype, num_threads, phases;
   LoraCall call;
-  void run() const {
-    LoraCall now = call;
-    if (now.v == nullptr)
-      now.v = static_cast<float*>(scratch(0, call.site->num_slices * call.step->num_tokens * call.step->max_rank * 4));
-    kernels->lora[dtype](now, num_threads, phases);
-  }
+  void run() const { kernels->lora[dtype](call, num_threads, phases); }
+};
+
+// A product, and then the adapters' part of it.
+struct AdaptedTask {
+  int dtype, num_threads;
+  GemmCall base;
+  LoraCall adapters;
+  void run() const { kernels->adapted[dtype](base, adapters, num_threads); }
 };
 
 struct AttentionTask {
@@ -60,17 +73,7 @@ struct AttentionTask {
   }
 };
 
-// Any other kernel: everything it is told is in its call.
-template <class Call>
-struct Task {
-  using Kernel = void (*)(const Call&, int);
-  Kernel (Kernels::*kernel)[2];
-  int dtype, num_threads;
-  Call call;
-  void run() const { (kernels->*kernel)[dtype](call, num_threads); }
-};
-
-using Recorded = std::variant<LoraTask, AttentionTask, Task<GemmCall>, Task<GatherCall>, Task<NormCall>,
+using Recorded = std::variant<LoraTask, AdaptedTask, AttentionTask, Task<GemmCall>, Task<GatherCall>, Task<NormCall>,
                               Task<RopeCall>, Task<ActivationCall>>;
 
 using Recording = std::vector<Recorded>;
@@ -86,7 +89,7 @@ void perform(const T& task) {
 }  // namespace
 
 // Changes whenever a signature or structure does: binding.py refuses a library of another number.
-EXPORT int pomona_abi() { return 4; }
+EXPORT int pomona_abi() { return 5; }
 
 EXPORT int pomona_best_isa() { return best_isa(); }
 
@@ -131,7 +134,17 @@ EXPORT void pomona_gemm(int dtype, int num_threads, const void* x, int64_t num_r
                         int64_t out_features, int is_out_float) {
   perform(Task<GemmCall>{scales ? &Kernels::gemm_int8 : &Kernels::gemm, dtype, num_threads,
                          {x, num_rows, x_stride, packed, scales, bias, out, out_features, in_features, out_features,
-                          is_out_float}});
+                          is_out_float, nullptr, nullptr}});
+}
+
+EXPORT void pomona_adapted_gemm(int dtype, int num_threads, const void* x, int64_t num_rows, int64_t x_stride,
+                                const void* packed, const float* scales, const void* bias, void* out,
+                                int64_t in_features, int64_t out_features, const LoraSite* site, const LoraStep* step,
+                                const int32_t* ranks, const float* lora_scalings) {
+  perform(AdaptedTask{
+      dtype, num_threads,
+      {x, num_rows, x_stride, packed, scales, bias, out, out_features, in_features, out_features, 0, nullptr, nullptr},
+      {site, step, ranks, lora_scalings, x, x_stride, out, out_features, nullptr}});
 }
 
 EXPORT void pomona_norm(int dtype, int num_threads, const void* x, void* residual, const void* weight, void* out,
@@ -183,9 +196,12 @@ EXPORT void pomona_replay(const void* made) {
 
 // ranks_and_scalings: two addresses for each recorded LoRA call, in order.
 EXPORT void pomona_set_ranks(void* made, const void* const* ranks_and_scalings) {
-  for (Recorded& recorded : *static_cast<Recording*>(made))
-    if (LoraTask* task = std::get_if<LoraTask>(&recorded)) {
-      task->call.ranks = static_cast<const int32_t*>(*ranks_and_scalings++);
-      task->call.scalings = static_cast<const float*>(*ranks_and_scalings++);
-    }
+  for (Recorded& recorded : *static_cast<Recording*>(made)) {
+    LoraCall* call = nullptr;
+    if (LoraTask* task = std::get_if<LoraTask>(&recorded)) call = &task->call;
+    if (AdaptedTask* task = std::get_if<AdaptedTask>(&recorded)) call = &task->adapters;
+    if (call == nullptr) continue;
+    call->ranks = static_cast<const int32_t*>(*ranks_and_scalings++);
+    call->scalings = static_cast<const float*>(*ranks_and_scalings++);
+  }
 }

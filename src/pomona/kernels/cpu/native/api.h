@@ -41,7 +41,7 @@ struct LoraCall {
   int64_t x_stride;
   void* out;
   int64_t out_stride;
-  float* v;                 // [num_slices, num_tokens, max_rank]
+  float* v;                 // [num_slices, num_tokens, max_rank] between the halves; null: both are done
 };
 
 // A run of one sequence's rows that is attended to together: the unit in which threads share queries.
@@ -66,6 +66,13 @@ struct AttentionCall : AttentionStep {
   float scale;
 };
 
+// Rows whose adapters' part is added to a product before it is stored, with their shrunk inputs.
+struct LongRuns {
+  const int32_t* segments;      // of each row; -1: not this row
+  const uint32_t* v;            // units [num_slices, num_tokens, row_units]
+  int64_t slice_units, row_units;
+};
+
 struct GemmCall {
   const void* x;
   int64_t num_rows, x_stride;
@@ -75,6 +82,8 @@ struct GemmCall {
   void* out;
   int64_t out_stride, in_features, out_features;
   int32_t is_out_float;         // out is float32 whatever the dtype
+  const LoraCall* adapters;     // whose part is added to out, now or right after; null: none
+  const LongRuns* long_runs;    // the rows to which it is added now; null: none
 };
 
 struct GatherCall {
@@ -122,6 +131,7 @@ struct GreedyCall {
 // One instruction set's kernels, by dtype.
 struct Kernels {
   void (*lora[2])(const LoraCall&, int num_threads, int phases);
+  void (*adapted[2])(const GemmCall&, const LoraCall&, int num_threads);
   void (*attention[2])(const AttentionCall&, int num_threads);
   void (*gemm[2])(const GemmCall&, int num_threads);
   void (*gemm_int8[2])(const GemmCall&, int num_threads);
@@ -144,8 +154,9 @@ const Kernels* kernels_avx512bf16();
 using Body = void (*)(void* state, int thread);
 // Runs body on up to num_threads threads, the caller's among them, and returns when all are done.
 void run_threads(int num_threads, Body body, void* state);
+enum Purpose : int32_t { kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kNumPurposes };
 // Memory of the calling thread that lives until its next call with the same purpose.
-void* scratch(int purpose, int64_t num_bytes);
+void* scratch(Purpose purpose, int64_t num_bytes);
 // At least that many bytes of zeros, for the calling thread, until its next call.
 const void* zeros(int64_t num_bytes);
 

@@ -60,7 +60,7 @@ struct Attention {
                              max_rows * kTokenTile, max_rows * kTokenTile, softmax_floats(), softmax_floats()};
     int64_t total = 0;
     for (int64_t size : sizes) total += ceil_div(size, 16) * 16;
-    uint32_t* at = static_cast<uint32_t*>(pomona::scratch(2, total * 4));
+    uint32_t* at = static_cast<uint32_t*>(pomona::scratch(pomona::kPanel, total * 4));
     uint32_t* parts[7];
     for (int i = 0; i < 7; i++) parts[i] = at, at += ceil_div(sizes[i], 16) * 16;
     return {parts[0], parts[1], parts[2], parts[3], reinterpret_cast<float*>(parts[4]),
@@ -118,7 +118,7 @@ struct Attention {
       const char* at = reinterpret_cast<const char*>(static_cast<const Elem*>(cache) + table[block] * stride);
       if (is_value) block++;
       is_value = !is_value;
-      return {at, ceil_div(num_lines, num_steps)};
+      return {at, at + num_lines * 64, ceil_div(num_lines, num_steps)};
     }
   };
 
@@ -155,16 +155,8 @@ struct Attention {
     for (int64_t unit = first_unit; unit < end_unit; unit++, values += value_width) {
       const Elem* row = tokens[unit * T::kPerUnit] + kv_head * call.head_dim;
       const Elem* other = tokens[unit * T::kPerUnit + T::kPerUnit - 1] + kv_head * call.head_dim;
-      int64_t i = 0;
-      for (; i + 2 * W <= call.head_dim; i += 2 * W) T::pair_two(row + i, other + i, values + i);
-      for (; i < value_width; i += 2 * W) {
-        Elem rest[2][2 * W] = {};
-        if (i < call.head_dim) {
-          memcpy(rest[0], row + i, (call.head_dim - i) * sizeof(Elem));
-          memcpy(rest[1], other + i, (call.head_dim - i) * sizeof(Elem));
-        }
-        T::pair_two(rest[0], rest[1], values + i);
-      }
+      for (int64_t i = 0; i < value_width; i += 2 * W)
+        pair_some<T>(row + i, other + i, max64(0, min64(2 * W, call.head_dim - i)), values + i);
     }
   }
 
@@ -375,7 +367,7 @@ void attention(const pomona::AttentionCall& call, int num_threads) {
     return;
   }
   const int64_t part_floats = num_chunks * work.softmax_floats();
-  float* parts = static_cast<float*>(pomona::scratch(3, num_items * (part_floats * 4 + 4)));
+  float* parts = static_cast<float*>(pomona::scratch(pomona::kParts, num_items * (part_floats * 4 + 4)));
   int32_t* num_done = reinterpret_cast<int32_t*>(parts + num_items * part_floats);
   memset(num_done, 0, num_items * 4);
   for_items(num_items * num_chunks, threads, [&](int64_t item) {

@@ -4,31 +4,67 @@
 // last input. A thread takes a few groups for a run of rows, so weights are read from memory once per run of rows, and
 // while the sums of one item run the next item's weights are fetched.
 #pragma once
+#include "fused.h"
+#include "lora_pages.h"
 #include "tile.h"
 #include "work.h"
 
 namespace {
 
 constexpr int64_t kRowsPerItem = 256;
+constexpr int64_t kMostFetchingRows = 64;  // with more, reading an adapter is little beside using it
 constexpr int64_t kUnitsPerPass = 2048;  // 3 groups of that many units are 384 KiB: they stay in a core's L2 cache
+
+// Pages of adapters that are wanted next, fetched beside a product that computes longer than it reads.
+struct PageFetch {
+  const char** pages = nullptr;
+  int64_t num_pages = 0, num_lines = 0;  // lines of each page
+
+  PageFetch(const pomona::GemmCall& call, int64_t element_bytes) {
+    if (call.adapters == nullptr || call.num_rows == 1 || call.num_rows > kMostFetchingRows) return;
+    const pomona::LoraCall& lora = *call.adapters;
+    const pomona::LoraStep& step = *lora.step;
+    const SitePages site(*lora.site, element_bytes);
+    num_lines = ceil_div(site.num_bytes, 64);
+    pages = static_cast<const char**>(pomona::scratch(pomona::kPages, step.num_segments * step.max_pages * sizeof(char*)));
+    for (int64_t segment = 0; segment < step.num_segments; segment++) {
+      int64_t most_ranks = 0;
+      for (int64_t slice = 0; slice < lora.site->num_slices; slice++)
+        most_ranks = max64(most_ranks, lora.ranks[slice * step.num_segments + segment]);
+      for (int64_t page = 0; page * lora.site->rows_per_page < most_ranks; page++)
+        pages[num_pages++] = site.first_byte + step.page_tables[segment * step.max_pages + page] * site.page_bytes;
+    }
+  }
+
+  // The part of a slot's share in all of them, over so many steps.
+  Ahead share(int64_t slot, int64_t num_slots, int64_t num_steps) const {
+    if (num_pages == 0) return {};
+    const int64_t slots_per_page = max64(1, num_slots / num_pages), page = slot / slots_per_page;
+    if (page >= num_pages) return {};
+    const int64_t lines = ceil_div(num_lines, slots_per_page), first = slot % slots_per_page * lines;
+    return {pages[page] + first * 64, pages[page] + min64(first + lines, num_lines) * 64, ceil_div(lines, num_steps)};
+  }
+};
 
 // A call, its inputs as rows of whole units.
 template <class T>
 struct GemmWork {
   using Elem = typename T::Elem;
   const pomona::GemmCall& call;
+  const PageFetch beside;
   const char* x;
   int64_t x_stride_bytes, num_units, num_groups;
 
   explicit GemmWork(const pomona::GemmCall& gemm_call)
       : call(gemm_call),
+        beside(gemm_call, sizeof(Elem)),
         x(static_cast<const char*>(call.x)),
         x_stride_bytes(call.x_stride * static_cast<int64_t>(sizeof(Elem))),
         num_units(ceil_div(call.in_features, T::kPerUnit)),
         num_groups(ceil_div(call.out_features, kGroup)) {
     if (call.in_features % T::kPerUnit == 0) return;
     x_stride_bytes = num_units * 4;  // half a unit at each row's end: copy, so that it is a zero
-    char* rows = static_cast<char*>(pomona::scratch(1, call.num_rows * x_stride_bytes));
+    char* rows = static_cast<char*>(pomona::scratch(pomona::kRows, call.num_rows * x_stride_bytes));
     for (int64_t row = 0; row < call.num_rows; row++) {
       char* copy = rows + row * x_stride_bytes;
       memset(copy + x_stride_bytes - 4, 0, 4);
@@ -39,16 +75,56 @@ struct GemmWork {
 
   TileA inputs(int64_t row, int64_t unit) const { return {x + row * x_stride_bytes + unit * 4, x_stride_bytes}; }
 
+  // What the sums of n columns are once scaled and biased.
+  INLINE vf finish(const float* sums, int64_t column, int n) const {
+    vf value = load_floats(sums);
+    if (call.scales) value *= load_floats(call.scales + column);
+    if (call.bias) value += load_one<T>(static_cast<const Elem*>(call.bias) + column, n);
+    return value;
+  }
+
+  // Rows by NG groups from `group` on, with the adapters' part of those that get theirs now.
+  template <int NG>
+  void store_rows(const float* sums, int64_t stride, int64_t row, int num_rows, int64_t group,
+                  FusedColumns<T, NG>* fused) const {
+    if (fused == nullptr) {
+      for (int m = 0; m < num_rows; m++) store(sums + m * stride, row + m, group, NG);
+      return;
+    }
+    const int32_t* segments = call.long_runs->segments + row;
+    for (int first = 0, end; first < num_rows; first = end) {
+      for (end = first + 1; end < num_rows && segments[end] == segments[first];) end++;
+      if (segments[first] < 0) {
+        for (int m = first; m < end; m++) store(sums + m * stride, row + m, group, NG);
+        continue;
+      }
+      float added[kTileRows * NG * kGroup];
+      fused->keep(segments[first]);
+      fused->multiply(row + first, end - first, added);
+      for (int m = first; m < end; m++)
+        store_sum(sums + m * stride, *fused, added + (m - first) * NG * kGroup, row + m, group);
+    }
+  }
+
+  template <int NG>
+  void store_sum(const float* sums, const FusedColumns<T, NG>& fused, const float* added, int64_t row,
+                 int64_t group) const {
+    Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + group * kGroup;
+    for (int g = 0; g < NG; g++)
+      for (int i = g * kGroup; i < (g + 1) * kGroup; i += W) {
+        vf value = T::round(finish(sums + i, group * kGroup + i, W));  // as if it had been stored and read again
+        if (fused.num_units[g] > 0) value = fma(splat(fused.scalings[g]), load_floats(added + i), value);
+        T::store(out + i, value);
+      }
+  }
+
   void store(const float* sums, int64_t row, int64_t group, int groups) const {
     const int64_t first = group * kGroup;
     const int64_t width = min64(groups * kGroup, call.out_features - first);
-    const Elem* bias = static_cast<const Elem*>(call.bias);
     const int64_t at = row * call.out_stride + first;
     for (int64_t i = 0; i < width; i += W) {
       const int n = static_cast<int>(min64(W, width - i));
-      vf value = load_floats(sums + i);
-      if (call.scales) value *= load_floats(call.scales + first + i);
-      if (bias) value += load_one<T>(bias + first + i, n);
+      const vf value = finish(sums + i, first + i, n);
       if (call.is_out_float)
         store_one<Float32>(static_cast<float*>(call.out) + at + i, value, n);
       else
@@ -56,7 +132,14 @@ struct GemmWork {
     }
   }
 
-  // run<NG>(row, num_rows, group, next) for every run of rows by NG groups; the next item reads weights from `next`.
+  template <int NG, class F>
+  void run_columns(const F& f, int64_t row, int64_t num_rows, int64_t group, const char* next) const {
+    if (call.long_runs == nullptr) return f.template run<NG>(row, num_rows, group, next, nullptr);
+    FusedColumns<T, NG> fused(call, group);
+    f.template run<NG>(row, num_rows, group, next, &fused);
+  }
+
+  // run<NG>(row, num_rows, group, next, fused) for every run of rows by NG groups; the next item reads weights from `next`.
   template <int NG, class F>
   void share(int64_t group_bytes, int num_threads, const F& f) const {
     const int64_t num_columns = ceil_div(num_groups, NG);
@@ -69,8 +152,8 @@ struct GemmWork {
       const char* next = ahead + NG <= num_groups && row == 0 && num_rows > 1
                              ? static_cast<const char*>(call.packed) + ahead * group_bytes
                              : nullptr;
-      if (group + NG <= num_groups) return f.template run<NG>(row, num_rows, group, next);
-      for (int64_t last = group; last < num_groups; last++) f.template run<1>(row, num_rows, last, nullptr);
+      if (group + NG <= num_groups) return run_columns<NG>(f, row, num_rows, group, next);
+      for (int64_t last = group; last < num_groups; last++) run_columns<1>(f, row, num_rows, last, nullptr);
     });
   }
 
@@ -92,15 +175,16 @@ struct Gemm {
 
   // Rows [row, row + num_rows) by NG groups. `next` is what the following item will read.
   template <int NG>
-  void run(int64_t row, int64_t num_rows, int64_t group, const char* next) const {
+  void run(int64_t row, int64_t num_rows, int64_t group, const char* next, FusedColumns<T, NG>* fused) const {
     const int64_t num_units = work.num_units;
     const uint32_t* weights = static_cast<const uint32_t*>(work.call.packed) + group * num_units * kGroup;
     const bool is_one_pass = num_units <= kUnitsPerPass;
     const int64_t stride = NG * kGroup;
     float one_tile[kTileRows * NG * kGroup];
-    float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(0, num_rows * stride * 4));
-    const int64_t next_lines = NG * num_units;
-    const int64_t lines_per_step = ceil_div(NG, ceil_div(num_rows, kTileRows));
+    float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(pomona::kSums, num_rows * stride * 4));
+    const int64_t next_lines = NG * num_units, num_columns = ceil_div(work.num_groups, NG);
+    const int64_t num_tiles = ceil_div(num_rows, kTileRows);
+    const int64_t lines_per_step = ceil_div(NG, num_tiles);
     for (int64_t unit = 0; unit < num_units; unit += kUnitsPerPass) {
       const int64_t units = min64(kUnitsPerPass, num_units - unit);
       for (int64_t r = 0; r < num_rows; r += kTileRows) {
@@ -111,9 +195,9 @@ struct Gemm {
         tile_rows<T, NG>(rows, units, work.inputs(row + r, unit),
                          TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
                          TileC{some_sums, stride, unit > 0},
-                         is_fetching ? Ahead{next + fetched * 64, lines_per_step} : Ahead{});
-        if (unit + units == num_units)
-          for (int m = 0; m < rows; m++) work.store(some_sums + m * stride, row + r + m, group, NG);
+                         is_fetching ? Ahead{next + fetched * 64, next + next_lines * 64, lines_per_step} : Ahead{},
+                         work.beside.share(group / NG * num_tiles + r / kTileRows, num_columns * num_tiles, units));
+        if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }
   }

@@ -33,7 +33,7 @@ __attribute__((noinline)) void byte_tile(int64_t num_units, TileA a, TileBytes b
       columns[v] = T::widen_bytes(b.bytes + v / kGroupVectors * b.group_stride + k * b.step + lanes * T::kPerUnit);
       if (IS_KEPT) memcpy(panel + (v / kGroupVectors * num_units + k) * kGroup + lanes, &columns[v], sizeof(vu));
     }
-    for (int64_t i = 0; i < ahead.lines_per_step; i++, ahead.at += 64) prefetch(ahead.at);
+    ahead.step();
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
       const vu row = splat_unit(a.rows + m * a.stride_bytes + k * 4);
@@ -78,33 +78,34 @@ struct ByteGemm {
 
   // Rows [row, row + num_rows) by NG groups. `next` is what the following item will read.
   template <int NG>
-  void run(int64_t row, int64_t num_rows, int64_t group, const char* next) const {
-    if (num_rows <= kTileRows) return run_few<NG>(row, num_rows, group, next);
-    if constexpr (NG <= kTileGroups) run_many<NG>(row, num_rows, group, next);
+  void run(int64_t row, int64_t num_rows, int64_t group, const char* next, FusedColumns<T, NG>* fused) const {
+    if (num_rows <= kTileRows) return run_few<NG>(row, num_rows, group, next, fused);
+    if constexpr (NG <= kTileGroups) run_many<NG>(row, num_rows, group, next, fused);
   }
 
   template <int NG>
-  void run_few(int64_t row, int64_t num_rows, int64_t group, const char* next) const {
+  void run_few(int64_t row, int64_t num_rows, int64_t group, const char* next, FusedColumns<T, NG>* fused) const {
     float sums[kTileRows * NG * kGroup];
     const TileA a = work.inputs(row, 0);
     const TileC c{sums, NG * kGroup, false};
-    const Ahead ahead = next ? Ahead{next, ceil_div(NG * kStep, 64)} : Ahead{};
+    const Ahead ahead = next ? Ahead{next, next + work.num_units * NG * kStep, ceil_div(NG * kStep, 64)} : Ahead{};
     if constexpr (NG > kTileGroups)
       byte_tile<T, 1, NG, false>(work.num_units, a, weights(group, 0), c, nullptr, ahead);
     else
       byte_tile_rows<T, NG>(static_cast<int>(num_rows), work.num_units, a, weights(group, 0), c, ahead);
-    for (int64_t m = 0; m < num_rows; m++) work.store(sums + m * c.stride, row + m, group, NG);
+    work.store_rows(sums, c.stride, row, static_cast<int>(num_rows), group, fused);
   }
 
   template <int NG>
-  void run_many(int64_t row, int64_t num_rows, int64_t group, const char* next) const {
+  void run_many(int64_t row, int64_t num_rows, int64_t group, const char* next, FusedColumns<T, NG>* fused) const {
     constexpr int64_t stride = NG * kGroup;
-    uint32_t* panel = static_cast<uint32_t*>(pomona::scratch(2, NG * kPanelUnits * kGroup * 4));
-    float* sums = static_cast<float*>(pomona::scratch(0, num_rows * stride * 4));
+    uint32_t* panel = static_cast<uint32_t*>(pomona::scratch(pomona::kPanel, NG * kPanelUnits * kGroup * 4));
+    float* sums = static_cast<float*>(pomona::scratch(pomona::kSums, num_rows * stride * 4));
     const int64_t tiles = ceil_div(num_rows, kTileRows);
     for (int64_t unit = 0; unit < work.num_units; unit += kPanelUnits) {
       const int64_t units = min64(kPanelUnits, work.num_units - unit);
-      const Ahead ahead = next ? Ahead{next + unit * NG * kStep, ceil_div(NG * kStep, 64)} : Ahead{};
+      const Ahead ahead = next ? Ahead{next + unit * NG * kStep, next + work.num_units * NG * kStep, ceil_div(NG * kStep, 64)}
+                               : Ahead{};
       byte_tile<T, kTileRows, NG, true>(units, work.inputs(row, unit), weights(group, unit),
                                         TileC{sums, stride, unit > 0}, panel, ahead);
       for (int64_t tile = 1; tile < tiles; tile++) {
@@ -113,7 +114,8 @@ struct ByteGemm {
                          TileB{panel, units * kGroup, kGroup}, TileC{sums + r * stride, stride, unit > 0}, Ahead{});
       }
     }
-    for (int64_t r = 0; r < num_rows; r++) work.store(sums + r * stride, row + r, group, NG);
+    for (int64_t r = 0; r < num_rows; r += kTileRows)
+      work.store_rows(sums + r * stride, stride, row + r, static_cast<int>(min64(kTileRows, num_rows - r)), group, fused);
   }
 };
 

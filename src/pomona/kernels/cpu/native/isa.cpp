@@ -1,15 +1,14 @@
 // All kernels for one instruction set. Compiled once per set, with its flags and POMONA_KERNELS naming the table.
-#include "api.h"
+#include "adapted.h"
 #include "attention.h"
-#include "gemm_int8.h"
-#include "lora_short.h"
 #include "rows.h"
 
 namespace pomona {
 
 const Kernels* POMONA_KERNELS() {
   static constexpr Kernels table = {
-      {lora<Float32>, lora<BFloat16>},           {attention<Float32>, attention<BFloat16>},
+      {lora<Float32>, lora<BFloat16>},           {adapted<Float32>, adapted<BFloat16>},
+      {attention<Float32>, attention<BFloat16>},
       {gemm<Float32>, gemm<BFloat16>},           {gemm_int8<Float32>, gemm_int8<BFloat16>},
       {gather<Float32>, gather<BFloat16>},       {norm<Float32>, norm<BFloat16>},
       {rope<Float32>, rope<BFloat16>},           {silu_mul<Float32>, silu_mul<BFloat16>},

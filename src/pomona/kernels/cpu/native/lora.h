@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kRankTile = 8;
 constexpr int64_t kMaxRank = 1024;
+constexpr int kFewRows = W == 16 ? 8 : W == 8 ? 4 : 2;
 #if defined(__AVX512F__)
 constexpr int kShrinkRows = 3, kExpandRows = 6, kExpandVectors = 4;
 #elif defined(__AVX2__)
@@ -27,6 +28,26 @@ struct RankRows {
   const char* const* rows;
   int64_t num_rows;
 };
+
+// Floats as units: rounded to the dtype, an odd number filled up with a zero.
+template <class T>
+INLINE void put_units(const float* v, int64_t count, uint32_t* units) {
+  auto* to = reinterpret_cast<typename T::Elem*>(units);
+  for (int64_t j = 0; j < count; j += W) {
+    const int n = static_cast<int>(min64(W, count - j));
+    store_one<T>(to + j, load_one<Float32>(v + j, n), n);
+  }
+  if (count % T::kPerUnit) to[count] = 0;
+}
+
+// The first num_ranks of 8 floats as units, zeros after them. Reads W floats if that is more.
+template <class T>
+INLINE void put_rank_tile(float* v, int64_t num_ranks, uint32_t* units) {
+  for (int64_t j = num_ranks; j < kRankTile; j++) v[j] = 0;
+  typename T::Elem rounded[kRankTile + W];
+  for (int i = 0; i < kRankTile; i += W) T::store(rounded + i, load_floats(v + i));
+  memcpy(units, rounded, kRankTile * sizeof *rounded);
+}
 
 // MR rows by 8 rank rows, summed over the input features. Meanwhile, if asked, what comes next is fetched: the rows'
 // own later parts, then the rows of the following tile.
@@ -68,27 +89,27 @@ INLINE void shrink_tile(int64_t in_features, const typename T::Elem* x, int64_t 
   for (int m = 0; m < MR; m++) fold_sum8(totals[m], sums[m]);
 }
 
-// out[MR rows, 2 NP vectors of columns] += scaling * v * B; B's columns are given as floats, in the order of load_two.
-template <class T, int MR, int NP>
-INLINE void expand_tile(int64_t lora_rank, const float* v, int64_t v_stride, const float* b, float scaling,
+// out[MR rows, kColumnStep columns] += scaling * v * B, over units of two rank rows (or one: float32). B's units are those
+// of pair_two, so its columns and the sums stand in the order of load_two.
+template <class T, int MR>
+INLINE void expand_tile(int64_t num_units, const uint32_t* v, int64_t v_stride, const uint32_t* b, float scaling,
                         typename T::Elem* out, int64_t out_stride) {
-  constexpr int NV = 2 * NP;
-  vf sums[MR][NV] = {};
-  for (int64_t j = 0; j < lora_rank; j++) {
-    vf weights[NV];
+  vf sums[MR][kExpandVectors] = {};
+  for (int64_t k = 0; k < num_units; k++) {
+    vu weights[kExpandVectors];
 #pragma GCC unroll 8
-    for (int n = 0; n < NV; n++) weights[n] = load_floats(b + (j * NV + n) * W);
+    for (int n = 0; n < kExpandVectors; n++) weights[n] = load_units(b + (k * kExpandVectors + n) * W);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
-      const vf factor = splat(v[m * v_stride + j]);
+      const vu row = splat_unit(v + m * v_stride + k);
 #pragma GCC unroll 8
-      for (int n = 0; n < NV; n++) sums[m][n] = fma(factor, weights[n], sums[m][n]);
+      for (int n = 0; n < kExpandVectors; n++) sums[m][n] = T::mul_add(sums[m][n], row, weights[n]);
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; n += 2) {
+    for (int n = 0; n < kExpandVectors; n += 2) {
       typename T::Elem* to = out + m * out_stride + n * W;
       vf two[2];
       T::load_two(to, two);
@@ -98,6 +119,50 @@ INLINE void expand_tile(int64_t lora_rank, const float* v, int64_t v_stride, con
     }
 }
 
+// Not inlined: each number of rows is compiled once.
+template <class T>
+__attribute__((noinline)) void expand_rows(int64_t num_rows, int64_t num_units, const uint32_t* v, int64_t v_stride,
+                                           const uint32_t* b, float scaling, typename T::Elem* out,
+                                           int64_t out_stride) {
+  static_assert(kExpandRows <= 6);
+  for (; num_rows >= kExpandRows; num_rows -= kExpandRows) {
+    expand_tile<T, kExpandRows>(num_units, v, v_stride, b, scaling, out, out_stride);
+    v += kExpandRows * v_stride, out += kExpandRows * out_stride;
+  }
+  switch (num_rows) {
+    case 1: return expand_tile<T, 1>(num_units, v, v_stride, b, scaling, out, out_stride);
+#if defined(__AVX512F__)
+    case 2: return expand_tile<T, 2>(num_units, v, v_stride, b, scaling, out, out_stride);
+    case 3: return expand_tile<T, 3>(num_units, v, v_stride, b, scaling, out, out_stride);
+    case 4: return expand_tile<T, 4>(num_units, v, v_stride, b, scaling, out, out_stride);
+    case 5: return expand_tile<T, 5>(num_units, v, v_stride, b, scaling, out, out_stride);
+#endif
+  }
+}
+
+// Addresses of rank rows [first, first + n) of a segment: of A or B of one slice, `width` elements each.
+template <class T>
+void find_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, const void* pool, int64_t page_stride,
+               int64_t width, int64_t segment, int64_t first, int64_t n, const char** rows) {
+  using Elem = typename T::Elem;
+  const int32_t* pages = step.page_tables + segment * step.max_pages;
+  int64_t page = first / site.rows_per_page, within = first % site.rows_per_page;
+  for (int64_t j = 0; j < n; j++) {
+    rows[j] = reinterpret_cast<const char*>(static_cast<const Elem*>(pool) + pages[page] * page_stride + within * width);
+    if (++within == site.rows_per_page) within = 0, page++;
+  }
+}
+
+// Rank rows [first, first + n) of B of one slice, and after an odd last one, zeros that fill its unit up.
+template <class T>
+void find_b_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, int64_t slice, int64_t segment,
+                 int64_t first, int64_t n, const char** rows) {
+  const int64_t width = site.out_features[slice];
+  find_rows<T>(site, step, site.b[slice], site.b_page_stride[slice], width, segment, first, n, rows);
+  if (n % T::kPerUnit)
+    rows[n] = static_cast<const char*>(pomona::zeros(width * sizeof(typename T::Elem)));
+}
+
 template <class T>
 struct Lora {
   using Elem = typename T::Elem;
@@ -105,20 +170,10 @@ struct Lora {
   const pomona::LoraSite& site;
   const pomona::LoraStep& step;
   int64_t num_pairs, rank_tiles, column_tile, column_tiles;  // pairs: (run of rows, slice)
+  uint32_t* v_units;  // [num_slices, num_tokens, row_units], if both halves are done here; else call.v has floats
 
+  int64_t row_units() const { return rank_tiles * kRankTile / T::kPerUnit; }
   int64_t rank_of(int64_t slice, int64_t segment) const { return call.ranks[slice * step.num_segments + segment]; }
-
-  // Addresses of rank rows [first, first + n) of a segment.
-  void find_rows(const void* pool, int64_t page_stride, int64_t width, int64_t segment, int64_t first, int64_t n,
-                 const char** rows) const {
-    const int32_t* pages = step.page_tables + segment * step.max_pages;
-    int64_t page = first / site.rows_per_page, within = first % site.rows_per_page;
-    for (int64_t j = 0; j < n; j++) {
-      const Elem* start = static_cast<const Elem*>(pool) + pages[page] * page_stride;
-      rows[j] = reinterpret_cast<const char*>(start + within * width);
-      if (++within == site.rows_per_page) within = 0, page++;
-    }
-  }
 
   struct ShrinkItem {
     const pomona::RowBlock* block;
@@ -133,8 +188,8 @@ struct Lora {
   }
 
   void find_shrink_rows(const ShrinkItem& it, const char** rows) const {
-    find_rows(site.a[it.slice], site.a_page_stride[it.slice], site.in_features, it.block->segment, it.first_rank,
-              it.num_ranks, rows);
+    find_rows<T>(site, step, site.a[it.slice], site.a_page_stride[it.slice], site.in_features, it.block->segment,
+                 it.first_rank, it.num_ranks, rows);
   }
 
   // `following` is the item that this thread will most likely take next.
@@ -153,73 +208,127 @@ struct Lora {
     for (int64_t r = 0; r < it.block->num_rows;) {
       const int64_t row = it.block->start + r, left = it.block->num_rows - r;
       const Elem* x = static_cast<const Elem*>(call.x) + row * call.x_stride;
-      const int num_rows = left >= kShrinkRows ? kShrinkRows : 1;
-      float sums[kShrinkRows][kRankTile];
-      if (left >= kShrinkRows)
+      const int num_rows = static_cast<int>(min64(kShrinkRows, left));
+      float sums[kShrinkRows + W / kRankTile][kRankTile] = {};  // and what put_rank_tile reads past the last
+      if (num_rows == 3)
         shrink_tile<T, kShrinkRows, false>(site.in_features, x, call.x_stride, rows, next, sums);
+      else if (num_rows == 2)
+        shrink_tile<T, kShrinkRows == 3 ? 2 : 1, true>(site.in_features, x, call.x_stride, rows, next, sums);
       else
         shrink_tile<T, 1, true>(site.in_features, x, call.x_stride, rows, next, sums);
-      for (int m = 0; m < num_rows; m++)
-        memcpy(call.v + (it.slice * step.num_tokens + row + m) * step.max_rank + it.first_rank, sums[m],
-               it.num_ranks * 4);
+      for (int m = 0; m < num_rows; m++) {
+        const int64_t at = it.slice * step.num_tokens + row + m;
+        if (v_units)
+          put_rank_tile<T>(sums[m], it.num_ranks, v_units + at * row_units() + it.first_rank / T::kPerUnit);
+        else
+          memcpy(call.v + at * step.max_rank + it.first_rank, sums[m], it.num_ranks * 4);
+      }
       r += num_rows;
     }
   }
 
-  // Columns [column, end) of one slice for a block's rows. B's columns are widened once, side by side, for all rows.
+  // Columns [column, end) of one slice for a block's rows. B's columns are put side by side once, for all rows.
   void expand(int64_t item) const {
     const int64_t pair = item / column_tiles, column = item % column_tiles * column_tile;
     const pomona::RowBlock& block = step.blocks[pair / site.num_slices];
     const int64_t slice = pair % site.num_slices, width = site.out_features[slice];
     const int64_t end = min64(column + column_tile, width), lora_rank = rank_of(slice, block.segment);
     if (lora_rank == 0 || column >= end) return;
-    const char* rows[kMaxRank];
-    find_rows(site.b[slice], site.b_page_stride[slice], width, block.segment, 0, lora_rank, rows);
+    const int64_t num_units = ceil_div(lora_rank, T::kPerUnit);
+    const char* rows[kMaxRank + 1];
+    find_b_rows<T>(site, step, slice, block.segment, 0, lora_rank, rows);
     const float scaling = call.scalings[slice * step.num_segments + block.segment];
-    const float* v = call.v + (slice * step.num_tokens + block.start) * step.max_rank;
+    auto* b = static_cast<uint32_t*>(pomona::scratch(pomona::kRows, num_units * (kColumnStep + block.num_rows) * 4));
+    const int64_t first_row = slice * step.num_tokens + block.start;
+    const uint32_t* v = v_units + first_row * row_units();
+    int64_t v_stride = row_units();
+    if (v_units == nullptr) {
+      uint32_t* units = b + num_units * kColumnStep;
+      for (int64_t r = 0; r < block.num_rows; r++)
+        put_units<T>(call.v + (first_row + r) * step.max_rank, lora_rank, units + r * num_units);
+      v = units, v_stride = num_units;
+    }
     Elem* out = static_cast<Elem*>(call.out) + block.start * call.out_stride;
     for (int64_t i = 0; i < slice; i++) out += site.out_features[i];
-    float* b = static_cast<float*>(pomona::scratch(1, lora_rank * kColumnStep * 4));
     for (int64_t c = column; c < end; c += kColumnStep) {
       const int64_t num_columns = min64(kColumnStep, end - c);
-      for (int64_t j = 0; j < lora_rank; j++)
-        for (int64_t i = 0; i < kColumnStep; i += 2 * W) {
-          vf two[2] = {};
-          const Elem* from = reinterpret_cast<const Elem*>(rows[j]) + c + i;
-          if (i + 2 * W <= num_columns)
-            T::load_two(from, two);
-          else if (i < num_columns)
-            load_two_part<T>(from, num_columns - i, two);
-          memcpy(b + j * kColumnStep + i, two, sizeof two);
-          if (c + i + kColumnStep < end) prefetch(from + kColumnStep);
-        }
+      for (int64_t k = 0; k < num_units; k++) {
+        const Elem* row = reinterpret_cast<const Elem*>(rows[k * T::kPerUnit]) + c;
+        const Elem* other = reinterpret_cast<const Elem*>(rows[k * T::kPerUnit + T::kPerUnit - 1]) + c;
+        if (c + kColumnStep < end) prefetch(row + kColumnStep), prefetch(other + kColumnStep);
+        for (int64_t i = 0; i < kColumnStep; i += 2 * W)
+          pair_some<T>(row + i, other + i, max64(0, min64(2 * W, num_columns - i)), b + k * kColumnStep + i);
+      }
       if (num_columns == kColumnStep)
-        expand_columns(block.num_rows, lora_rank, v, b, scaling, out + c, call.out_stride);
+        expand_rows<T>(block.num_rows, num_units, v, v_stride, b, scaling, out + c, call.out_stride);
       else
-        expand_rest(block.num_rows, lora_rank, v, b, scaling, out + c, num_columns);
+        expand_rest(block.num_rows, num_units, v, v_stride, b, scaling, out + c, num_columns);
     }
   }
 
-  void expand_columns(int64_t num_rows, int64_t lora_rank, const float* v, const float* b, float scaling, Elem* out,
-                      int64_t stride) const {
-    int64_t r = 0;
-    for (; r + kExpandRows <= num_rows; r += kExpandRows)
-      expand_tile<T, kExpandRows, kExpandVectors / 2>(lora_rank, v + r * step.max_rank, step.max_rank, b, scaling,
-                                                      out + r * stride, stride);
-    for (; r < num_rows; r++)
-      expand_tile<T, 1, kExpandVectors / 2>(lora_rank, v + r * step.max_rank, 0, b, scaling, out + r * stride, 0);
-  }
-
   // Fewer columns than a step: through a copy of each row.
-  void expand_rest(int64_t num_rows, int64_t lora_rank, const float* v, const float* b, float scaling, Elem* out,
-                   int64_t num_columns) const {
+  void expand_rest(int64_t num_rows, int64_t num_units, const uint32_t* v, int64_t v_stride, const uint32_t* b,
+                   float scaling, Elem* out, int64_t num_columns) const {
     for (int64_t r = 0; r < num_rows; r++) {
       Elem row[kColumnStep] = {};
       memcpy(row, out + r * call.out_stride, num_columns * sizeof(Elem));
-      expand_columns(1, lora_rank, v + r * step.max_rank, b, scaling, row, 0);
+      expand_rows<T>(1, num_units, v + r * v_stride, 0, b, scaling, row, 0);
       memcpy(out + r * call.out_stride, row, num_columns * sizeof(Elem));
     }
   }
 };
+
+// How a call's blocks are shared. They stand in order of falling length: the first num_long go the long way (lora.h), the
+// others are short runs, which are cut into slices where there are too few of them to keep the threads busy.
+struct Shares {
+  int threads;
+  int64_t num_long, num_cuts;
+  bool is_idle;
+};
+
+inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool has_both_halves) {
+  const pomona::LoraSite& site = *call.site;
+  const pomona::LoraStep& step = *call.step;
+  bool is_idle = true;
+  for (int64_t i = 0; i < site.num_slices * step.num_segments; i++) is_idle &= call.ranks[i] == 0;
+  int64_t features = site.num_slices * site.in_features, num_rows = 0;
+  for (int64_t i = 0; i < site.num_slices; i++) features += site.out_features[i];
+  for (int64_t i = 0; i < step.num_blocks; i++) num_rows += step.blocks[i].num_rows;
+  // A weight takes a quarter of a cycle to arrive, and a vector of them a cycle or two for each row.
+  const int64_t cycles = step.max_rank * features * (step.num_blocks / 4 + num_rows * 3 / (2 * W) + 1);
+  const int threads = threads_for(num_threads, cycles);
+  int64_t num_long = step.num_blocks;
+  if (has_both_halves)
+    while (num_long > 0 && step.blocks[num_long - 1].num_rows <= kFewRows) num_long--;
+  const int64_t num_short = step.num_blocks - num_long;
+  const bool is_cut = threads > 1 && num_short < 2 * threads;
+  // Left to the long way where even cutting keeps too few threads busy.
+  if (is_cut && num_short * site.num_slices * 2 < threads) num_long = step.num_blocks;
+  return {threads, num_long, is_cut ? site.num_slices : 1, is_idle};
+}
+
+// The long blocks' work; nothing of it is done yet.
+template <class T>
+Lora<T> long_work(const pomona::LoraCall& call, const Shares& shares, uint32_t* v_units) {
+  const pomona::LoraSite& site = *call.site;
+  int64_t widest = 0;
+  for (int64_t i = 0; i < site.num_slices; i++) widest = max64(widest, site.out_features[i]);
+  // Columns are cut only where there are few rows to share. No result depends on the cut.
+  const int64_t num_pairs = shares.num_long * site.num_slices;
+  const int64_t cuts =
+      max64(1, min64(ceil_div(8 * shares.threads, max64(1, num_pairs)), ceil_div(widest, 4 * kColumnStep)));
+  const int64_t column_tile =
+      shares.threads == 1 ? widest : ceil_div(ceil_div(widest, cuts), kColumnStep) * kColumnStep;
+  return {call, site, *call.step, num_pairs, ceil_div(call.step->max_rank, kRankTile), column_tile,
+          ceil_div(widest, max64(1, column_tile)), v_units};
+}
+
+// Room for v as units, for all rows.
+template <class T>
+uint32_t* new_v(const pomona::LoraCall& call) {
+  const int64_t row_units = ceil_div(call.step->max_rank, kRankTile) * kRankTile / T::kPerUnit;
+  const int64_t num_rows = call.site->num_slices * call.step->num_tokens;
+  return static_cast<uint32_t*>(pomona::scratch(pomona::kShrunk, num_rows * row_units * 4));
+}
 
 }  // namespace

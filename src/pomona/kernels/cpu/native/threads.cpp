@@ -30,7 +30,6 @@ struct Buffer {
   ~Buffer() { free(data); }
 };
 
-constexpr int kNumPurposes = 4;
 thread_local Buffer buffers[kNumPurposes + 1];
 
 void reserve(Buffer& buffer, int64_t num_bytes) {
@@ -50,7 +49,7 @@ void run_threads(int num_threads, Body body, void* state) {
     gomp_parallel(enter, &region, static_cast<unsigned>(num_threads), 0);
 }
 
-void* scratch(int purpose, int64_t num_bytes) {
+void* scratch(Purpose purpose, int64_t num_bytes) {
   Buffer& buffer = buffers[purpose];
   if (buffer.num_bytes < num_bytes) reserve(buffer, num_bytes);
   return buffer.data;

@@ -32,13 +32,17 @@ struct TileC {
 // Memory to fetch into the cache meanwhile: so many cache lines with every step of k. Fetching steadily costs nothing;
 // asking for much at once would stop the computation until it has arrived.
 struct Ahead {
-  const char* at = nullptr;
+  const char *at = nullptr, *end = nullptr;
   int64_t lines_per_step = 0;
+
+  INLINE void step() {
+    for (int64_t i = 0; i < lines_per_step && at < end; i++, at += 64) prefetch(at);
+  }
 };
 
 // MR rows by NG groups. Each sum runs over k in order from the given C or zero: the same for every MR and NG.
 template <class T, int MR, int NG>
-INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead) {
+INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside) {
   constexpr int NV = NG * kGroupVectors;
   vf sums[MR][NV];
 #pragma GCC unroll 8
@@ -50,7 +54,8 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead) {
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++)
       columns[v] = load_units(b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step);
-    for (int64_t i = 0; i < ahead.lines_per_step; i++, ahead.at += 64) prefetch(ahead.at);
+    ahead.step();
+    beside.step();
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
       const vu row = splat_unit(a.rows + m * a.stride_bytes + k * 4);
@@ -66,20 +71,21 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead) {
 
 // Not inlined: eight copies of a long loop are enough.
 template <class T, int NG>
-__attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead) {
+__attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead,
+                                         Ahead beside = {}) {
   static_assert(kTileRows <= 8);
   switch (num_rows) {
-    case 1: return tile<T, 1, NG>(num_units, a, b, c, ahead);
-    case 2: return tile<T, 2, NG>(num_units, a, b, c, ahead);
+    case 1: return tile<T, 1, NG>(num_units, a, b, c, ahead, beside);
+    case 2: return tile<T, 2, NG>(num_units, a, b, c, ahead, beside);
 #if defined(__AVX2__)
-    case 3: return tile<T, 3, NG>(num_units, a, b, c, ahead);
-    case 4: return tile<T, 4, NG>(num_units, a, b, c, ahead);
+    case 3: return tile<T, 3, NG>(num_units, a, b, c, ahead, beside);
+    case 4: return tile<T, 4, NG>(num_units, a, b, c, ahead, beside);
 #endif
 #if defined(__AVX512F__)
-    case 5: return tile<T, 5, NG>(num_units, a, b, c, ahead);
-    case 6: return tile<T, 6, NG>(num_units, a, b, c, ahead);
-    case 7: return tile<T, 7, NG>(num_units, a, b, c, ahead);
-    case 8: return tile<T, 8, NG>(num_units, a, b, c, ahead);
+    case 5: return tile<T, 5, NG>(num_units, a, b, c, ahead, beside);
+    case 6: return tile<T, 6, NG>(num_units, a, b, c, ahead, beside);
+    case 7: return tile<T, 7, NG>(num_units, a, b, c, ahead, beside);
+    case 8: return tile<T, 8, NG>(num_units, a, b, c, ahead, beside);
 #endif
   }
   __builtin_unreachable();

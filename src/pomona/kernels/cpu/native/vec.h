@@ -154,6 +154,8 @@ struct Float32 {
   static INLINE vf load(const Elem* p) { return load_floats(p); }
   static INLINE void store(Elem* p, vf v) { store_floats(p, v); }
   static INLINE vf round(vf v) { return v; }
+  // Units of one row, or of two rows' elements side by side, in the elements' order.
+  static INLINE vu pair(const Elem* row, const Elem*) { return load_units(row); }
   static INLINE vf mul_add(vf acc, vu a, vu b) { return fma((vf)a, (vf)b, acc); }
   // W units of int8 elements, exactly.
   static INLINE vu widen_bytes(const int8_t* p) {
@@ -165,7 +167,7 @@ struct Float32 {
   static INLINE void load_two(const Elem* p, vf* two) { two[0] = load(p), two[1] = load(p + W); }
   static INLINE void store_two(Elem* p, const vf* two) { store(p, two[0]), store(p + W, two[1]); }
   // Units of one row, or of two rows' elements side by side, in the order of load_two.
-  static INLINE void pair_two(const Elem* row, const Elem*, uint32_t* units) { memcpy(units, row, 2 * W * 4); }
+  static INLINE void pair_two(const Elem* row, const Elem*, void* units) { memcpy(units, row, 2 * W * 4); }
 };
 
 struct BFloat16 {
@@ -188,14 +190,26 @@ struct BFloat16 {
     two[1] = (vf)(pairs & 0xffff0000u);
   }
   static INLINE void store_two(Elem* p, const vf* two) {
+#if defined(__AVX512BF16__)
+    alignas(64) static constexpr uint16_t kAlternately[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)two[1], (__m512)two[0]);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kAlternately), halves));
+#else
     const vu pairs = __builtin_convertvector(narrow(two[0]), vu) | (__builtin_convertvector(narrow(two[1]), vu) << 16);
     memcpy(p, &pairs, sizeof pairs);
+#endif
   }
-  static INLINE void pair_two(const Elem* row, const Elem* other, uint32_t* units) {
+  static INLINE vu pair(const Elem* row, const Elem* other) {
+    vh bits[2];
+    memcpy(&bits[0], row, sizeof(vh));
+    memcpy(&bits[1], other, sizeof(vh));
+    return __builtin_convertvector(bits[0], vu) | (__builtin_convertvector(bits[1], vu) << 16);
+  }
+  static INLINE void pair_two(const Elem* row, const Elem* other, void* units) {
     const vu a = load_units(row), b = load_units(other);
-    const vu even = (a & 0xffffu) | (b << 16), odd = (a >> 16) | (b & 0xffff0000u);
-    memcpy(units, &even, sizeof even);
-    memcpy(units + W, &odd, sizeof odd);
+    const vu both[2] = {(a & 0xffffu) | (b << 16), (a >> 16) | (b & 0xffff0000u)};
+    memcpy(units, both, sizeof both);
   }
   static INLINE vf mul_add(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
@@ -263,6 +277,14 @@ INLINE void store_one(typename T::Elem* p, vf v, int n) {
 template <class T>
 INLINE void load_some(const typename T::Elem* p, int n, vf* two) {
   n == 2 * W ? T::load_two(p, two) : load_two_part<T>(p, n, two);
+}
+template <class T>
+INLINE void pair_some(const typename T::Elem* row, const typename T::Elem* other, int64_t n, void* units) {
+  if (n == 2 * W) return T::pair_two(row, other, units);
+  typename T::Elem rest[2][2 * W] = {};
+  memcpy(rest[0], row, n * sizeof *row);
+  memcpy(rest[1], other, n * sizeof *row);
+  T::pair_two(rest[0], rest[1], units);
 }
 template <class T>
 INLINE void store_some(typename T::Elem* p, const vf* two, int n) {

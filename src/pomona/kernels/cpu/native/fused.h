@@ -1,0 +1,77 @@
+// The adapters' part of long runs of rows, added to a product's sums before they are stored: what a prompt's rows make
+// does not fit the cache, and would have to be read again. Included by isa.cpp only.
+#pragma once
+#include "lora.h"
+#include "tile.h"
+
+namespace {
+
+// Whole groups of columns belong to one slice.
+INLINE bool can_fuse(const pomona::LoraSite& site) {
+  for (int64_t slice = 0; slice < site.num_slices; slice++)
+    if (site.out_features[slice] % kGroup) return false;
+  return true;
+}
+
+// NG groups of columns from `first_group` on; B of one segment at a time is kept for them, as the tile wants it.
+template <class T, int NG>
+struct FusedColumns {
+  using Elem = typename T::Elem;
+  const pomona::LoraCall& call;
+  const pomona::LongRuns& runs;
+  int64_t slices[NG], columns[NG], num_units[NG];  // columns: of the group's first within its slice
+  float scalings[NG];
+  uint32_t* panel;                                 // [NG][row_units][16]
+  int32_t segment = -1;
+
+  FusedColumns(const pomona::GemmCall& gemm, int64_t first_group) : call(*gemm.adapters), runs(*gemm.long_runs) {
+    panel = static_cast<uint32_t*>(pomona::scratch(pomona::kAdapterPanel, NG * panel_stride() * 4));
+    int64_t slice = 0, column = first_group * kGroup;
+    while (column >= call.site->out_features[slice]) column -= call.site->out_features[slice++];
+    for (int g = 0; g < NG; g++, column += kGroup) {
+      if (column == call.site->out_features[slice]) column = 0, slice++;
+      slices[g] = slice, columns[g] = column;
+    }
+  }
+
+  int64_t panel_stride() const { return runs.row_units * kGroup; }
+
+  void keep(int32_t new_segment) {
+    if (segment == new_segment) return;
+    segment = new_segment;
+    const char* rows[kMaxRank + 1];
+    for (int g = 0; g < NG; g++) {
+      const int64_t at = slices[g] * call.step->num_segments + segment, lora_rank = call.ranks[at];
+      if (g == 0 || slices[g] != slices[g - 1]) find_b_rows<T>(*call.site, *call.step, slices[g], segment, 0, lora_rank, rows);
+      num_units[g] = ceil_div(lora_rank, T::kPerUnit);
+      scalings[g] = call.scalings[at];
+      for (int64_t k = 0; k < num_units[g]; k++)
+        for (int64_t i = 0; i < kGroup; i += W) {
+          const Elem* row = reinterpret_cast<const Elem*>(rows[k * T::kPerUnit]) + columns[g] + i;
+          const Elem* other = reinterpret_cast<const Elem*>(rows[k * T::kPerUnit + T::kPerUnit - 1]) + columns[g] + i;
+          const vu units = T::pair(row, other);
+          memcpy(panel + g * panel_stride() + k * kGroup + i, &units, sizeof units);
+        }
+    }
+  }
+
+  // sums[num_rows, NG * 16] = v * B for rows of the kept segment; those of a slice without rank are not set.
+  void multiply(int64_t row, int num_rows, float* sums) const {
+    for (int g = 0; g < NG;) {
+      int n = 1;
+      while (g + n < NG && n < kTileGroups && slices[g + n] == slices[g]) n++;
+      const uint32_t* v = runs.v + slices[g] * runs.slice_units + row * runs.row_units;
+      const TileA a{reinterpret_cast<const char*>(v), runs.row_units * 4};
+      const TileB b{panel + g * panel_stride(), panel_stride(), kGroup};
+      const TileC c{sums + g * kGroup, NG * kGroup, false};
+      if (num_units[g] > 0) {
+        if (n == kTileGroups) tile_rows<T, kTileGroups>(num_rows, num_units[g], a, b, c, Ahead{});
+        else if (kTileGroups > 2 && n == 2) tile_rows<T, kTileGroups == 3 ? 2 : 1>(num_rows, num_units[g], a, b, c, Ahead{});
+        else n = 1, tile_rows<T, 1>(num_rows, num_units[g], a, b, c, Ahead{});
+      }
+      g += n;
+    }
+  }
+};
+
+}  // namespace
