@@ -31,9 +31,32 @@ async def test_a_loaded_adapter_is_there_at_once_and_says_what_it_is(served: Ser
     assert (card["lora_rank"], card["num_pages"], card["num_host_bytes"]) == (8, 1, 3)
     assert len(card["id"]) == 64
     assert card["source"] == str(served.folder / "one")
-    assert (await served.http.get("/v1/adapters")).json() == {"object": "list", "data": [card]}
+    assert (await served.http.get("/v1/adapters")).json() == {
+        "object": "list",
+        "has_more": False,
+        "data": [card],
+    }
     assert (await served.http.get("/v1/adapters/team/summary")).json() == card
     assert await _text(served, "team/summary") != await _text(served, BASE)
+
+
+async def test_adapters_are_listed_in_pages_by_name(served: Served):
+    for name in ("c", "a/1", "b", "d"):
+        assert (await _load(served, name, name.replace("/", "-"))).status_code == 200
+    pages, after = [], {}
+    while True:
+        page = (await served.http.get("/v1/adapters", params={"limit": 2, **after})).json()
+        pages.append([card["name"] for card in page["data"]])
+        if not page["has_more"]:
+            break
+        after = {"after": pages[-1][-1]}
+    assert pages == [["a/1", "b"], ["c", "d"]]
+    gone = (await served.http.get("/v1/adapters", params={"after": "bb"})).json()
+    assert [card["name"] for card in gone["data"]] == ["c", "d"], "a name that is no more still says where to go on"
+    for limit in ("0", "1001", "-1", "x", "1e2"):
+        response = await served.http.get("/v1/adapters", params={"limit": limit})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "limit"
 
 
 async def test_an_adapter_is_a_model_with_a_parent(served: Served):

@@ -1,7 +1,9 @@
 """``pomona adapters``: a server's adapters, and what is in an adapter folder."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
@@ -21,7 +23,7 @@ _COLUMNS = (
 def list_adapters(url: str, api_key: str | None) -> None:
     """Print a table of a server's adapters."""
     table = Table(*_COLUMNS, box=None, header_style="bold")
-    for adapter in Api(url, api_key).call("GET", "/v1/adapters")["data"]:
+    for adapter in _all_adapters(Api(url, api_key)):
         num_bytes = adapter["num_host_bytes"]
         table.add_row(
             adapter["name"] + (" (pinned)" if adapter["pinned"] else ""),
@@ -39,6 +41,15 @@ def list_adapters(url: str, api_key: str | None) -> None:
         )
     console = Console()
     console.print(table if table.row_count else "No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
+
+
+def _all_adapters(api: Api) -> Iterator[dict[str, Any]]:
+    """Cards of all adapters, page by page."""
+    page = api.call("GET", "/v1/adapters")
+    yield from page["data"]
+    while page["has_more"]:
+        page = api.call("GET", f"/v1/adapters?after={quote(page['data'][-1]['name'], safe='')}")
+        yield from page["data"]
 
 
 def _text(value: object) -> str:

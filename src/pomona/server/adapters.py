@@ -1,6 +1,7 @@
 """/v1/adapters: load or replace, list, show, pin, unload. Load means loaded; a refusal leaves everything as it was."""
 
 import asyncio
+import bisect
 import time
 
 import msgspec
@@ -11,11 +12,14 @@ from pomona.core.errors import EngineUnavailableError
 from pomona.core.ids import AdapterId
 from pomona.server.body import read_model
 from pomona.server.context import ServerContext, context_of
+from pomona.server.paging import page_of
 from pomona.server.protocol import AdapterLoadRequest, AdapterPinRequest
 from pomona.server.responses import AdapterCard, AdapterDeleted, AdapterList
 from pomona.server.tenant_adapters import SeenAdapter, adapters_of
 
 _PATIENCE_S = 0.25
+MAX_PAGE = 1000
+"""Adapters in an answer."""
 
 
 def _card(context: ServerContext, adapter: SeenAdapter, resident: frozenset[AdapterId]) -> AdapterCard:
@@ -70,10 +74,14 @@ async def load_adapter(request: Request) -> Response:
 
 
 async def list_adapters(request: Request) -> Response:
-    """List all adapters with their states."""
+    """List a page of the adapters with their states, by name: thousands at once would hold up everybody's streams."""
     context = context_of(request)
+    after, limit = page_of(request, default=MAX_PAGE, most=MAX_PAGE)
     resident = await _resident(context)
-    return _json(AdapterList([_card(context, adapter, resident) for adapter in adapters_of(request).seen()]))
+    found = adapters_of(request).seen()
+    start = 0 if after is None else bisect.bisect_right(found, after, key=lambda adapter: adapter.name)
+    cards = [_card(context, adapter, resident) for adapter in found[start : start + limit]]
+    return _json(AdapterList(cards, start + limit < len(found)))
 
 
 async def get_adapter(request: Request) -> Response:

@@ -155,7 +155,13 @@ def _add_adapter_routes(app: FastAPI) -> None:
         openapi_extra=openapi.request_body(protocol.AdapterLoadRequest, example),
         responses=openapi.answers(responses.AdapterCard, 400, 403, 404, 413, 422, 503),
     )(adapters.load_adapter)
-    app.get("/v1/adapters", tags=["adapters"], responses=openapi.answers(responses.AdapterList))(adapters.list_adapters)
+    paging = {"after": "Name of the last one already seen.", "limit": f"Most of them; {adapters.MAX_PAGE} by default."}
+    app.get(
+        "/v1/adapters",
+        tags=["adapters"],
+        openapi_extra=openapi.query_parameters(paging),
+        responses=openapi.answers(responses.AdapterList, 400),
+    )(adapters.list_adapters)
     name = openapi.path_parameter("name", "The adapter's name.")
     app.get(
         "/v1/adapters/{name:path}",

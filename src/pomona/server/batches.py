@@ -8,7 +8,8 @@ from pomona.server import account_types as wire
 from pomona.server.admin import accounts_of, json_answer
 from pomona.server.body import read_model
 from pomona.server.context import context_of
-from pomona.server.files import page_of, tenant_of
+from pomona.server.files import tenant_of
+from pomona.server.paging import page_of
 from pomona.server.tenant import principal_of
 
 

@@ -15,12 +15,12 @@ from pomona.core.errors import InvalidRequestError
 from pomona.server import account_types as wire
 from pomona.server.admin import accounts_of, json_answer
 from pomona.server.errors import BodyError, BodyTooLargeError
+from pomona.server.paging import page_of
 from pomona.server.tenant import principal_of
 
 _MAX_FORM_BYTES = 16 * 1024
 """Of everything in the form but the file."""
 _MAX_NAME_CHARS = 200
-MAX_PAGE = 100
 
 
 def tenant_of(request: Request) -> str:
@@ -29,18 +29,6 @@ def tenant_of(request: Request) -> str:
     assert principal is not None, "every request has a key"
     assert principal.tenant_id is not None, "auth.RULES let in tenants only"
     return principal.tenant_id
-
-
-def page_of(request: Request, default: int = 20, most: int = MAX_PAGE) -> tuple[str | None, int]:
-    """Return ``after`` and ``limit`` of the query.
-
-    Raises:
-        InvalidRequestError: the limit is not a number between 1 and ``most``.
-    """
-    text = request.query_params.get("limit", str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= most):
-        raise InvalidRequestError.out_of_range("limit", text[:20], f"between 1 and {most}")
-    return request.query_params.get("after"), int(text)
 
 
 async def upload_file(request: Request) -> Response:

@@ -174,9 +174,11 @@ class AdapterCard(msgspec.Struct, frozen=True):
 
 
 class AdapterList(msgspec.Struct, frozen=True):
-    """Answer to GET /v1/adapters."""
+    """Answer to GET /v1/adapters: a page, by name."""
 
     data: list[AdapterCard]
+    has_more: bool
+    """True if there are more after the last one here."""
     object: str = "list"
 
 

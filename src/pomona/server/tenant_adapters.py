@@ -80,7 +80,7 @@ class TenantAdapters:
             return await self._service.find(self._catalogue_name(model))
 
     def seen(self) -> list[SeenAdapter]:
-        """All adapters that exist for the caller, by the caller's names."""
+        """All adapters that exist for the caller, by the caller's names, in their order."""
         found = {}
         for entry in self._service.entries:
             name = self._shown_name(entry.name)

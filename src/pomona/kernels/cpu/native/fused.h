@@ -41,8 +41,9 @@ struct FusedColumns {
     segment = new_segment;
     const char* rows[kMaxRank + 1];
     for (int g = 0; g < NG; g++) {
-      const int64_t at = slices[g] * call.step->num_segments + segment, lora_rank = call.ranks[at];
-      if (g == 0 || slices[g] != slices[g - 1]) find_b_rows<T>(*call.site, *call.step, slices[g], segment, 0, lora_rank, rows);
+      const int64_t slice = slices[g], at = slice * call.step->num_segments + segment, lora_rank = call.ranks[at];
+      if (g == 0 || slice != slices[g - 1])
+        find_b_rows<T>(*call.site, *call.step, slice, segment, 0, lora_rank, rows);
       num_units[g] = ceil_div(lora_rank, T::kPerUnit);
       scalings[g] = call.scalings[at];
       for (int64_t k = 0; k < num_units[g]; k++)
@@ -59,16 +60,16 @@ struct FusedColumns {
   void multiply(int64_t row, int num_rows, float* sums) const {
     for (int g = 0; g < NG;) {
       int n = 1;
-      while (g + n < NG && n < kTileGroups && slices[g + n] == slices[g]) n++;
+      while (g + n < NG && slices[g + n] == slices[g]) n++;
+      if (num_units[g] == 0) {
+        g += n;
+        continue;
+      }
       const uint32_t* v = runs.v + slices[g] * runs.slice_units + row * runs.row_units;
       const TileA a{reinterpret_cast<const char*>(v), runs.row_units * 4};
       const TileB b{panel + g * panel_stride(), panel_stride(), kGroup};
       const TileC c{sums + g * kGroup, NG * kGroup, false};
-      if (num_units[g] > 0) {
-        if (n == kTileGroups) tile_rows<T, kTileGroups>(num_rows, num_units[g], a, b, c, Ahead{});
-        else if (kTileGroups > 2 && n == 2) tile_rows<T, kTileGroups == 3 ? 2 : 1>(num_rows, num_units[g], a, b, c, Ahead{});
-        else n = 1, tile_rows<T, 1>(num_rows, num_units[g], a, b, c, Ahead{});
-      }
+      product<T>(num_rows, n, num_units[g], a, b, c, [](int64_t) { return Ahead{}; });
       g += n;
     }
   }

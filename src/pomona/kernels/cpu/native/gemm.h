@@ -26,7 +26,8 @@ struct PageFetch {
     const pomona::LoraStep& step = *lora.step;
     const SitePages site(*lora.site, element_bytes);
     num_lines = ceil_div(site.num_bytes, 64);
-    pages = static_cast<const char**>(pomona::scratch(pomona::kPages, step.num_segments * step.max_pages * sizeof(char*)));
+    const int64_t most_pages = step.num_segments * step.max_pages;
+    pages = static_cast<const char**>(pomona::scratch(pomona::kPages, most_pages * sizeof(char*)));
     for (int64_t segment = 0; segment < step.num_segments; segment++) {
       int64_t most_ranks = 0;
       for (int64_t slice = 0; slice < lora.site->num_slices; slice++)
@@ -54,6 +55,7 @@ struct GemmWork {
   const PageFetch beside;
   const char* x;
   int64_t x_stride_bytes, num_units, num_groups;
+  bool is_plain;  // sums become outputs as they are
 
   explicit GemmWork(const pomona::GemmCall& gemm_call)
       : call(gemm_call),
@@ -61,7 +63,8 @@ struct GemmWork {
         x(static_cast<const char*>(call.x)),
         x_stride_bytes(call.x_stride * static_cast<int64_t>(sizeof(Elem))),
         num_units(ceil_div(call.in_features, T::kPerUnit)),
-        num_groups(ceil_div(call.out_features, kGroup)) {
+        num_groups(ceil_div(call.out_features, kGroup)),
+        is_plain(call.scales == nullptr && call.bias == nullptr && !call.is_out_float) {
     if (call.in_features % T::kPerUnit == 0) return;
     x_stride_bytes = num_units * 4;  // half a unit at each row's end: copy, so that it is a zero
     char* rows = static_cast<char*>(pomona::scratch(pomona::kRows, call.num_rows * x_stride_bytes));
@@ -88,6 +91,8 @@ struct GemmWork {
   void store_rows(const float* sums, int64_t stride, int64_t row, int num_rows, int64_t group,
                   FusedColumns<T, NG>* fused) const {
     if (fused == nullptr) {
+      const bool is_whole = (group + NG) * kGroup <= call.out_features;
+      if (is_plain && is_whole) return store_plain<NG>(sums, stride, row, num_rows, group);
       for (int m = 0; m < num_rows; m++) store(sums + m * stride, row + m, group, NG);
       return;
     }
@@ -101,21 +106,34 @@ struct GemmWork {
       float added[kTileRows * NG * kGroup];
       fused->keep(segments[first]);
       fused->multiply(row + first, end - first, added);
-      for (int m = first; m < end; m++)
-        store_sum(sums + m * stride, *fused, added + (m - first) * NG * kGroup, row + m, group);
+      store_sums(sums + first * stride, stride, *fused, added, row + first, end - first, group);
     }
   }
 
+  // Whole groups that are rounded and nothing else.
   template <int NG>
-  void store_sum(const float* sums, const FusedColumns<T, NG>& fused, const float* added, int64_t row,
-                 int64_t group) const {
+  void store_plain(const float* sums, int64_t stride, int64_t row, int num_rows, int64_t group) const {
     Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + group * kGroup;
-    for (int g = 0; g < NG; g++)
-      for (int i = g * kGroup; i < (g + 1) * kGroup; i += W) {
-        vf value = T::round(finish(sums + i, group * kGroup + i, W));  // as if it had been stored and read again
-        if (fused.num_units[g] > 0) value = fma(splat(fused.scalings[g]), load_floats(added + i), value);
-        T::store(out + i, value);
-      }
+    for (int m = 0; m < num_rows; m++, sums += stride, out += call.out_stride)
+#pragma GCC unroll 6
+      for (int i = 0; i < NG * kGroup; i += W) T::store(out + i, load_floats(sums + i));
+  }
+
+  // Rows of one segment with what its adapter adds. The product is rounded as if it had been stored and read again.
+  template <int NG>
+  void store_sums(const float* sums, int64_t stride, const FusedColumns<T, NG>& fused, const float* added, int64_t row,
+                  int num_rows, int64_t group) const {
+    Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + group * kGroup;
+    for (int g = 0; g < NG; g++) {
+      const vf scaling = splat(fused.scalings[g]);
+      for (int i = g * kGroup; i < (g + 1) * kGroup; i += W)
+        for (int m = 0; m < num_rows; m++) {
+          const float* from = sums + m * stride + i;
+          vf value = T::round(is_plain ? load_floats(from) : finish(from, group * kGroup + i, W));
+          if (fused.num_units[g] > 0) value = fma(scaling, load_floats(added + m * NG * kGroup + i), value);
+          T::store(out + m * call.out_stride + i, value);
+        }
+    }
   }
 
   void store(const float* sums, int64_t row, int64_t group, int groups) const {
@@ -139,7 +157,8 @@ struct GemmWork {
     f.template run<NG>(row, num_rows, group, next, &fused);
   }
 
-  // run<NG>(row, num_rows, group, next, fused) for every run of rows by NG groups; the next item reads weights from `next`.
+  // run<NG>(row, num_rows, group, next, fused) for every run of rows by NG groups; the next item reads weights from
+  // `next`.
   template <int NG, class F>
   void share(int64_t group_bytes, int num_threads, const F& f) const {
     const int64_t num_columns = ceil_div(num_groups, NG);

@@ -104,8 +104,8 @@ struct ByteGemm {
     const int64_t tiles = ceil_div(num_rows, kTileRows);
     for (int64_t unit = 0; unit < work.num_units; unit += kPanelUnits) {
       const int64_t units = min64(kPanelUnits, work.num_units - unit);
-      const Ahead ahead = next ? Ahead{next + unit * NG * kStep, next + work.num_units * NG * kStep, ceil_div(NG * kStep, 64)}
-                               : Ahead{};
+      const char* end = next + work.num_units * NG * kStep;
+      const Ahead ahead = next ? Ahead{next + unit * NG * kStep, end, ceil_div(NG * kStep, 64)} : Ahead{};
       byte_tile<T, kTileRows, NG, true>(units, work.inputs(row, unit), weights(group, unit),
                                         TileC{sums, stride, unit > 0}, panel, ahead);
       for (int64_t tile = 1; tile < tiles; tile++) {
@@ -114,8 +114,10 @@ struct ByteGemm {
                          TileB{panel, units * kGroup, kGroup}, TileC{sums + r * stride, stride, unit > 0}, Ahead{});
       }
     }
-    for (int64_t r = 0; r < num_rows; r += kTileRows)
-      work.store_rows(sums + r * stride, stride, row + r, static_cast<int>(min64(kTileRows, num_rows - r)), group, fused);
+    for (int64_t r = 0; r < num_rows; r += kTileRows) {
+      const int rows = static_cast<int>(min64(kTileRows, num_rows - r));
+      work.store_rows(sums + r * stride, stride, row + r, rows, group, fused);
+    }
   }
 };
 

@@ -89,8 +89,8 @@ INLINE void shrink_tile(int64_t in_features, const typename T::Elem* x, int64_t 
   for (int m = 0; m < MR; m++) fold_sum8(totals[m], sums[m]);
 }
 
-// out[MR rows, kColumnStep columns] += scaling * v * B, over units of two rank rows (or one: float32). B's units are those
-// of pair_two, so its columns and the sums stand in the order of load_two.
+// out[MR rows, kColumnStep columns] += scaling * v * B, over units of two rank rows (or one: float32). B's units are
+// those of pair_two, so its columns and the sums stand in the order of load_two.
 template <class T, int MR>
 INLINE void expand_tile(int64_t num_units, const uint32_t* v, int64_t v_stride, const uint32_t* b, float scaling,
                         typename T::Elem* out, int64_t out_stride) {
@@ -148,7 +148,8 @@ void find_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, const
   const int32_t* pages = step.page_tables + segment * step.max_pages;
   int64_t page = first / site.rows_per_page, within = first % site.rows_per_page;
   for (int64_t j = 0; j < n; j++) {
-    rows[j] = reinterpret_cast<const char*>(static_cast<const Elem*>(pool) + pages[page] * page_stride + within * width);
+    const Elem* start = static_cast<const Elem*>(pool) + pages[page] * page_stride;
+    rows[j] = reinterpret_cast<const char*>(start + within * width);
     if (++within == site.rows_per_page) within = 0, page++;
   }
 }
@@ -157,10 +158,10 @@ void find_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, const
 template <class T>
 void find_b_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, int64_t slice, int64_t segment,
                  int64_t first, int64_t n, const char** rows) {
-  const int64_t width = site.out_features[slice];
-  find_rows<T>(site, step, site.b[slice], site.b_page_stride[slice], width, segment, first, n, rows);
-  if (n % T::kPerUnit)
-    rows[n] = static_cast<const char*>(pomona::zeros(width * sizeof(typename T::Elem)));
+  int64_t widest = 0;  // of all slices: zeros stay where they are until more of them are asked for
+  for (int64_t i = 0; i < site.num_slices; i++) widest = max64(widest, site.out_features[i]);
+  find_rows<T>(site, step, site.b[slice], site.b_page_stride[slice], site.out_features[slice], segment, first, n, rows);
+  if (n % T::kPerUnit) rows[n] = static_cast<const char*>(pomona::zeros(widest * sizeof(typename T::Elem)));
 }
 
 template <class T>
@@ -240,14 +241,13 @@ struct Lora {
     const float scaling = call.scalings[slice * step.num_segments + block.segment];
     auto* b = static_cast<uint32_t*>(pomona::scratch(pomona::kRows, num_units * (kColumnStep + block.num_rows) * 4));
     const int64_t first_row = slice * step.num_tokens + block.start;
-    const uint32_t* v = v_units + first_row * row_units();
-    int64_t v_stride = row_units();
-    if (v_units == nullptr) {
-      uint32_t* units = b + num_units * kColumnStep;
+    uint32_t* v = b + num_units * kColumnStep;
+    int64_t v_stride = num_units;
+    if (v_units)
+      v = v_units + first_row * row_units(), v_stride = row_units();
+    else
       for (int64_t r = 0; r < block.num_rows; r++)
-        put_units<T>(call.v + (first_row + r) * step.max_rank, lora_rank, units + r * num_units);
-      v = units, v_stride = num_units;
-    }
+        put_units<T>(call.v + (first_row + r) * step.max_rank, lora_rank, v + r * num_units);
     Elem* out = static_cast<Elem*>(call.out) + block.start * call.out_stride;
     for (int64_t i = 0; i < slice; i++) out += site.out_features[i];
     for (int64_t c = column; c < end; c += kColumnStep) {
@@ -278,8 +278,8 @@ struct Lora {
   }
 };
 
-// How a call's blocks are shared. They stand in order of falling length: the first num_long go the long way (lora.h), the
-// others are short runs, which are cut into slices where there are too few of them to keep the threads busy.
+// How a call's blocks are shared. They stand in order of falling length: the first num_long go the long way (lora.h),
+// the others are short runs, which are cut into slices where there are too few of them to keep the threads busy.
 struct Shares {
   int threads;
   int64_t num_long, num_cuts;

@@ -83,8 +83,8 @@ struct Expansion {
 };
 
 template <class T, int MR>
-INLINE void expand_run(int64_t num_columns, const Chunk& chunk, const uint32_t (*v)[kChunkRanks], const Expansion<T>& to,
-                       Fetcher& ahead) {
+INLINE void expand_run(int64_t num_columns, const Chunk& chunk, const uint32_t (*v)[kChunkRanks],
+                       const Expansion<T>& to, Fetcher& ahead) {
   using Elem = typename T::Elem;
   constexpr int64_t kBytes = 2 * W * sizeof(Elem);
   const int64_t num_units = ceil_div(chunk.num_ranks, T::kPerUnit);

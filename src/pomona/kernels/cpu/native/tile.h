@@ -29,19 +29,20 @@ struct TileC {
   bool is_added_to;
 };
 
-// Memory to fetch into the cache meanwhile: so many cache lines with every step of k. Fetching steadily costs nothing;
+// Memory to fetch into the cache meanwhile: so many cache lines with every step of k. Fetching steadily costs little;
 // asking for much at once would stop the computation until it has arrived.
 struct Ahead {
   const char *at = nullptr, *end = nullptr;
   int64_t lines_per_step = 0;
 
+  bool is_any() const { return at < end; }
   INLINE void step() {
     for (int64_t i = 0; i < lines_per_step && at < end; i++, at += 64) prefetch(at);
   }
 };
 
 // MR rows by NG groups. Each sum runs over k in order from the given C or zero: the same for every MR and NG.
-template <class T, int MR, int NG>
+template <class T, int MR, int NG, bool kIsFetching>
 INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside) {
   constexpr int NV = NG * kGroupVectors;
   vf sums[MR][NV];
@@ -54,8 +55,7 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++)
       columns[v] = load_units(b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step);
-    ahead.step();
-    beside.step();
+    if (kIsFetching) ahead.step(), beside.step();
 #pragma GCC unroll 8
     for (int m = 0; m < MR; m++) {
       const vu row = splat_unit(a.rows + m * a.stride_bytes + k * 4);
@@ -69,26 +69,33 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
     for (int v = 0; v < NV; v++) store_floats(c.sums + m * c.stride + v * W, sums[m][v]);
 }
 
-// Not inlined: eight copies of a long loop are enough.
-template <class T, int NG>
+// Not inlined: eight copies of a long loop are enough; and eight more that fetch nothing, which is seen in the others.
+template <class T, int NG, bool kIsFetching>
 __attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead,
-                                         Ahead beside = {}) {
+                                         Ahead beside) {
   static_assert(kTileRows <= 8);
   switch (num_rows) {
-    case 1: return tile<T, 1, NG>(num_units, a, b, c, ahead, beside);
-    case 2: return tile<T, 2, NG>(num_units, a, b, c, ahead, beside);
+    case 1: return tile<T, 1, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 2: return tile<T, 2, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
 #if defined(__AVX2__)
-    case 3: return tile<T, 3, NG>(num_units, a, b, c, ahead, beside);
-    case 4: return tile<T, 4, NG>(num_units, a, b, c, ahead, beside);
+    case 3: return tile<T, 3, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 4: return tile<T, 4, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
 #endif
 #if defined(__AVX512F__)
-    case 5: return tile<T, 5, NG>(num_units, a, b, c, ahead, beside);
-    case 6: return tile<T, 6, NG>(num_units, a, b, c, ahead, beside);
-    case 7: return tile<T, 7, NG>(num_units, a, b, c, ahead, beside);
-    case 8: return tile<T, 8, NG>(num_units, a, b, c, ahead, beside);
+    case 5: return tile<T, 5, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 6: return tile<T, 6, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 7: return tile<T, 7, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 8: return tile<T, 8, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
 #endif
   }
   __builtin_unreachable();
+}
+template <class T, int NG>
+INLINE void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside = {}) {
+  if (ahead.is_any() || beside.is_any())
+    tile_rows<T, NG, true>(num_rows, num_units, a, b, c, ahead, beside);
+  else
+    tile_rows<T, NG, false>(num_rows, num_units, a, b, c, ahead, beside);
 }
 
 // Any number of rows and groups: C[num_rows, num_groups * 16]. `next_ahead(num_units)` says what each tile fetches.
