@@ -13,7 +13,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = "src/pomona/kernels/cpu/native"
-HEADERS = ("adapted", "api", "attention", "fused", "gemm", "gemm_int8", "lora", "lora_pages", "lora_short", "rows", "tile", "transpose", "vec", "work")
+HEADERS = (
+    *("adapted", "api", "attention", "fused", "gemm", "gemm_int8", "lora", "lora_pages", "lora_short", "rows", "tile"),
+    *("transpose", "vec", "work"),
+)
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # gcc 12 takes its own intrinsics' undefined lanes for mistakes of ours.
 FLAGS += ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
