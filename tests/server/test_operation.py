@@ -1,6 +1,7 @@
 """/tokenize, /detokenize, /health, /ready, /metrics, and the OpenAPI document."""
 
 import re
+import time
 
 import httpx
 import msgspec
@@ -123,12 +124,14 @@ async def test_rejected_and_failed_requests_are_counted_as_such(tmp_path):
         served.executor.fail_with = "it broke"
         assert (await served.http.post("/v1/completions", json={**body, "n": 1})).status_code == 500
         served.executor.fail_with = None
-        text = (await served.http.get("/metrics")).text
-        ended = sum(
-            _value(text, f'pomona_requests_total{{adapter="base",finish_reason="{reason}"}}')
-            for reason in ("reject", "fail", "abort")
-            if f'finish_reason="{reason}"' in text
-        )
+        ended, deadline_s = 0.0, time.monotonic() + 30
+        while ended < 9 and time.monotonic() < deadline_s:  # who was aborted ends when the engine has let go of it
+            text = (await served.http.get("/metrics")).text
+            ended = sum(
+                _value(text, f'pomona_requests_total{{adapter="base",finish_reason="{reason}"}}')
+                for reason in ("reject", "fail", "abort")
+                if f'finish_reason="{reason}"' in text
+            )
         assert ended == 9
         assert _value(text, 'pomona_requests_total{adapter="base",finish_reason="reject"}') >= 1
         assert _value(text, 'pomona_requests_total{adapter="base",finish_reason="fail"}') == 1
