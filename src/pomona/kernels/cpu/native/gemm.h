@@ -52,14 +52,12 @@ template <class T>
 struct GemmWork {
   using Elem = typename T::Elem;
   const pomona::GemmCall& call;
-  const PageFetch beside;
   const char* x;
   int64_t x_stride_bytes, num_units, num_groups;
   bool is_plain;  // sums become outputs as they are
 
   explicit GemmWork(const pomona::GemmCall& gemm_call)
       : call(gemm_call),
-        beside(gemm_call, sizeof(Elem)),
         x(static_cast<const char*>(call.x)),
         x_stride_bytes(call.x_stride * static_cast<int64_t>(sizeof(Elem))),
         num_units(ceil_div(call.in_features, T::kPerUnit)),
@@ -191,6 +189,7 @@ struct GemmWork {
 template <class T>
 struct Gemm {
   GemmWork<T> work;
+  PageFetch beside;
 
   // Rows [row, row + num_rows) by NG groups. `next` is what the following item will read.
   template <int NG>
@@ -215,7 +214,7 @@ struct Gemm {
                          TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
                          TileC{some_sums, stride, unit > 0},
                          is_fetching ? Ahead{next + fetched * 64, next + next_lines * 64, lines_per_step} : Ahead{},
-                         work.beside.share(group / NG * num_tiles + r / kTileRows, num_columns * num_tiles, units));
+                         beside.share(group / NG * num_tiles + r / kTileRows, num_columns * num_tiles, units));
         if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }
@@ -224,7 +223,7 @@ struct Gemm {
 
 template <class T>
 void gemm(const pomona::GemmCall& call, int num_threads) {
-  const Gemm<T> gemm{GemmWork<T>(call)};
+  const Gemm<T> gemm{GemmWork<T>(call), PageFetch(call, sizeof(typename T::Elem))};
   gemm.work.run(gemm.work.num_units * kGroup * 4, num_threads, gemm);
 }
 

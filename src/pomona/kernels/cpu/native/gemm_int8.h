@@ -104,8 +104,8 @@ struct ByteGemm {
     const int64_t tiles = ceil_div(num_rows, kTileRows);
     for (int64_t unit = 0; unit < work.num_units; unit += kPanelUnits) {
       const int64_t units = min64(kPanelUnits, work.num_units - unit);
-      const char* end = next + work.num_units * NG * kStep;
-      const Ahead ahead = next ? Ahead{next + unit * NG * kStep, end, ceil_div(NG * kStep, 64)} : Ahead{};
+      Ahead ahead;
+      if (next) ahead = {next + unit * NG * kStep, next + work.num_units * NG * kStep, ceil_div(NG * kStep, 64)};
       byte_tile<T, kTileRows, NG, true>(units, work.inputs(row, unit), weights(group, unit),
                                         TileC{sums, stride, unit > 0}, panel, ahead);
       for (int64_t tile = 1; tile < tiles; tile++) {
