@@ -1,16 +1,26 @@
 """Adapters copied beside the steps over a slow link: answers do not change, not in the last bit, whoever computes."""
 
 import random
+import threading
+import time
 
+import numpy as np
 import pytest
 import torch
 
 from pomona.core.ids import AdapterId, PageId
 from pomona.core.plan import AdapterLoad
 from pomona.core.request import SamplingParams
+from pomona.kernels.cpu import binding
+from pomona.kernels.dispatch import use_backend
 from pomona.kernels.lora import LoraBatch
+from pomona.kernels.lora import lora as add_lora
 from pomona.model import lora as model_lora
+from pomona.model.adapter_weights import AdapterWeights
 from pomona.model.spec import Site
+from pomona.runner import adapter_copies
+from pomona.runner.adapter_copies import AdapterCopies
+from pomona.runner.batch import AdapterRun
 from support.adapters import ALL_TARGETS, make_adapter
 from support.models import make_checkpoint
 from support.runner import TinyEngine
@@ -21,6 +31,7 @@ ADAPTERS = (
     {"r": 9, "target_modules": ["down_proj", "o_proj"]},
     {"r": 4, "target_modules": ALL_TARGETS, "use_dora": True},
 )
+BACKENDS = ("cpu", "reference") if binding.is_available() else ("reference",)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +74,9 @@ def serve(base_path, adapter_paths, loading: str, **settings):
     def watched(runs):
         nonlocal num_rows
         found = state(runs)
-        num_rows += sum(part.end - part.start for part in found.on_host) if found is not None else 0
+        if found is not None and found.late:
+            pool = engine.loaded.runner._adapter_pool
+            num_rows += sum(run.end - run.start for run in runs if pool.resident(run.adapter_id).copy is not None)
         return found
 
     engine.loaded.runner._adapter_pool.state = watched
@@ -171,7 +184,7 @@ def test_a_copy_that_fails_is_raised_by_the_step(base_path, adapter_paths):
     pool = engine.loaded.runner._adapter_pool
     weights = engine.loaded.adapters.staged[ids[0]]
     pool.apply((), [AdapterLoad(ids[0], (PageId(10**9),), 1, is_awaited=False)], {ids[0]: weights})
-    with pytest.raises(IndexError):
+    with pytest.raises(AssertionError):
         serve_copies(pool)
 
 
@@ -186,18 +199,179 @@ def test_after_a_failure_pages_may_be_given_out_anew_while_copies_run(base_path,
     assert pool.loading == {2}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_layer_is_read_where_it_is_when_the_step_is_made(base_path, adapter_paths, backend):
+    """What a step must not read is no number: layers that have arrived on the host, the others on the device."""
+    prompt = [3 + (7 * index) % 80 for index in range(40)]
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, logprobs=5, prompt_logprobs=5)
+    answers = []
+    with use_backend(backend):
+        for loading in ("on_demand", "assist"):
+            engine, ids = make_engine(base_path, adapter_paths, loading, max_prefill_chunk=8, num_threads=1)
+            pool = engine.loaded.runner._adapter_pool
+            if loading == "assist":
+                stop_in_the_middle(pool, ids[1], engine.loaded.adapters.staged)
+                slots = engine.engine._scheduler.adapters
+                slots.load(ids[1], is_awaited=False)
+                slots.take_loads()
+            states = []
+            state = pool.state
+            pool.state = lambda runs, state=state, states=states: states.append(state(runs)) or states[-1]
+            request_id = engine.add(prompt, sampling, ids[1])
+            while not engine.tokens(request_id):
+                engine.step()
+            outputs = engine.outputs[request_id]
+            answers.append([(output.new_token_ids, output.logprobs, output.prompt_logprobs) for output in outputs])
+    assert [[late.first for late in state.late] for state in states] == [[1]] * 5
+    assert answers[0] == answers[1]
+
+
+def stop_in_the_middle(pool, adapter_id: AdapterId, staged) -> None:
+    """Have the first layer of an adapter arrive, and nothing more; spoil what is not to be read from now on."""
+    pages = tuple(PageId(index) for index in range(staged[adapter_id].pages.shape[0]))
+    pool.link_bytes_per_s = 1e-3
+    pool._copies.piece_bytes = 1
+    pool.apply((), [AdapterLoad(adapter_id, pages, 1, is_awaited=False)], staged)
+    (_, copy), *_ = pool.under_way.values()
+    wait_until(lambda: copy.num_layers > 0)
+    assert copy.num_layers == 1 < pool._layout.spec.num_layers
+    copy.weights.pages[:, : pool._layout.layer_elems] = float("nan")
+    pool._pages[list(pages), pool._layout.layer_elems :] = float("nan")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_that_have_come_to_different_layers_share_a_step(base_path, adapter_paths, backend):
+    with use_backend(backend):
+        engine, ids = make_engine(base_path, adapter_paths, "assist", copy_s=1e9)
+        pool, staged = engine.loaded.runner._adapter_pool, engine.loaded.adapters.staged
+        loads = [
+            AdapterLoad(ids[0], (PageId(0),), 1, is_awaited=True),
+            AdapterLoad(ids[1], tuple(PageId(index) for index in range(1, 9)), 2, is_awaited=False),
+            AdapterLoad(ids[2], (PageId(9), PageId(10), PageId(11)), 3, is_awaited=False),
+        ]
+        pool.link_bytes_per_s, slow_link = None, pool.link_bytes_per_s
+        pool.apply((), loads[:1], staged)
+        pool.link_bytes_per_s = slow_link
+        pool.apply((), loads[1:], staged)
+        wait_until(lambda: pool.resident(ids[1]).copy.num_layers > 0)
+        pool.resident(ids[1]).copy.num_layers = 1
+        runs = [AdapterRun(ids[index], 2 * index, 2 * index + 2, index, index + 1) for index in range(3)]
+        state = pool.state(runs)
+        assert [late.first for late in state.late] == [0, 1]
+        mixed = {late.first: [part.start for part in late.on_host] for late in state.late}
+        assert mixed == ({0: [4], 1: [2, 4]} if backend == "reference" else {0: [], 1: []})
+        # As if all had arrived.
+        whole = pool._pages.clone()
+        for load in loads:
+            whole[list(load.page_ids)] = staged[load.adapter_id].pages
+        spec = engine.loaded.spec
+        width = sum(spec.target_shape(target)[1] for target in Site.QKV.value)
+        for layer in range(spec.num_layers):
+            pool._pages[1:9, : pool._layout.layer_elems] = whole[1:9, : pool._layout.layer_elems]
+            key, x, out = (layer, Site.QKV), torch.randn(6, spec.hidden_size), torch.randn(6, width)
+            expected = out.clone()
+            add_lora(expected, x, pool._layout.slices(whole, *key), state.ranks[key], state.batch)
+            batch, ranks, _ = state.at(layer)
+            if batch.host_rows:
+                add_lora(out, x, pool.slices[key], ranks[key], batch)
+            model_lora.adapt(out, x, *key, state, None)
+            assert torch.equal(out, expected)
+
+
+def test_pieces_arrive_layer_by_layer_in_pages_anywhere_in_a_wider_tensor():
+    source = torch.arange(4 * 12, dtype=torch.float32).view(4, 12) + 1
+    whole = torch.zeros(9, 20)
+    copies = AdapterCopies(whole[:, 4:16], num_layers=6, bytes_per_s=None)
+    copies.piece_bytes = 2 * 4 * 2 * 4
+    seen = []
+    write = copies._write
+    copies._write = lambda *arguments: (write(*arguments), seen.append(whole.clone()))
+    copy = copies.prepare(weights_of(source), (7, 2, 3, 5))
+    copies.make(copy)
+    assert copy.is_done
+    assert copy.num_layers == 6
+    assert [int((part != 0).sum()) for part in seen] == [16, 32, 48]
+    assert torch.equal(seen[0][[7, 2, 3, 5], 4:8], source[:, :4])
+    assert torch.equal(whole[[7, 2, 3, 5], 4:16], source)
+
+
+def test_a_copy_given_up_writes_nothing_once_that_is_said():
+    whole = torch.zeros(2, 8)
+    copies = AdapterCopies(whole, num_layers=4, bytes_per_s=None)
+    copies.piece_bytes = 1
+    is_writing, may_go_on, is_given_up = threading.Event(), threading.Event(), threading.Event()
+    write = copies._write
+
+    def slow_write(*arguments) -> None:
+        is_writing.set()
+        assert may_go_on.wait(30)
+        write(*arguments)
+
+    copies._write = slow_write
+    copy = copies.prepare(weights_of(torch.ones(2, 8)), (0, 1))
+    copies.begin(copy)
+    assert is_writing.wait(30)
+    giving_up = threading.Thread(target=lambda: (copies.cancel(copy), is_given_up.set()))
+    giving_up.start()
+    assert not is_given_up.wait(0.05), "a piece is being copied"
+    may_go_on.set()
+    giving_up.join(30)
+    assert int(whole.sum()) == 4, "the piece that was being copied"
+    other = copies.prepare(weights_of(torch.zeros(2, 8)), (0, 1))
+    copies.begin(other)
+    copies.finish(other)
+    assert int(whole.sum()) == 0
+    assert (copy.is_done, copy.num_layers) == (False, 1)
+
+
+def test_giving_up_does_not_wait_for_the_link():
+    copies = AdapterCopies(torch.zeros(2, 8), num_layers=4, bytes_per_s=1e-3)
+    copies.piece_bytes = 1
+    copy = copies.prepare(weights_of(torch.ones(2, 8)), (0, 1))
+    copies.begin(copy)
+    wait_until(lambda: copy.num_layers > 0)
+    copies.cancel(copy)
+    assert copy.num_layers == 1
+
+
+def test_the_thread_ends_when_nothing_is_left_to_copy(monkeypatch):
+    monkeypatch.setattr(adapter_copies, "_LINGER_S", 0.01)
+    copies = AdapterCopies(torch.zeros(2, 8), num_layers=4, bytes_per_s=None)
+    for value in (1.0, 2.0):
+        copy = copies.prepare(weights_of(torch.full((2, 8), value)), (0, 1))
+        copies.begin(copy)
+        thread = copies._thread
+        copies.finish(copy)
+        thread.join(30)
+        assert not thread.is_alive()
+        assert copies._pages.unique().tolist() == [value]
+
+
+def wait_until(is_so) -> None:
+    """Wait for another thread, but not for ever."""
+    deadline_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+
+
+def weights_of(pages: torch.Tensor) -> AdapterWeights:
+    """Of pages alone."""
+    nothing = np.zeros((1, 7))
+    return AdapterWeights(pages, nothing.astype(np.int32), nothing.astype(np.float32), None, 1, (), ())
+
+
 def test_the_host_product_for_another_device_is_what_the_host_adds(base_path, adapter_paths):
     engine, ids = make_engine(base_path, adapter_paths, "assist", copy_s=1e9)
     pool, staged = engine.loaded.runner._adapter_pool, engine.loaded.adapters.staged
     weights = staged[ids[1]]
     pages = tuple(PageId(index) for index in range(weights.pages.shape[0]))
     pool.apply((), [AdapterLoad(AdapterId(ids[1]), pages, 1, is_awaited=False)], staged)
-    host_copy = pool._read_host_copy(pool.resident(ids[1]), weights)
-    rows = torch.tensor([0, 3], dtype=torch.int32)
-    batch = LoraBatch(rows[:1], rows[1:], host_copy.page_table, ((0, 3),), (tuple(range(len(pages))),), 32)
-    part = model_lora.HostLora(1, 4, batch, host_copy.slices, host_copy.ranks)
+    part = pool._host_lora(AdapterRun(ids[1], 1, 4, 0, 0), pool.resident(ids[1]).copy)
+    nothing = torch.empty(0, dtype=torch.int32)
+    empty = LoraBatch(nothing, nothing, nothing.view(0, 1), (), (), 0)
     state = model_lora.LoraState(
-        LoraBatch(rows[:0], rows[:0], host_copy.page_table, (), (), 0), pool.slices, {}, on_host=(part,)
+        empty, pool.slices, {}, late=(model_lora.LateLayers(0, batch=empty, ranks={}, on_host=(part,)),)
     )
     spec = engine.loaded.spec
     width = sum(spec.target_shape(target)[1] for target in Site.QKV.value)

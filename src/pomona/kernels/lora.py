@@ -13,6 +13,8 @@ Sums are float32 in both halves. Between them a backend may round ``x @ A.T`` to
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from pomona.kernels.dispatch import backend_for
@@ -38,6 +40,9 @@ class LoraBatch:
     """Pages per segment, without padding."""
     max_rank: int
     """Largest rank of any segment and slice; the width of the intermediate."""
+    page_shifts: Tensor | None = None
+    """int64 [num_segments, max_pages]: how many bytes from each page of the tables it is read instead, A and B of every
+    slice alike; 0 for where it is. None: all are. Made by ``shift_pages``."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,36 @@ def renew(batch: LoraBatch, host_rows: Sequence[tuple[int, int]], host_pages: Se
     renewed = replace(batch, host_rows=tuple(host_rows), host_pages=tuple(host_pages))
     backend_for("lora", batch.page_tables.device).carry_plan(batch, renewed)
     return renewed
+
+
+def can_shift_pages(pool: Tensor) -> bool:
+    """True if ``shift_pages`` may be used for this pool: its backend reads the memory of the host."""
+    result: bool = backend_for("lora", pool.device).can_shift_pages(pool)
+    return result
+
+
+def shift_pages(batch: LoraBatch, pool: Tensor, instead: Sequence[Tensor | None]) -> LoraBatch:
+    """The same segments, some of whose pages are read elsewhere.
+
+    Args:
+        batch: segments of the pool.
+        pool: [num_pages, page_elems], of which all slices are views; ``can_shift_pages``.
+        instead: per segment, pages [n, page_elems] laid out like those of the pool, at least as many as the segment
+            has; None for the pool's own. The caller keeps them while the result is used.
+    """
+    shifts = np.zeros(tuple(batch.page_tables.shape), dtype=np.int64)
+    page_bytes, elem_bytes = pool.stride(0) * pool.element_size(), pool.element_size()
+    for segment, pages in enumerate(instead):
+        if pages is None or not batch.host_pages[segment]:
+            continue
+        assert pages.dtype is pool.dtype
+        assert pages.shape[1] == pool.shape[1]
+        assert pages.stride(1) == pool.stride(1) == 1
+        page_ids = np.array(batch.host_pages[segment], dtype=np.int64)
+        assert len(page_ids) <= pages.shape[0]
+        there = pages.data_ptr() + np.arange(len(page_ids)) * (pages.stride(0) * elem_bytes)
+        shifts[segment, : len(page_ids)] = there - (pool.data_ptr() + page_ids * page_bytes)
+    return replace(batch, page_shifts=torch.from_numpy(shifts))
 
 
 def lora_shrink(x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> Tensor:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,8 +28,8 @@ class PageLayout:
     """Where things are in an adapter page.
 
     A page holds ``rows_per_page`` rank rows of *every* target of *every* layer, so one list of pages serves the whole
-    adapter and copying an adapter is one contiguous copy per page. Within a page: layer by layer, target by target,
-    A rows [rows_per_page, in_features] then B rows [rows_per_page, out_features].
+    adapter, and a layer is one piece of each of its pages. Within a page: layer by layer, target by target, A rows
+    [rows_per_page, in_features] then B rows [rows_per_page, out_features].
     """
 
     spec: ModelSpec
@@ -133,19 +135,65 @@ class AdapterExtras:
         return AdapterExtras(**{name: move(part) for name, part in vars(self).items()})
 
 
+class HostCopy:
+    """An adapter's host copy as kernels read it; what a site needs is made when it is first asked for.
+
+    Args:
+        layout: of its pages.
+        pages: [num_pages, page_elems] on the host.
+        ranks: [num_layers, num_targets].
+        scalings: like ``ranks``.
+    """
+
+    def __init__(
+        self, layout: PageLayout, pages: Tensor, ranks: NDArray[np.int32], scalings: NDArray[np.float32]
+    ) -> None:
+        self.pages = pages
+        self._layout = layout
+        self._ranks = ranks
+        self._scalings = scalings
+        self._sites: dict[tuple[int, Site], tuple[LoraSlices, LoraRanks]] = {}
+
+    def site(self, layer: int, site: Site) -> tuple[LoraSlices, LoraRanks]:
+        """Its pages at a site, and its rank and scaling there as those of a single segment."""
+        found = self._sites.get((layer, site))
+        if found is None:
+            part = slice(site.value[0], site.value[-1] + 1)
+            ranks, scalings = self._ranks[layer, part, None], self._scalings[layer, part, None]
+            of_segment = LoraRanks(
+                ranks=torch.from_numpy(ranks),
+                scalings=torch.from_numpy(scalings),
+                host_ranks=tuple(map(tuple, ranks.tolist())),
+                host_scalings=tuple(map(tuple, scalings.tolist())),
+            )
+            found = self._sites[layer, site] = self._layout.slices(self.pages, layer, site), of_segment
+        return found
+
+
 @dataclass(frozen=True)
 class HostLora:
-    """One adapter's part of a step while its pages are on the way to the device: computed on the host, from the host
-    copy (CaraServe, arXiv 2401.11240, section 4)."""
+    """One adapter's part of a step where the device's kernels cannot read its host copy: computed on the host
+    (CaraServe, arXiv 2401.11240, section 4)."""
 
     start: int
     """First row of the step's batch."""
     end: int
     batch: LoraBatch
     """One segment: rows [0, end - start). All tensors are on the host."""
-    slices: dict[tuple[int, Site], LoraSlices]
-    """Views into the host copy."""
+    copy: HostCopy
+
+
+@dataclass(frozen=True)
+class LateLayers:
+    """Layers for which not all adapters of the step are on the device: up to the next of these, or to the last."""
+
+    first: int
+    batch: LoraBatch
+    """Segments that the device's kernels compute, from their pages or from host copies (``shift_pages``)."""
     ranks: dict[tuple[int, Site], LoraRanks]
+    """Of these segments, for these layers at least."""
+    on_host: tuple[HostLora, ...]
+    """The others."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +211,16 @@ class LoraState:
     extras: tuple[tuple[int, int, AdapterExtras], ...] = ()
     """(start row, end row, extras) of segments whose adapter has extras."""
     logit_extras: tuple[tuple[int, int, AdapterExtras], ...] = ()
-    on_host: tuple[HostLora, ...] = ()
-    """Adapters that are not on the device yet; none of them is in ``batch`` or has extras."""
+    late: tuple[LateLayers, ...] = ()
+    """Layers whose weights had not all arrived when the step was made, in order; ``batch`` and ``ranks`` are of those
+    before. It stays so for the whole step, whatever arrives meanwhile. No adapter that is late has extras."""
+
+    def at(self, layer: int) -> tuple[LoraBatch, dict[tuple[int, Site], LoraRanks], tuple[HostLora, ...]]:
+        """A layer's segments, their ranks, and the adapters that are computed on the host."""
+        for late in reversed(self.late):
+            if layer >= late.first:
+                return late.batch, late.ranks, late.on_host
+        return self.batch, self.ranks, ()
 
 
 def adapt_embeddings(out: Tensor, token_ids: Tensor, lora: LoraState) -> None:
@@ -191,7 +247,7 @@ def adapt_embeddings(out: Tensor, token_ids: Tensor, lora: LoraState) -> None:
 
 
 def project(x: Tensor, weight: PackedWeight, bias: Tensor | None, layer: int, site: Site, lora: LoraState) -> Tensor:
-    """A site's base product with the low-rank parts of the adapters that are on the device.
+    """A site's base product with the low-rank parts of the adapters that the device's kernels compute.
 
     Args:
         x: [num_tokens, in_features], what the site reads.
@@ -204,13 +260,14 @@ def project(x: Tensor, weight: PackedWeight, bias: Tensor | None, layer: int, si
     Returns:
         [num_tokens, sum of out_features].
     """
-    if not lora.batch.host_rows:
+    batch, ranks, _ = lora.at(layer)
+    if not batch.host_rows:
         return packed_linear(x, weight, bias)
-    return adapted_linear(x, weight, bias, lora.slices[layer, site], lora.ranks[layer, site], lora.batch)
+    return adapted_linear(x, weight, bias, lora.slices[layer, site], ranks[layer, site], batch)
 
 
 def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias: Tensor | None) -> None:
-    """Add what ``project`` left out, in place: adapters that are still on the host, and what is not of low rank.
+    """Add what ``project`` left out, in place: adapters that are computed on the host, and what is not of low rank.
 
     Args:
         out: [num_tokens, sum of out_features], from ``project``.
@@ -220,7 +277,7 @@ def adapt(out: Tensor, x: Tensor, layer: int, site: Site, lora: LoraState, bias:
         lora: the step's adapters.
         bias: the base's [sum of out_features], as it is in ``out``; None if there is none.
     """
-    for part in lora.on_host:
+    for part in lora.at(layer)[2] if lora.late else ():
         _add_from_host(out[part.start : part.end], x[part.start : part.end], (layer, site), part)
     if not lora.extras:
         return
@@ -237,8 +294,8 @@ def _add_from_host(out: Tensor, x: Tensor, key: tuple[int, Site], lora: HostLora
     """Add one adapter's low-rank part to its rows ``out`` [rows, sum of out_features], from ``x`` [rows, in_features].
     On another device than a CPU, the part goes there in the model's dtype."""
     if out.device.type == "cpu":
-        add_lora(out, x, lora.slices[key], lora.ranks[key], lora.batch)
-    elif any(any(of_slice) for of_slice in lora.ranks[key].host_ranks):
+        add_lora(out, x, *lora.copy.site(*key), lora.batch)
+    elif any(any(of_slice) for of_slice in lora.copy.site(*key)[1].host_ranks):
         out += host_product(x.cpu(), out.shape[1], key, lora).to(out.device, non_blocking=True)
 
 
@@ -255,7 +312,7 @@ def host_product(x: Tensor, num_columns: int, key: tuple[int, Site], lora: HostL
         [rows, num_columns] on the host, in the dtype of ``x``.
     """
     product = torch.zeros((x.shape[0], num_columns), dtype=x.dtype)
-    add_lora(product, x, lora.slices[key], lora.ranks[key], lora.batch)
+    add_lora(product, x, *lora.copy.site(*key), lora.batch)
     return product
 
 

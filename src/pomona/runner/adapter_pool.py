@@ -1,7 +1,7 @@
 """AdapterPool: device pages of adapter weights, and the LoRA inputs of a step made from them.
 
 It obeys the plan: which adapter is in which pages was decided by ``sched.AdapterSlots``, and who waits for a copy too.
-Nothing here chooses, except that rows of an adapter whose copy has not been made use the host copy.
+Nothing here chooses, except that rows of an adapter use the host copy in those layers that have not arrived.
 """
 
 from collections.abc import Sequence
@@ -10,19 +10,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pomona.core.ids import AdapterId
 from pomona.core.plan import AdapterLoad
-from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
+from pomona.kernels.lora import LoraBatch, LoraRanks, can_shift_pages, shift_pages
 from pomona.model.adapter_weights import AdapterWeights
-from pomona.model.lora import AdapterExtras, HostLora, LoraState, PageLayout
+from pomona.model.lora import AdapterExtras, HostCopy, HostLora, LateLayers, LoraState, PageLayout
 from pomona.model.spec import Site
 from pomona.runner.adapter_copies import AdapterCopies, AdapterCopy
 from pomona.runner.batch import AdapterRun
 from pomona.runner.copies import upload
 from pomona.runner.kv_cache import lazy_zeros
 
+_NUM_MEETINGS = 4
+"""Meetings of adapters whose ranks are kept: that of the decodes, and those of steps with a prompt between them."""
 _NO_ROWS: NDArray[np.int32] = np.empty((0, 2), dtype=np.int32)
 
 
@@ -41,16 +42,6 @@ class Resident:
     """On the device; None until the copy has been made."""
     copy: AdapterCopy | None = None
     """What is still on its way."""
-
-
-@dataclass(frozen=True)
-class _HostCopy:
-    """An adapter's host copy as kernels read it."""
-
-    slices: dict[tuple[int, Site], LoraSlices]
-    ranks: dict[tuple[int, Site], LoraRanks]
-    page_table: Tensor
-    """int32 [1, number of pages]."""
 
 
 class AdapterPool:
@@ -76,11 +67,12 @@ class AdapterPool:
         self._layout = layout
         self._device = device
         self._pages = lazy_zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
-        self._copies = AdapterCopies(self._pages, link_bytes_per_s)
+        self._copies = AdapterCopies(self._pages, layout.spec.num_layers, link_bytes_per_s)
         self._resident: dict[AdapterId, Resident] = {}
         self.under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
         """Copies beside the steps that had not been made when a plan was last applied, by load."""
-        self._host_copies: dict[AdapterId, _HostCopy] = {}
+        self._reads_host_copies = can_shift_pages(self._pages)
+        self._host_copies: dict[AdapterId, HostCopy] = {}
         self.num_pages = num_pages
         self.rows_per_page = layout.rows_per_page
         self.slices = {
@@ -92,8 +84,7 @@ class AdapterPool:
         self.generation = 0
         """Counts steps that evicted or loaded adapters: while it stays, what is known of residents holds."""
         # Ranks depend only on which adapters meet in which order; decode steps repeat the same meeting for long.
-        self._ranks_key: tuple[AdapterId, ...] = ()
-        self._ranks: dict[tuple[int, Site], LoraRanks] = {}
+        self._ranks: dict[tuple[AdapterId, ...], dict[tuple[int, Site], LoraRanks]] = {}
         self.num_bytes_copied = 0
         """Bytes copied into pages since start: adapters are copied when loaded, never in a step that uses them."""
 
@@ -138,7 +129,6 @@ class AdapterPool:
         for load in loads:
             self._load(load, staged[load.adapter_id])
         if evictions or loads:
-            self._ranks_key = ()
             self.generation += 1
 
     def resident(self, adapter_id: AdapterId) -> Resident:
@@ -157,6 +147,8 @@ class AdapterPool:
 
     def _forget(self, adapter_id: AdapterId) -> None:
         del self._resident[adapter_id]
+        for key in [key for key in self._ranks if adapter_id in key]:
+            del self._ranks[key]
         self._host_copies.pop(adapter_id, None)
         for load_id, (other_id, copy) in list(self.under_way.items()):
             if other_id == adapter_id:
@@ -196,11 +188,32 @@ class AdapterPool:
         """
         if not runs:
             return None
-        on_host: tuple[HostLora, ...] = ()
-        if self.under_way:
-            waiting = [run for run in runs if self._is_on_host(run.adapter_id)]
-            on_host = tuple(self._host_lora(run) for run in waiting)
-            runs = [run for run in runs if run not in waiting]
+        for run in runs if self.under_way else ():
+            self._await_extras(run.adapter_id)
+        batch, ranks = self._on_device(runs)
+        extras = [(run, self._resident[run.adapter_id].extras) for run in runs]
+        return LoraState(
+            batch=batch,
+            slices=self.slices,
+            ranks=ranks,
+            extras=tuple((run.start, run.end, extra) for run, extra in extras if extra is not None),
+            logit_extras=tuple(
+                (run.sampled_start, run.sampled_end, extra)
+                for run, extra in extras
+                if extra is not None and run.sampled_end > run.sampled_start
+            ),
+            late=self._late_layers(runs, batch, ranks) if self.under_way else (),
+        )
+
+    def _await_extras(self, adapter_id: AdapterId) -> None:
+        """Wait for a copy of what cannot be read elsewhere."""
+        copy = self._resident[adapter_id].copy
+        if copy is not None and copy.weights.extras is not None:
+            self._copies.finish(copy)
+            self._settle()
+
+    def _on_device(self, runs: Sequence[AdapterRun]) -> tuple[LoraBatch, dict[tuple[int, Site], LoraRanks]]:
+        """Runs as segments of the pool."""
         residents = [self._resident[run.adapter_id] for run in runs]
         max_pages = max((len(resident.page_ids) for resident in residents), default=0)
         page_tables = np.zeros((len(runs), max(max_pages, 1)), dtype=np.int32)
@@ -216,62 +229,61 @@ class AdapterPool:
             host_pages=tuple(resident.page_ids for resident in residents),
             max_rank=max((resident.max_rank for resident in residents), default=0),
         )
-        extras = [(run, resident.extras) for run, resident in zip(runs, residents, strict=True)]
-        return LoraState(
-            batch=batch,
-            slices=self.slices,
-            ranks=self._ranks_of(tuple(run.adapter_id for run in runs), residents) if runs else {},
-            extras=tuple((run.start, run.end, extra) for run, extra in extras if extra is not None),
-            logit_extras=tuple(
-                (run.sampled_start, run.sampled_end, extra)
-                for run, extra in extras
-                if extra is not None and run.sampled_end > run.sampled_start
-            ),
-            on_host=on_host,
-        )
+        return batch, self._ranks_of(tuple(run.adapter_id for run in runs), residents) if runs else {}
 
-    def _is_on_host(self, adapter_id: AdapterId) -> bool:
-        """True if its rows are to be computed from the host copy; waits for what cannot be."""
-        resident = self._resident[adapter_id]
-        if resident.copy is not None and resident.copy.weights.extras is not None:
-            self._copies.finish(resident.copy)
-            self._settle()
-            return False
-        return resident.copy is not None
+    def _late_layers(
+        self, runs: Sequence[AdapterRun], batch: LoraBatch, ranks: dict[tuple[int, Site], LoraRanks]
+    ) -> tuple[LateLayers, ...]:
+        """How the step computes the layers that have not arrived for all of its adapters by now.
 
-    def _host_lora(self, run: AdapterRun) -> HostLora:
+        Args:
+            runs: the step's.
+            batch: all of them as segments of the pool.
+            ranks: of these.
+        """
+        num_layers = self._layout.spec.num_layers
+        copies = [self._resident[run.adapter_id].copy for run in runs]
+        arrived = [num_layers if copy is None else copy.num_layers for copy in copies]
+        found = []
+        for first in sorted(set(arrived) - {num_layers}):
+            late = [copy if count <= first else None for copy, count in zip(copies, arrived, strict=True)]
+            if self._reads_host_copies:
+                instead = [None if copy is None else copy.weights.pages for copy in late]
+                found.append(LateLayers(first, shift_pages(batch, self._pages, instead), ranks, ()))
+            else:
+                on_device = self._on_device([run for run, copy in zip(runs, late, strict=True) if copy is None])
+                on_host = [self._host_lora(run, copy) for run, copy in zip(runs, late, strict=True) if copy is not None]
+                found.append(LateLayers(first, *on_device, tuple(on_host)))
+        return tuple(found)
+
+    def _host_lora(self, run: AdapterRun, copy: AdapterCopy) -> HostLora:
         """A run of rows of an adapter that is on its way."""
-        resident = self._resident[run.adapter_id]
-        assert resident.copy is not None
+        resident, pages = self._resident[run.adapter_id], copy.weights.pages
         host_copy = self._host_copies.get(run.adapter_id)
         if host_copy is None:
-            host_copy = self._host_copies[run.adapter_id] = self._read_host_copy(resident, resident.copy.weights)
-        rows = (0, run.end - run.start)
+            host_copy = HostCopy(self._layout, pages, resident.ranks, resident.scalings)
+            self._host_copies[run.adapter_id] = host_copy
+        rows, page_ids = (0, run.end - run.start), tuple(range(pages.shape[0]))
         batch = LoraBatch(
             starts=torch.tensor(rows[:1], dtype=torch.int32),
             ends=torch.tensor(rows[1:], dtype=torch.int32),
-            page_tables=host_copy.page_table,
+            page_tables=torch.tensor([page_ids], dtype=torch.int32),
             host_rows=(rows,),
-            host_pages=(tuple(range(host_copy.page_table.shape[1])),),
+            host_pages=(page_ids,),
             max_rank=resident.max_rank,
         )
-        return HostLora(run.start, run.end, batch, host_copy.slices, host_copy.ranks)
-
-    def _read_host_copy(self, resident: Resident, weights: AdapterWeights) -> _HostCopy:
-        pages = weights.pages
-        return _HostCopy(
-            slices={key: self._layout.slices(pages, *key) for key in self.slices},
-            ranks=self._site_ranks(resident.ranks[..., None], resident.scalings[..., None], torch.device("cpu")),
-            page_table=torch.arange(pages.shape[0], dtype=torch.int32).unsqueeze(0),
-        )
+        return HostLora(run.start, run.end, batch, host_copy)
 
     def _ranks_of(self, key: tuple[AdapterId, ...], residents: Sequence[Resident]) -> dict[tuple[int, Site], LoraRanks]:
-        if key != self._ranks_key:
+        found = self._ranks.get(key)
+        if found is None:
             ranks = np.stack([resident.ranks for resident in residents], axis=-1)  # [layers, targets, segments]
             scalings = np.stack([resident.scalings for resident in residents], axis=-1)
-            self._ranks = self._site_ranks(ranks, scalings, self._device)
-            self._ranks_key = key
-        return self._ranks
+            found = self._site_ranks(ranks, scalings, self._device)
+            while len(self._ranks) >= _NUM_MEETINGS:
+                del self._ranks[next(iter(self._ranks))]
+            self._ranks[key] = found
+        return found
 
     def _site_ranks(
         self, ranks: NDArray[np.int32], scalings: NDArray[np.float32], device: torch.device

@@ -66,7 +66,7 @@ class RecordedDecodes:
             compiled kernel does.
         """
         num_rows = batch.token_ids.shape[0]
-        if not self._is_recordable or num_rows > _MAX_ROWS or (lora is not None and (lora.extras or lora.on_host)):
+        if not self._is_recordable or num_rows > _MAX_ROWS or (lora is not None and (lora.extras or lora.late)):
             return None
         key = (num_rows, lora is not None, torch.get_num_threads())
         step = self._steps.get(key)

@@ -23,7 +23,7 @@ MAX_SLICES = 4
 MAX_HEAD_DIM = 256
 MAX_RANK = 1024
 
-_ABI = 5
+_ABI = 6
 
 
 class LoraSite(Structure):
@@ -52,6 +52,7 @@ class LoraStep(Structure):
         ("num_tokens", c_int64),
         ("blocks", c_void_p),
         ("page_tables", c_void_p),
+        ("page_shifts", c_void_p),
     ]
 
 

@@ -97,6 +97,8 @@ def _plan_step(batch: LoraBatch, num_tokens: int) -> _Step:
     assert tables.dtype is torch.int32
     assert tables.is_contiguous()
     assert not len(rows) or 0 <= rows[0, 0] <= rows[-1, 1] <= num_tokens
+    shifts = batch.page_shifts
+    assert shifts is None or (shifts.dtype is torch.int64 and shifts.is_contiguous() and shifts.shape == tables.shape)
     struct = binding.LoraStep(
         num_segments=len(rows),
         num_blocks=len(blocks),
@@ -105,6 +107,7 @@ def _plan_step(batch: LoraBatch, num_tokens: int) -> _Step:
         num_tokens=num_tokens,
         blocks=blocks.ctypes.data,
         page_tables=tables.data_ptr(),
+        page_shifts=None if shifts is None else shifts.data_ptr(),
     )
     return _Step(struct, binding.address_of(struct), blocks)
 
@@ -144,6 +147,7 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
         return
     out_strides = out.stride()
     if site is None or out_strides[1] != 1:
+        assert batch.page_shifts is None, "only the compiled kernels follow pages elsewhere"
         reference.lora(out, x, slices, ranks, batch)
         return
     x = _dense_rows(x)
@@ -224,6 +228,11 @@ def reserve(batch: LoraBatch, num_tokens: int) -> None:
 
 def carry_plan(batch: LoraBatch, renewed: LoraBatch) -> None:
     """See ``kernels.lora.renew``. Nothing to do, likewise."""
+
+
+def can_shift_pages(pool: Tensor) -> bool:
+    """See ``kernels.lora.can_shift_pages``."""
+    return pool.dtype in binding.DTYPES
 
 
 def refresh(recorded: LoraBatch, batch: LoraBatch) -> None:

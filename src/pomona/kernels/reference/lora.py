@@ -26,6 +26,7 @@ def _rank_rows(pages: Tensor, batch: LoraBatch, segment: int, lora_rank: int) ->
 
 def lora_shrink(x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch) -> Tensor:
     """See ``kernels.lora.lora_shrink``."""
+    assert batch.page_shifts is None, "pages elsewhere are for compiled kernels"
     v = x.new_empty((len(slices.a), x.shape[0], batch.max_rank), dtype=torch.float32)
     for segment, (start, end) in enumerate(batch.host_rows):
         if not any(of_slice[segment] for of_slice in ranks.host_ranks):
@@ -72,6 +73,11 @@ def adapted_linear(
     out = packed_linear(x, packed, bias)
     add_lora(out, x, slices, ranks, batch)
     return out
+
+
+def can_shift_pages(pool: Tensor) -> bool:
+    """See ``kernels.lora.can_shift_pages``."""
+    return False
 
 
 def reserve(batch: LoraBatch, num_tokens: int) -> None:

@@ -238,6 +238,11 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
         expand_launch(v.unsqueeze(0), _site_of(slices), ranks, batch, out).run()
 
 
+def can_shift_pages(pool: Tensor) -> bool:
+    """See ``kernels.lora.can_shift_pages``."""
+    return False
+
+
 def reserve(batch: LoraBatch, num_tokens: int) -> None:
     """See ``kernels.lora.reserve``."""
     reserve_plan(batch, num_tokens)

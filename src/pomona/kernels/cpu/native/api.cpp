@@ -89,7 +89,7 @@ void perform(const T& task) {
 }  // namespace
 
 // Changes whenever a signature or structure does: binding.py refuses a library of another number.
-EXPORT int pomona_abi() { return 5; }
+EXPORT int pomona_abi() { return 6; }
 
 EXPORT int pomona_best_isa() { return best_isa(); }
 

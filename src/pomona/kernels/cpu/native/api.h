@@ -30,6 +30,7 @@ struct LoraStep {
   int64_t num_segments, num_blocks, max_pages, max_rank, num_tokens;
   const RowBlock* blocks;
   const int32_t* page_tables;  // [num_segments, max_pages]
+  const int64_t* page_shifts;  // [num_segments, max_pages]: bytes from each page to where it is read instead; or null
 };
 
 struct LoraCall {

@@ -32,8 +32,9 @@ struct PageFetch {
       int64_t most_ranks = 0;
       for (int64_t slice = 0; slice < lora.site->num_slices; slice++)
         most_ranks = max64(most_ranks, lora.ranks[slice * step.num_segments + segment]);
-      for (int64_t page = 0; page * lora.site->rows_per_page < most_ranks; page++)
-        pages[num_pages++] = site.first_byte + step.page_tables[segment * step.max_pages + page] * site.page_bytes;
+      const int64_t first = segment * step.max_pages;
+      for (int64_t page = first; (page - first) * lora.site->rows_per_page < most_ranks; page++)
+        pages[num_pages++] = shifted(step, page, site.first_byte + step.page_tables[page] * site.page_bytes);
     }
   }
 

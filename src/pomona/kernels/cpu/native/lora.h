@@ -5,6 +5,7 @@
 // it is computed: an adapter's pages lie anywhere, so the processor's own prefetching sees too little of each. Sums run
 // in one fixed order per element, so a row's result does not depend on what shares its batch.
 #pragma once
+#include "lora_pages.h"
 #include "vec.h"
 #include "work.h"
 
@@ -145,11 +146,10 @@ template <class T>
 void find_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, const void* pool, int64_t page_stride,
                int64_t width, int64_t segment, int64_t first, int64_t n, const char** rows) {
   using Elem = typename T::Elem;
-  const int32_t* pages = step.page_tables + segment * step.max_pages;
-  int64_t page = first / site.rows_per_page, within = first % site.rows_per_page;
+  int64_t page = segment * step.max_pages + first / site.rows_per_page, within = first % site.rows_per_page;
   for (int64_t j = 0; j < n; j++) {
-    const Elem* start = static_cast<const Elem*>(pool) + pages[page] * page_stride;
-    rows[j] = reinterpret_cast<const char*>(start + within * width);
+    const Elem* start = static_cast<const Elem*>(pool) + step.page_tables[page] * page_stride;
+    rows[j] = shifted(step, page, reinterpret_cast<const char*>(start + within * width));
     if (++within == site.rows_per_page) within = 0, page++;
   }
 }

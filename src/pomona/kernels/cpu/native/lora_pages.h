@@ -26,4 +26,11 @@ struct SitePages {
   }
 };
 
+// A byte of the page at `index` of a step's page tables, where it is to be read. That may be outside the pool, where
+// arithmetic on a pointer into the pool is not defined: hence as a number, of which nothing is assumed.
+inline const char* shifted(const pomona::LoraStep& step, int64_t index, const char* byte) {
+  if (step.page_shifts == nullptr) return byte;
+  return reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(byte) + step.page_shifts[index]);
+}
+
 }  // namespace
