@@ -105,8 +105,8 @@ class AdapterCopies:
             raise copy.error
 
     def cancel(self, copy: AdapterCopy) -> None:
-        """Give the copy up. When this returns, it writes nothing any more: the piece being copied is waited for, the link
-        never."""
+        """Give the copy up. When this returns, it writes nothing any more: a piece that is being copied is waited for,
+        the link never."""
         copy.is_cancelled = True
         with self._writing:
             pass
