@@ -295,6 +295,13 @@ def test_pieces_arrive_layer_by_layer_in_pages_anywhere_in_a_wider_tensor():
     assert torch.equal(whole[[7, 2, 3, 5], 4:16], source)
 
 
+def test_an_adapter_without_rank_rows_is_copied_at_once():
+    copies = AdapterCopies(torch.zeros(2, 8), num_layers=4, bytes_per_s=None)
+    copy = copies.prepare(weights_of(torch.zeros(0, 8)), ())
+    copies.make(copy)
+    assert (copy.is_done, copy.num_layers) == (True, 4)
+
+
 def test_a_copy_given_up_writes_nothing_once_that_is_said():
     whole = torch.zeros(2, 8)
     copies = AdapterCopies(whole, num_layers=4, bytes_per_s=None)

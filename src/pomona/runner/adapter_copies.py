@@ -193,4 +193,5 @@ class AdapterCopies:
 def _neighbours(page_ids: Sequence[int]) -> list[tuple[int, int, int]]:
     """(index, page id, count) of runs of pages that stand side by side in order."""
     breaks = [index for index in range(1, len(page_ids)) if page_ids[index] != page_ids[index - 1] + 1]
-    return [(start, page_ids[start], end - start) for start, end in pairwise((0, *breaks, len(page_ids)))]
+    bounds = (0, *breaks, len(page_ids)) if page_ids else ()
+    return [(start, page_ids[start], end - start) for start, end in pairwise(bounds)]

@@ -229,7 +229,8 @@ class AdapterPool:
             host_pages=tuple(resident.page_ids for resident in residents),
             max_rank=max((resident.max_rank for resident in residents), default=0),
         )
-        return batch, self._ranks_of(tuple(run.adapter_id for run in runs), residents) if runs else {}
+        meeting = tuple(run.adapter_id for run in runs)
+        return batch, self._ranks[meeting] if meeting in self._ranks else self._ranks_of(meeting, residents)
 
     def _late_layers(
         self, runs: Sequence[AdapterRun], batch: LoraBatch, ranks: dict[tuple[int, Site], LoraRanks]
@@ -274,15 +275,17 @@ class AdapterPool:
         )
         return HostLora(run.start, run.end, batch, host_copy)
 
-    def _ranks_of(self, key: tuple[AdapterId, ...], residents: Sequence[Resident]) -> dict[tuple[int, Site], LoraRanks]:
-        found = self._ranks.get(key)
-        if found is None:
-            ranks = np.stack([resident.ranks for resident in residents], axis=-1)  # [layers, targets, segments]
-            scalings = np.stack([resident.scalings for resident in residents], axis=-1)
-            found = self._site_ranks(ranks, scalings, self._device)
-            while len(self._ranks) >= _NUM_MEETINGS:
-                del self._ranks[next(iter(self._ranks))]
-            self._ranks[key] = found
+    def _ranks_of(
+        self, meeting: tuple[AdapterId, ...], residents: Sequence[Resident]
+    ) -> dict[tuple[int, Site], LoraRanks]:
+        """Ranks of a meeting not met lately."""
+        if not residents:
+            return {}
+        ranks = np.stack([resident.ranks for resident in residents], axis=-1)  # [layers, targets, segments]
+        scalings = np.stack([resident.scalings for resident in residents], axis=-1)
+        while len(self._ranks) >= _NUM_MEETINGS:
+            del self._ranks[next(iter(self._ranks))]
+        found = self._ranks[meeting] = self._site_ranks(ranks, scalings, self._device)
         return found
 
     def _site_ranks(
