@@ -155,6 +155,22 @@ def test_the_first_token_does_not_wait_for_the_copy(base_path, adapter_paths):
     engine.engine.abort(cold)
 
 
+@pytest.mark.parametrize("loading", ["join", "assist"])
+def test_a_copy_does_not_run_beside_the_step_that_reads_the_host_copy(base_path, adapter_paths, loading):
+    engine, ids = make_engine(base_path, adapter_paths, loading)
+    runner, copies = engine.loaded.runner, engine.loaded.runner._adapter_pool._copies
+    seen = []
+    for owner, name in ((runner, "_forward"), (copies, "begin")):
+        function = getattr(owner, name)
+        setattr(owner, name, lambda *args, name=name, function=function: seen.append(name) or function(*args))
+    engine.add([5, 6, 7])
+    engine.add([5, 6, 7], SamplingParams(max_tokens=4, temperature=0.0), ids[1])
+    engine.step()
+    is_apart = loading == "assist" and binding.is_available()
+    assert seen == (["_forward", "begin"] if is_apart else ["begin", "_forward"])
+    engine.run()
+
+
 def test_pages_given_to_another_adapter_in_the_middle_of_a_copy_hold_that_one(base_path, adapter_paths):
     engine, ids = make_engine(base_path, adapter_paths, "join", copy_s=0.05, num_adapter_pages=8)
     for _ in range(3):

@@ -4,7 +4,7 @@ It obeys the plan: which adapter is in which pages was decided by ``sched.Adapte
 Nothing here chooses, except that rows of an adapter use the host copy in those layers that have not arrived.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,6 +71,8 @@ class AdapterPool:
         self._resident: dict[AdapterId, Resident] = {}
         self.under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
         """Copies beside the steps that had not been made when a plan was last applied, by load."""
+        self.deferred: list[AdapterCopy] = []
+        """Copies that begin when the step has been computed."""
         self._reads_host_copies = can_shift_pages(self._pages)
         self._host_copies: dict[AdapterId, HostCopy] = {}
         self.num_pages = num_pages
@@ -113,7 +115,11 @@ class AdapterPool:
             self._copies.wait(timeout_s)
 
     def apply(
-        self, evictions: Sequence[AdapterId], loads: Sequence[AdapterLoad], staged: dict[AdapterId, AdapterWeights]
+        self,
+        evictions: Sequence[AdapterId],
+        loads: Sequence[AdapterLoad],
+        staged: dict[AdapterId, AdapterWeights],
+        used: Collection[AdapterId] = (),
     ) -> None:
         """Carry out a plan's evictions, then its loads; take note of copies that have been made.
 
@@ -121,13 +127,17 @@ class AdapterPool:
             evictions: adapters to forget; their pages may be overwritten at once.
             loads: adapters and the pages they get.
             staged: host copies; must hold every adapter to load.
+            used: adapters of the step's rows. On a CPU their copies wait for ``begin_deferred``: they would take from
+                the step, which reads the host copies anyway, the very cores that it computes on.
         """
+        if self.deferred:
+            self.begin_deferred()
         if self.under_way:
             self._settle()
         for adapter_id in evictions:
             self._forget(adapter_id)
         for load in loads:
-            self._load(load, staged[load.adapter_id])
+            self._load(load, staged[load.adapter_id], used)
         if evictions or loads:
             self.generation += 1
 
@@ -155,7 +165,12 @@ class AdapterPool:
                 self._copies.cancel(copy)
                 del self.under_way[load_id]
 
-    def _load(self, load: AdapterLoad, weights: AdapterWeights) -> None:
+    def begin_deferred(self) -> None:
+        """Begin the copies that were to wait until the step has been computed."""
+        while self.deferred:
+            self._copies.begin(self.deferred.pop(0))
+
+    def _load(self, load: AdapterLoad, weights: AdapterWeights, used: Collection[AdapterId]) -> None:
         num_rank_pages = weights.pages.shape[0]
         assert len(load.page_ids) >= num_rank_pages, "the scheduler granted fewer pages than the adapter needs"
         # After a failure the scheduler has forgotten who was where.
@@ -168,7 +183,10 @@ class AdapterPool:
         if load.is_awaited:
             self._copies.make(copy)
         else:
-            self._copies.begin(copy)
+            if self._reads_host_copies and weights.extras is None and load.adapter_id in used:
+                self.deferred.append(copy)
+            else:
+                self._copies.begin(copy)
             self.under_way[load.load_id] = (load.adapter_id, copy)
         self.num_bytes_copied += weights.pages.numel() * weights.pages.element_size()
         self._resident[load.adapter_id] = Resident(

@@ -114,11 +114,13 @@ class ModelRunner:
         """
         for request_id in plan.released:
             self._table.release(request_id)
-        self._adapter_pool.apply(plan.adapter_evictions, plan.adapter_loads, self._staged.staged)
         if not plan.seqs:
+            self._adapter_pool.apply(plan.adapter_evictions, plan.adapter_loads, self._staged.staged)
             self._adapter_pool.wait(_IDLE_WAIT_S)
             return LaunchedModelStep(plan.step_id, self._table, self._adapter_pool)
         host = gather(plan, self._table, self._block_size)
+        used = [run.adapter_id for run in host.adapter_runs] if plan.adapter_loads else ()
+        self._adapter_pool.apply(plan.adapter_evictions, plan.adapter_loads, self._staged.staged, used)
         self._kv_cache.use(self._table.last_block_id)
         logits = None if self.graphs is None else self.graphs.logits(host, self._latest)
         prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = {}
@@ -126,6 +128,8 @@ class ModelRunner:
             batch = to_device(host, self._device, self._latest)
             lora = self._adapter_pool.state(host.adapter_runs)
             hidden = self._forward(host, batch, lora)
+            if self._adapter_pool.deferred:
+                self._adapter_pool.begin_deferred()
             prompt_logprobs = self._prompt_logprobs(plan, host, hidden, lora)
             if not host.sampled_seqs.size:
                 return LaunchedModelStep(plan.step_id, self._table, self._adapter_pool, prompt_logprobs=prompt_logprobs)
