@@ -17,8 +17,10 @@ from pomona.kernels.linear import Layout, PackedWeight
 from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
 from pomona.kernels.reference import lora as reference
 
-_ROWS_PER_ITEM = 36
-"""Rows of a segment that one thread takes at a time: a multiple of the kernels' register blocks."""
+_ROWS_PER_ITEM, _ROWS_PER_SHORT_ITEM = 36, 8
+"""Rows of a segment that one thread takes at a time: multiples of the kernels' register blocks."""
+_MOST_SHORT_ROWS = 64
+"""Segments of more rows go the long way (native/lora.h): for fewer, what is shared with the product is not worth it."""
 
 _SHRINK, _EXPAND, _BOTH = 1, 2, 3
 
@@ -86,11 +88,13 @@ def _site_of(slices: LoraSlices) -> _Site | None:
 
 def _plan_step(batch: LoraBatch, num_tokens: int) -> _Step:
     rows = np.array(batch.host_rows, dtype=np.int32).reshape(-1, 2)
-    counts = -(-(rows[:, 1] - rows[:, 0]) // _ROWS_PER_ITEM)
+    lengths = rows[:, 1] - rows[:, 0]
+    sizes = np.where(lengths > _MOST_SHORT_ROWS, _ROWS_PER_ITEM, _ROWS_PER_SHORT_ITEM)
+    counts = -(-lengths // sizes)
     segments = np.repeat(np.arange(len(rows)), counts)
-    within = (np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)) * _ROWS_PER_ITEM
+    within = (np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)) * sizes[segments]
     starts = rows[segments, 0] + within
-    num_rows = np.minimum(rows[segments, 1] - starts, _ROWS_PER_ITEM)
+    num_rows = np.minimum(rows[segments, 1] - starts, sizes[segments])
     blocks = np.stack([segments, starts, num_rows, np.zeros_like(starts)], axis=1).astype(np.int32)
     blocks = np.ascontiguousarray(blocks[np.argsort(-num_rows, kind="stable")])
     tables = batch.page_tables

@@ -56,21 +56,25 @@ struct FusedColumns {
     }
   }
 
-  // sums[num_rows, NG * 16] = v * B for rows of the kept segment; those of a slice without rank are not set.
-  void multiply(int64_t row, int num_rows, float* sums) const {
+  // v * B for at most a tile of rows of the kept segment. store_of(g) is what takes the sums from the g-th
+  // group on, of one slice; store_plain(g) stores a group whose slice has no rank.
+  template <class F, class G>
+  INLINE void multiply(int64_t row, int num_rows, const F& store_of, const G& store_plain) const {
     for (int g = 0; g < NG;) {
-      int n = 1;
-      while (g + n < NG && slices[g + n] == slices[g]) n++;
       if (num_units[g] == 0) {
-        g += n;
+        store_plain(g++);
         continue;
       }
       const uint32_t* v = runs.v + slices[g] * runs.slice_units + row * runs.row_units;
       const TileA a{reinterpret_cast<const char*>(v), runs.row_units * 4};
       const TileB b{panel + g * panel_stride(), panel_stride(), kGroup};
-      const TileC c{sums + g * kGroup, NG * kGroup, false};
-      product<T>(num_rows, n, num_units[g], a, b, c, [](int64_t) { return Ahead{}; });
-      g += n;
+      if (g == 0 && slices[NG - 1] == slices[0]) {
+        tile_rows<T, NG, false>(num_rows, num_units[0], a, b, {}, {}, {}, store_of(0));
+        g = NG;
+      } else {
+        tile_rows<T, 1, false>(num_rows, num_units[g], a, b, {}, {}, {}, store_of(g));
+        g++;
+      }
     }
   }
 };

@@ -48,6 +48,9 @@ struct PageFetch {
   }
 };
 
+template <class T>
+struct AddToProduct;
+
 // A call, its inputs as rows of whole units.
 template <class T>
 struct GemmWork {
@@ -102,10 +105,18 @@ struct GemmWork {
         for (int m = first; m < end; m++) store(sums + m * stride, row + m, group, NG);
         continue;
       }
-      float added[kTileRows * NG * kGroup];
       fused->keep(segments[first]);
-      fused->multiply(row + first, end - first, added);
-      store_sums(sums + first * stride, stride, *fused, added, row + first, end - first, group);
+      const float* product = sums + first * stride;
+      fused->multiply(
+          row + first, end - first,
+          [&](int g) {
+            return AddToProduct<T>{*this, product + g * kGroup, stride, row + first, (group + g) * kGroup,
+                                   splat(fused->scalings[g])};
+          },
+          [&](int g) {
+            for (int m = 0; m < end - first; m++)
+              store(product + m * stride + g * kGroup, row + first + m, group + g, 1);
+          });
     }
   }
 
@@ -116,23 +127,6 @@ struct GemmWork {
     for (int m = 0; m < num_rows; m++, sums += stride, out += call.out_stride)
 #pragma GCC unroll 6
       for (int i = 0; i < NG * kGroup; i += W) T::store(out + i, load_floats(sums + i));
-  }
-
-  // Rows of one segment with what its adapter adds. The product is rounded as if it had been stored and read again.
-  template <int NG>
-  void store_sums(const float* sums, int64_t stride, const FusedColumns<T, NG>& fused, const float* added, int64_t row,
-                  int num_rows, int64_t group) const {
-    Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + group * kGroup;
-    for (int g = 0; g < NG; g++) {
-      const vf scaling = splat(fused.scalings[g]);
-      for (int i = g * kGroup; i < (g + 1) * kGroup; i += W)
-        for (int m = 0; m < num_rows; m++) {
-          const float* from = sums + m * stride + i;
-          vf value = T::round(is_plain ? load_floats(from) : finish(from, group * kGroup + i, W));
-          if (fused.num_units[g] > 0) value = fma(scaling, load_floats(added + m * NG * kGroup + i), value);
-          T::store(out + m * call.out_stride + i, value);
-        }
-    }
   }
 
   void store(const float* sums, int64_t row, int64_t group, int groups) const {
@@ -157,12 +151,12 @@ struct GemmWork {
   }
 
   // run<NG>(row, num_rows, group, next, fused) for every run of rows by NG groups; the next item reads weights from
-  // `next`.
-  template <int NG, class F>
-  void share(int64_t group_bytes, int num_threads, const F& f) const {
+  // `next`. All are given to `share`.
+  template <int NG, class F, class S>
+  void run_groups(int64_t group_bytes, int num_threads, const F& f, const S& share) const {
     const int64_t num_columns = ceil_div(num_groups, NG);
     const int64_t num_runs = ceil_div(call.num_rows, kRowsPerItem);
-    for_items(num_columns * num_runs, num_threads, [&](int64_t item) {
+    share(num_columns * num_runs, num_threads, [&](int64_t item) {
       const int64_t row = item / num_columns * kRowsPerItem, group = item % num_columns * NG;
       const int64_t num_rows = min64(kRowsPerItem, call.num_rows - row);
       const int64_t ahead = group + NG * num_threads;
@@ -176,14 +170,30 @@ struct GemmWork {
   }
 
   // Weights of group_bytes per group; the cycles of one row, and of reading the weights, decide about threads.
-  template <class F>
-  void run(int64_t group_bytes, int num_threads, const F& f) const {
+  template <class F, class S>
+  void run(int64_t group_bytes, int num_threads, const F& f, const S& share) const {
     const int64_t cycles = call.num_rows * num_units * num_groups * kGroupVectors / 2 + num_units * num_groups;
     const int threads = threads_for(num_threads, cycles);
     if (call.num_rows == 1)
-      share<2 * kTileGroups>(group_bytes, threads, f);
+      run_groups<2 * kTileGroups>(group_bytes, threads, f, share);
     else
-      share<kTileGroups>(group_bytes, threads, f);
+      run_groups<kTileGroups>(group_bytes, threads, f, share);
+  }
+};
+
+// What an adapter adds to a product that has not been stored: that is rounded as if it had been, and read again.
+template <class T>
+struct AddToProduct {
+  const GemmWork<T>& work;
+  const float* product;
+  int64_t stride, row, column;
+  vf scaling;
+
+  INLINE void operator()(TileC, int m, int v, vf sum) const {
+    const float* from = product + m * stride + v * W;
+    const vf value = T::round(work.is_plain ? load_floats(from) : work.finish(from, column + v * W, W));
+    typename T::Elem* out = static_cast<typename T::Elem*>(work.call.out) + (row + m) * work.call.out_stride;
+    T::store(out + column + v * W, fma(scaling, sum, value));
   }
 };
 
@@ -222,10 +232,23 @@ struct Gemm {
   }
 };
 
+// share(num_items, num_threads, f) runs f(item) for all items, whatever else it does.
+template <class T, class S>
+void gemm(const pomona::GemmCall& call, int num_threads, const S& share) {
+  const Gemm<T> gemm{GemmWork<T>(call), PageFetch(call, sizeof(typename T::Elem))};
+  gemm.work.run(gemm.work.num_units * kGroup * 4, num_threads, gemm, share);
+}
+
+struct OnlyItems {
+  template <class F>
+  void operator()(int64_t num_items, int num_threads, const F& f) const {
+    for_items(num_items, num_threads, f);
+  }
+};
+
 template <class T>
 void gemm(const pomona::GemmCall& call, int num_threads) {
-  const Gemm<T> gemm{GemmWork<T>(call), PageFetch(call, sizeof(typename T::Elem))};
-  gemm.work.run(gemm.work.num_units * kGroup * 4, num_threads, gemm);
+  gemm<T>(call, num_threads, OnlyItems{});
 }
 
 }  // namespace

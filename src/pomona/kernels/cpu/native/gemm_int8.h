@@ -121,10 +121,15 @@ struct ByteGemm {
   }
 };
 
+template <class T, class S>
+void gemm_int8(const pomona::GemmCall& call, int num_threads, const S& share) {
+  const ByteGemm<T> gemm{GemmWork<T>(call)};
+  gemm.work.run(gemm.work.num_units * ByteGemm<T>::kStep, num_threads, gemm, share);
+}
+
 template <class T>
 void gemm_int8(const pomona::GemmCall& call, int num_threads) {
-  const ByteGemm<T> gemm{GemmWork<T>(call)};
-  gemm.work.run(gemm.work.num_units * ByteGemm<T>::kStep, num_threads, gemm);
+  gemm_int8<T>(call, num_threads, OnlyItems{});
 }
 
 }  // namespace

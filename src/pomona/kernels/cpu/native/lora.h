@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kRankTile = 8;
 constexpr int64_t kMaxRank = 1024;
-constexpr int kFewRows = W == 16 ? 8 : W == 8 ? 4 : 2;
+constexpr int kFewRows = 8;  // blocks of up to so many rows are short runs (lora_short.h)
 #if defined(__AVX512F__)
 constexpr int kShrinkRows = 3, kExpandRows = 6, kExpandVectors = 4;
 #elif defined(__AVX2__)
@@ -289,8 +289,12 @@ struct Shares {
 inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool has_both_halves) {
   const pomona::LoraSite& site = *call.site;
   const pomona::LoraStep& step = *call.step;
-  bool is_idle = true;
-  for (int64_t i = 0; i < site.num_slices * step.num_segments; i++) is_idle &= call.ranks[i] == 0;
+  int64_t num_ranks = 0, most_ranks = 0;  // of all segments, of one
+  for (int64_t segment = 0; segment < step.num_segments; segment++) {
+    int64_t ranks = 0;
+    for (int64_t i = 0; i < site.num_slices; i++) ranks += call.ranks[i * step.num_segments + segment];
+    num_ranks += ranks, most_ranks = max64(most_ranks, ranks);
+  }
   int64_t features = site.num_slices * site.in_features, num_rows = 0;
   for (int64_t i = 0; i < site.num_slices; i++) features += site.out_features[i];
   for (int64_t i = 0; i < step.num_blocks; i++) num_rows += step.blocks[i].num_rows;
@@ -301,10 +305,10 @@ inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool h
   if (has_both_halves)
     while (num_long > 0 && step.blocks[num_long - 1].num_rows <= kFewRows) num_long--;
   const int64_t num_short = step.num_blocks - num_long;
-  const bool is_cut = threads > 1 && num_short < 2 * threads;
+  const bool is_cut = threads > 1 && (num_short < 2 * threads || 2 * most_ranks * threads > 3 * num_ranks);
   // Left to the long way where even cutting keeps too few threads busy.
   if (is_cut && num_short * site.num_slices * 2 < threads) num_long = step.num_blocks;
-  return {threads, num_long, is_cut ? site.num_slices : 1, is_idle};
+  return {threads, num_long, is_cut ? site.num_slices : 1, num_ranks == 0};
 }
 
 // The long blocks' work; nothing of it is done yet.

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int kRanksAtOnce = 4;
+constexpr int kRanksAtOnce = 4, kRowsAtOnce = W == 16 ? 8 : W == 8 ? 4 : 2;
 constexpr int64_t kChunkRanks = 32;  // with both projections' rows, and the next chunk's, well within a core's L2 cache
 
 // Some rank rows of one slice of a block.
@@ -162,11 +162,11 @@ struct ShortRuns {
     find_b_rows<T>(site, step, slice, block.segment, first_rank, num_ranks, chunk.b);
   }
 
+  // MR rows of the chunk's block.
   template <int MR>
-  void compute(const Chunk& chunk, const Chunk& next) const {
+  void compute(const Chunk& chunk, int row, Fetcher& ahead) const {
     const pomona::RowBlock& block = *chunk.block;
-    const Elem* x = static_cast<const Elem*>(call.x) + block.start * call.x_stride;
-    Fetcher ahead{next};
+    const Elem* x = static_cast<const Elem*>(call.x) + (block.start + row) * call.x_stride;
     uint32_t v[MR][kChunkRanks];
     for (int64_t first = 0; first < chunk.num_ranks; first += kRankTile) {
       const int64_t end = min64(kRankTile, chunk.num_ranks - first);
@@ -184,8 +184,10 @@ struct ShortRuns {
     const int64_t width = site.out_features[chunk.slice], stride = ceil_div(width, 2 * W) * 2 * W;
     const bool is_first = chunk.first_rank == 0;
     const bool is_last = chunk.first_rank + chunk.num_ranks == work.rank_of(chunk.slice, block.segment);
-    float* sums = is_first && is_last ? nullptr : static_cast<float*>(pomona::scratch(pomona::kRows, MR * stride * 4));
-    Elem* out = static_cast<Elem*>(call.out) + block.start * call.out_stride;
+    float* sums = nullptr;
+    if (!is_first || !is_last)
+      sums = static_cast<float*>(pomona::scratch(pomona::kRows, block.num_rows * stride * 4)) + row * stride;
+    Elem* out = static_cast<Elem*>(call.out) + (block.start + row) * call.out_stride;
     for (int64_t slice = 0; slice < chunk.slice; slice++) out += site.out_features[slice];
     const float scaling = call.scalings[chunk.slice * step.num_segments + block.segment];
     expand_run<T, MR>(width, chunk, v, {sums, stride, is_first, is_last, scaling, out, call.out_stride}, ahead);
@@ -206,18 +208,25 @@ struct ShortRuns {
   }
 
   void compute_rows(const Chunk& chunk, const Chunk& next) const {
-    switch (chunk.block->num_rows) {
-      case 1: return compute<1>(chunk, next);
-      case 2: return compute<2>(chunk, next);
+    Fetcher ahead{next};
+    const int num_rows = chunk.block->num_rows;
+    for (int row = 0; row < num_rows; row += kRowsAtOnce)
+      compute_some(chunk, row, static_cast<int>(min64(kRowsAtOnce, num_rows - row)), ahead);
+  }
+
+  void compute_some(const Chunk& chunk, int row, int num_rows, Fetcher& ahead) const {
+    switch (num_rows) {
+      case 1: return compute<1>(chunk, row, ahead);
+      case 2: return compute<2>(chunk, row, ahead);
 #if defined(__AVX2__)
-      case 3: return compute<3>(chunk, next);
-      case 4: return compute<4>(chunk, next);
+      case 3: return compute<3>(chunk, row, ahead);
+      case 4: return compute<4>(chunk, row, ahead);
 #endif
 #if defined(__AVX512F__)
-      case 5: return compute<5>(chunk, next);
-      case 6: return compute<6>(chunk, next);
-      case 7: return compute<7>(chunk, next);
-      case 8: return compute<8>(chunk, next);
+      case 5: return compute<5>(chunk, row, ahead);
+      case 6: return compute<6>(chunk, row, ahead);
+      case 7: return compute<7>(chunk, row, ahead);
+      case 8: return compute<8>(chunk, row, ahead);
 #endif
     }
   }
@@ -231,12 +240,13 @@ void lora(const pomona::LoraCall& call, int num_threads, int phases) {
   const Lora<T> work = long_work<T>(call, shares, phases == 3 ? new_v<T>(call) : nullptr);
   const ShortRuns<T> few{work, shares};
   const int64_t num_shrinks = phases & 1 ? work.num_pairs * work.rank_tiles : 0;
-  for_items_twice(
-      num_shrinks + few.num_items(), phases & 2 ? work.num_pairs * work.column_tiles : 0, shares.threads,
-      [&](int64_t item) {
-        item < num_shrinks ? work.shrink(item, item + shares.threads) : few.run(item - num_shrinks);
-      },
-      [&](int64_t item) { work.expand(item); });
+  const auto shrink = [&](int64_t item) {
+    item < num_shrinks ? work.shrink(item, item + shares.threads) : few.run(item - num_shrinks);
+  };
+  const auto expand = [&](int64_t item) { work.expand(item); };
+  const int64_t num_expands = phases & 2 ? work.num_pairs * work.column_tiles : 0;
+  for_kinds(shares.threads, Kind{num_shrinks + few.num_items(), shrink},
+            Kind{num_expands, expand}, Kind{0, expand});
 }
 
 }  // namespace

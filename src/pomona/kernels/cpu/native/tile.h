@@ -41,9 +41,15 @@ struct Ahead {
   }
 };
 
-// MR rows by NG groups. Each sum runs over k in order from the given C or zero: the same for every MR and NG.
-template <class T, int MR, int NG, bool kIsFetching>
-INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside) {
+// What becomes of a tile's sums: they are C.
+struct KeepSums {
+  INLINE void operator()(TileC c, int m, int v, vf sum) const { store_floats(c.sums + m * c.stride + v * W, sum); }
+};
+
+// MR rows by NG groups; finish(C, row, vector, sum) at the end. Each sum runs over k in order from the given C or zero:
+// the same for every MR and NG.
+template <class T, int MR, int NG, bool kIsFetching, class F>
+INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside, F finish) {
   constexpr int NV = NG * kGroupVectors;
   vf sums[MR][NV];
 #pragma GCC unroll 8
@@ -66,26 +72,26 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; v++) store_floats(c.sums + m * c.stride + v * W, sums[m][v]);
+    for (int v = 0; v < NV; v++) finish(c, m, v, sums[m][v]);
 }
 
 // Not inlined: eight copies of a long loop are enough; and eight more that fetch nothing, which is seen in the others.
-template <class T, int NG, bool kIsFetching>
+template <class T, int NG, bool kIsFetching, class F>
 __attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead,
-                                         Ahead beside) {
+                                         Ahead beside, F finish) {
   static_assert(kTileRows <= 8);
   switch (num_rows) {
-    case 1: return tile<T, 1, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
-    case 2: return tile<T, 2, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 1: return tile<T, 1, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 2: return tile<T, 2, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
 #if defined(__AVX2__)
-    case 3: return tile<T, 3, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
-    case 4: return tile<T, 4, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 3: return tile<T, 3, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 4: return tile<T, 4, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
 #endif
 #if defined(__AVX512F__)
-    case 5: return tile<T, 5, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
-    case 6: return tile<T, 6, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
-    case 7: return tile<T, 7, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
-    case 8: return tile<T, 8, NG, kIsFetching>(num_units, a, b, c, ahead, beside);
+    case 5: return tile<T, 5, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 6: return tile<T, 6, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 7: return tile<T, 7, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 8: return tile<T, 8, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
 #endif
   }
   __builtin_unreachable();
@@ -93,9 +99,9 @@ __attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA 
 template <class T, int NG>
 INLINE void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside = {}) {
   if (ahead.is_any() || beside.is_any())
-    tile_rows<T, NG, true>(num_rows, num_units, a, b, c, ahead, beside);
+    tile_rows<T, NG, true>(num_rows, num_units, a, b, c, ahead, beside, KeepSums{});
   else
-    tile_rows<T, NG, false>(num_rows, num_units, a, b, c, ahead, beside);
+    tile_rows<T, NG, false>(num_rows, num_units, a, b, c, ahead, beside, KeepSums{});
 }
 
 // Any number of rows and groups: C[num_rows, num_groups * 16]. `next_ahead(num_units)` says what each tile fetches.

@@ -47,27 +47,43 @@ void for_items(int64_t num_items, int num_threads, const F& f) {
       &items);
 }
 
-// first(item) for all of the first kind, then second(item) for all of the second, in one go.
-template <class F, class G>
-void for_items_twice(int64_t num_first, int64_t num_second, int num_threads, const F& first, const G& second) {
+// Items of one kind, of which there may be none.
+template <class F>
+struct Kind {
+  int64_t num_items;
+  const F& run;
+};
+template <class F>
+Kind(int64_t, const F&) -> Kind<F>;
+
+// All of the first kind, then all of the second, then all of the third, in one go: threads are not sent home between.
+template <class F, class G, class H>
+void for_kinds(int num_threads, Kind<F> first, Kind<G> second, Kind<H> third) {
   if (num_threads <= 1) {
-    for (int64_t item = 0; item < num_first; item++) first(item);
-    for (int64_t item = 0; item < num_second; item++) second(item);
+    for (int64_t item = 0; item < first.num_items; item++) first.run(item);
+    for (int64_t item = 0; item < second.num_items; item++) second.run(item);
+    for (int64_t item = 0; item < third.num_items; item++) third.run(item);
     return;
   }
-  struct Both {
+  struct All {
     Items<F> first;
     Items<G> second;
-  } both{{&first, num_first, 0, 0}, {&second, num_second, 0, 0}};
+    Items<H> third;
+  } all{{&first.run, first.num_items, 0, 0},
+        {&second.run, second.num_items, 0, 0},
+        {&third.run, third.num_items, 0, 0}};
   pomona::run_threads(
       num_threads,
       [](void* state, int) {
-        Both* both = static_cast<Both*>(state);
-        both->first.take();
-        both->first.wait();
-        both->second.take();
+        All* all = static_cast<All*>(state);
+        all->first.take();
+        all->first.wait();
+        all->second.take();
+        if (all->third.num_items == 0) return;
+        all->second.wait();
+        all->third.take();
       },
-      &both);
+      &all);
 }
 
 // Small work is done by the caller alone: waking another thread costs about as much as this many cycles.
