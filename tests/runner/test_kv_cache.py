@@ -46,11 +46,19 @@ def test_memory_is_taken_for_the_blocks_that_come_next_and_keeps_what_is_there(s
     assert cache._thread is None
     cache.use(0)
     cache._thread.join()
-    lots = 2 * 2**21
-    assert resident_bytes() - before >= 0.5 * len(cache.layers) * 2 * min(lots, keys.nbytes)
+    assert resident_bytes() - before >= 0.5 * min(2 * 32 * 2**20, cache._blocks.nbytes)
     assert (keys[0] == 3.0).all()
     assert not keys[1:].any()
     assert not values.any()
+
+
+def test_an_adapter_page_is_the_blocks_that_stand_in_its_place(spec: ModelSpec):
+    cache = KVCache(spec, 16, BLOCK_SIZE, dtype=torch.float32, device=torch.device("cpu"))
+    pages = cache.pages(first_block=4, num_pages=3, blocks_per_page=2, page_elems=cache._blocks.shape[1] + 5)
+    pages[1] = 7.0
+    is_written = [any(bool(part[index].any()) for layer in cache.layers for part in layer) for index in range(16)]
+    assert [index for index in range(16) if is_written[index]] == [6, 7]
+    assert int((cache._blocks == 7.0).sum()) == pages.shape[1], "what a page's last block has left over stays"
 
 
 def test_all_blocks_have_memory_in_the_end(spec: ModelSpec):

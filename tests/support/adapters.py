@@ -118,7 +118,7 @@ class AdaptedDecoder:
         self.decoder: Decoder = load_decoder(base_path, dtype, quantization)
         layout = PageLayout(self.decoder.spec, ROWS_PER_PAGE)
         self.loader = AdapterLoader(self.decoder.weights, layout, num_pages)
-        self._pool = AdapterPool(layout, num_pages, dtype=dtype, device=torch.device("cpu"))
+        self._pool = AdapterPool(layout, torch.zeros((num_pages, layout.page_elems), dtype=dtype))
         # pages handed out from a shuffled list, so that no test passes because pages happen to be neighbours
         self._free_pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(2)).tolist()
 

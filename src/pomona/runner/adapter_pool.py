@@ -20,7 +20,6 @@ from pomona.model.spec import Site
 from pomona.runner.adapter_copies import AdapterCopies, AdapterCopy
 from pomona.runner.batch import AdapterRun
 from pomona.runner.copies import upload
-from pomona.runner.kv_cache import lazy_zeros
 
 _NUM_MEETINGS = 4
 """Meetings of adapters whose ranks are kept: that of the decodes, and those of steps with a prompt between them."""
@@ -49,24 +48,15 @@ class AdapterPool:
 
     Args:
         layout: of a page.
-        num_pages: as many as the scheduler was told.
-        dtype: of the weights.
-        device: where the pages live.
+        pages: [num_pages, page_elems], as many as the scheduler was told, with any row stride. Those that hold no
+            adapter are others' to write to.
         link_bytes_per_s: copies go no faster; None for as fast as it goes.
     """
 
-    def __init__(
-        self,
-        layout: PageLayout,
-        num_pages: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        link_bytes_per_s: float | None = None,
-    ) -> None:
+    def __init__(self, layout: PageLayout, pages: Tensor, *, link_bytes_per_s: float | None = None) -> None:
         self._layout = layout
-        self._device = device
-        self._pages = lazy_zeros((num_pages, layout.page_elems), dtype=dtype, device=device)
+        self._device = pages.device
+        self._pages = pages
         self._copies = AdapterCopies(self._pages, layout.spec.num_layers, link_bytes_per_s)
         self._resident: dict[AdapterId, Resident] = {}
         self.under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
@@ -75,7 +65,7 @@ class AdapterPool:
         """Copies that begin when the step has been computed."""
         self._reads_host_copies = can_shift_pages(self._pages)
         self._host_copies: dict[AdapterId, HostCopy] = {}
-        self.num_pages = num_pages
+        self.num_pages = pages.shape[0]
         self.rows_per_page = layout.rows_per_page
         self.slices = {
             (layer, site): layout.slices(self._pages, layer, site)

@@ -31,7 +31,7 @@ class GraphLimits:
     max_lora_rank: int
     """Adapters of larger rank make a step run without a graph."""
     num_kv_blocks: int
-    """The scheduler's; scrap blocks come after them."""
+    """The scheduler's, with those of adapter pages that it may use; scrap blocks come after them."""
     block_size: int
     max_model_len: int
 

@@ -1,4 +1,4 @@
-"""KV blocks on the device. Who owns which block is the scheduler's business."""
+"""KV blocks on the device, and the adapter pages among them. Who owns which is the scheduler's business."""
 
 import threading
 
@@ -8,14 +8,18 @@ from torch import Tensor
 from pomona.kernels.host_memory import mapped_zeros, prefer_huge_pages, take_memory
 from pomona.model.spec import ModelSpec
 
-_LOT_BYTES = 2 * 2**20
-"""A layer's keys, or values, are given memory by huge pages: what one step's new block costs is 2 MiB in each."""
+_LOT_BYTES = 32 * 2**20
 _NUM_LOTS_AHEAD = 2
+
+
+def block_elems(spec: ModelSpec, block_size: int) -> int:
+    """Elements of one KV block over all layers, keys and values."""
+    return spec.num_layers * 2 * block_size * spec.kv_size
 
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
     """Memory of one KV block over all layers, keys and values."""
-    return spec.num_layers * 2 * block_size * spec.kv_size * dtype.itemsize
+    return block_elems(spec, block_size) * dtype.itemsize
 
 
 def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -28,27 +32,37 @@ def lazy_zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.devi
 
 
 class KVCache:
-    """The KV blocks of every layer.
+    """Memory in equal blocks, each of which holds the KV of all layers: [num_layers, 2, block_size, num_kv_heads,
+    head_dim], and of which several in a row may be an adapter page instead.
 
-    ``layers[i]`` is (keys, values), each [num_blocks, block_size, num_kv_heads, head_dim].
+    ``layers[i]`` is (keys, values), each [num_blocks, block_size, num_kv_heads, head_dim]; the block stride is a
+    block's size.
 
     On a CPU memory is taken as blocks come into use, a lot of them at a time and ahead of the steps, on a thread: taken
-    by the step that first writes there, in every layer at once, it would hold up everybody.
+    by the step that first writes there, it would hold up everybody.
     """
 
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-        # Zeros, not empty: masked positions are multiplied by probability zero, and 0 * NaN would be NaN.
-        self._storage: Tensor = lazy_zeros(shape, dtype=dtype, device=device)
+        self._block_elems = block_elems(spec, block_size)
+        # Zeros, not empty: nothing that is not finite is ever where a kernel may multiply it by zero.
+        self._blocks: Tensor = lazy_zeros((num_blocks, self._block_elems), dtype=dtype, device=device)
+        shape = (num_blocks, spec.num_layers, 2, block_size, spec.num_kv_heads, spec.head_dim)
+        parts = self._blocks.view(shape)
         self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple(
-            (self._storage[layer, 0], self._storage[layer, 1]) for layer in range(spec.num_layers)
+            (parts[:, layer, 0], parts[:, layer, 1]) for layer in range(spec.num_layers)
         )
         self._num_blocks = num_blocks
         self._num_taken = 0 if device.type == "cpu" else num_blocks
-        self._lot = max(1, _LOT_BYTES * num_blocks // max(1, self._storage[0, 0].nbytes))
+        self._lot = max(1, _LOT_BYTES // (self._block_elems * dtype.itemsize))
         self._thread: threading.Thread | None = None
+
+    def pages(self, first_block: int, num_pages: int, blocks_per_page: int, page_elems: int) -> Tensor:
+        """Blocks from ``first_block`` on, seen as adapter pages [num_pages, page_elems]; the row stride is that of
+        ``blocks_per_page`` blocks."""
+        blocks = self._blocks[first_block : first_block + num_pages * blocks_per_page]
+        return blocks.view(num_pages, blocks_per_page * self._block_elems)[:, :page_elems]
 
     def use(self, block_id: int) -> None:
         """Blocks up to this one are in use: take memory for those that come next."""
@@ -56,11 +70,6 @@ class KVCache:
             return
         num_blocks = min(self._num_blocks, (block_id // self._lot + _NUM_LOTS_AHEAD) * self._lot)
         if num_blocks > self._num_taken:
-            first, self._num_taken = self._num_taken, num_blocks
-            self._thread = threading.Thread(target=self._take, args=(first, num_blocks), name="pomona-kv", daemon=True)
+            blocks, self._num_taken = self._blocks[self._num_taken : num_blocks], num_blocks
+            self._thread = threading.Thread(target=take_memory, args=(blocks,), name="pomona-kv", daemon=True)
             self._thread.start()
-
-    def _take(self, first: int, end: int) -> None:
-        for layer in self.layers:
-            for blocks in layer:
-                take_memory(blocks[first:end])

@@ -23,7 +23,7 @@ from pomona.runner.captures import Capture, CudaCapture, Recall
 from pomona.runner.config import RunnerConfig
 from pomona.runner.graph_inputs import GraphLimits
 from pomona.runner.graphs import DecodeGraphs, default_batch_sizes, measure_graph_bytes
-from pomona.runner.kv_cache import KVCache, block_bytes
+from pomona.runner.kv_cache import KVCache, block_bytes, lazy_zeros
 from pomona.runner.memory import Capacity, plan_capacity, torch_device, torch_dtype
 from pomona.runner.runner import ModelRunner
 from pomona.runner.sequences import SequenceTable
@@ -76,18 +76,19 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
         capacity = plan_capacity(
             config, spec, layout, max_model_len=max_model_len, device=device, reserved_bytes=reserved
         )
-        limits = replace(limits, num_kv_blocks=capacity.num_kv_blocks)
+        limits = replace(limits, num_kv_blocks=capacity.num_blocks_in_all)
     adapters = StagedAdapters(AdapterLoader(weights, layout, capacity.num_adapter_pages), capacity.num_adapter_pages)
-    num_blocks = capacity.num_kv_blocks + (limits.num_scrap_blocks if limits is not None else 0)
+    # KV's own blocks, then those of adapter pages, then scrap.
+    num_blocks = capacity.num_blocks_in_all + (limits.num_scrap_blocks if limits is not None else 0)
     kv_cache = KVCache(spec, num_blocks, config.block_size, dtype=dtype, device=device)
     kv_cache.use(0)
-    pool = AdapterPool(
-        layout,
-        capacity.num_adapter_pages,
-        dtype=dtype,
-        device=device,
-        link_bytes_per_s=config.adapter_link_bytes_per_s,
-    )
+    if capacity.blocks_per_page:
+        pages = kv_cache.pages(
+            capacity.num_kv_blocks, capacity.num_adapter_pages, capacity.blocks_per_page, layout.page_elems
+        )
+    else:
+        pages = lazy_zeros((capacity.num_adapter_pages, layout.page_elems), dtype=dtype, device=device)
+    pool = AdapterPool(layout, pages, link_bytes_per_s=config.adapter_link_bytes_per_s)
     graphs = None
     if limits is not None:
         graphs = DecodeGraphs(decoder, kv_cache, pool, limits, _capture(device))
@@ -115,7 +116,7 @@ def _graph_limits(
     return GraphLimits(
         batch_sizes=config.graph_batch_sizes or default_batch_sizes(config.max_num_seqs),
         max_lora_rank=config.graph_max_lora_rank,
-        num_kv_blocks=capacity.num_kv_blocks,
+        num_kv_blocks=capacity.num_blocks_in_all,
         block_size=config.block_size,
         max_model_len=max_model_len,
     )
@@ -134,7 +135,7 @@ def _measured_graph_bytes(decoder: Decoder, layout: PageLayout, limits: GraphLim
     def make_graphs() -> DecodeGraphs:
         num_blocks = -(-limits.batch_sizes[-1] // limits.block_size)
         kv_cache = KVCache(layout.spec, num_blocks, limits.block_size, dtype=dtype, device=device)
-        pool = AdapterPool(layout, 1, dtype=dtype, device=device)
+        pool = AdapterPool(layout, torch.zeros((1, layout.page_elems), dtype=dtype, device=device))
         return DecodeGraphs(decoder, kv_cache, pool, limits, CudaCapture(device))
 
     def free_bytes() -> int:

@@ -17,6 +17,8 @@ _CPU_FRACTION = 0.5
 _ADAPTER_FRACTION = 0.2
 """Adapters' share of what is left after the weights, unless adapter_bytes says otherwise."""
 _MAX_ADAPTER_BYTES = 8 * GIB
+_MAX_WASTE = 0.25
+"""Of a page's size, what may be lost by making it up from whole KV blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,15 @@ class Capacity:
     """What fits."""
 
     num_kv_blocks: int
+    """KV blocks that are never an adapter's."""
     num_adapter_pages: int
+    blocks_per_page: int
+    """KV blocks in the place of which an adapter page stands; 0 if pages have memory of their own."""
+
+    @property
+    def num_blocks_in_all(self) -> int:
+        """KV blocks that there may be while no adapter is resident."""
+        return self.num_kv_blocks + self.num_adapter_pages * self.blocks_per_page
 
 
 def available_host_bytes() -> int:
@@ -65,12 +75,13 @@ def plan_capacity(
     """
     dtype_bytes = torch_dtype(config, spec, device).itemsize
     budget = _free_bytes(config, spec, device) - reserved_bytes
-    page_bytes = layout.page_elems * dtype_bytes
+    per_block = block_bytes(spec, config.block_size, torch_dtype(config, spec, device))
+    blocks_per_page = _blocks_per_page(layout.page_elems * dtype_bytes, per_block)
+    page_bytes = blocks_per_page * per_block or layout.page_elems * dtype_bytes
     adapter_bytes = config.adapter_bytes
     if adapter_bytes is None:
         adapter_bytes = min(int(budget * _ADAPTER_FRACTION), _MAX_ADAPTER_BYTES)
     num_pages = adapter_bytes // page_bytes
-    per_block = block_bytes(spec, config.block_size, torch_dtype(config, spec, device))
     blocks_per_seq = -(-max_model_len // config.block_size)
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // per_block
@@ -81,7 +92,13 @@ def plan_capacity(
             f"the KV cache holds {max(num_blocks, 0) * config.block_size} tokens but max_model_len is {max_model_len}: "
             f"raise kv_cache_bytes to at least {blocks_per_seq * per_block} or lower max_model_len"
         )
-    return Capacity(num_kv_blocks=num_blocks, num_adapter_pages=num_pages)
+    return Capacity(num_kv_blocks=num_blocks, num_adapter_pages=num_pages, blocks_per_page=blocks_per_page)
+
+
+def _blocks_per_page(page_bytes: int, per_block: int) -> int:
+    """Whole blocks that hold a page; 0 if too much of them would be left over."""
+    num_blocks = -(-page_bytes // per_block)
+    return num_blocks if num_blocks * per_block - page_bytes <= _MAX_WASTE * page_bytes else 0
 
 
 def _free_bytes(config: RunnerConfig, spec: ModelSpec, device: torch.device) -> int:
