@@ -28,6 +28,7 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
         self.copying: dict[str, int] = {}  # told of, not heard of: name -> load
         self.told: list[AdapterLoad] = []  # of the latest plan
         self.owed: list[str] = []  # drained, not reported
+        self.lent: set[int] = set()
 
     def evict(self, name: str):
         self.lru.remove(name)
@@ -98,6 +99,20 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
         self.slots.pin(name)
         self.pins[name] += 1
 
+    @precondition(lambda self: self.slots.num_free_pages)
+    @rule()
+    def lend(self):
+        page_id = self.slots.lend()
+        assert page_id not in self.lent
+        self.lent.add(page_id)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def take_back(self, data: st.DataObject):
+        page_id = data.draw(st.sampled_from(sorted(self.lent)))
+        self.slots.take_back(page_id)
+        self.lent.remove(page_id)
+
     @rule(name=st.sampled_from(NAMES))
     def unpin(self, name: str):
         if self.pins[name]:
@@ -139,10 +154,8 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
     @rule()
     def forget_all(self):
         self.slots.forget_all()
-        self.lru.clear()
-        self.untold.clear()
-        self.unloaded.clear()
-        self.copying.clear()
+        for name in list(self.lru):
+            self.evict(name)
         self.told = []
 
     @invariant()
@@ -159,8 +172,10 @@ class AdapterSlotsMachine(RuleBasedStateMachine):
         assert {name for name, status in statuses.items() if status.is_loading} == loading
         assert slots.num_loading == len(loading)
         pages = [page_id for status in statuses.values() for page_id in status.page_ids or ()]
-        assert len(set(pages)) == len(pages)
+        pages.extend(self.lent)
+        assert len(set(pages)) == len(pages), "a page is one adapter's, or KV's"
         assert slots.num_free_pages + len(pages) == slots.num_pages
+        assert (slots.num_lent_pages, slots.num_used_pages) == (len(self.lent), len(pages) - len(self.lent))
         assert slots.num_resident == len(self.lru)
         assert slots.num_pinned == sum(count > 0 for count in self.pins.values())
 

@@ -29,6 +29,7 @@ CONFIGS = st.fixed_dictionaries(
         "max_num_batched_tokens": st.integers(1, 12),
         "max_num_seqs": st.integers(1, 4),
         "num_adapter_pages": st.integers(2, 3),
+        "blocks_per_page": st.integers(0, 3),
         "max_prefill_chunk": st.none() | st.integers(1, 5),
         "max_waiting": st.integers(2, 6),
         "enable_prefix_cache": st.booleans(),

@@ -61,6 +61,7 @@ CONFIGS = st.fixed_dictionaries(
         "reserve_steps": st.integers(0, 2),
         "min_prefix_wait_tokens": st.sampled_from([0, 4]),
         "num_adapter_pages": st.integers(2, 6),
+        "blocks_per_page": st.integers(0, 3),
         "adapter_wait_limit_s": st.sampled_from([0.0, 2.0, 1e9]),
     }
 )

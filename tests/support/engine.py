@@ -1,8 +1,9 @@
 """Builders and fakes for the scheduler and the engine: requests, configs, and an executor that checks every plan.
 
-``FakeExecutor`` simulates the contents of KV blocks. What it writes for a token depends on salt, adapter and everything
-before the token, and the next token is a hash of all it reads back through the block table. So a block shared wrongly,
-overwritten too early or not recomputed shows as a token that differs from ``expected_output``.
+``FakeExecutor`` simulates the contents of KV blocks and of adapter pages, in one memory. What it writes for a token
+depends on salt, adapter and everything before the token, and the next token is a hash of all it reads back through the
+block table. So a block shared wrongly, overwritten too early or not recomputed shows as a token that differs from
+``expected_output``. What an adapter's copy wrote is read back before each use, wherever KV may be written too.
 """
 
 import hashlib
@@ -175,6 +176,8 @@ class FakeExecutor:
     def __post_init__(self) -> None:
         # Sequences held when a step was abandoned or the executor restarted: they may or may not be released.
         self._doubtful: set[RequestId] = set()
+        # Adapters evicted by the next plan may never have been loaded, likewise.
+        self._is_doubtful = False
         self._forget()
 
     def _forget(self) -> None:
@@ -182,7 +185,9 @@ class FakeExecutor:
         self._held: dict[RequestId, _Held] = {}
         self._pages: dict[AdapterId, tuple[PageId, ...]] = {}
         self._copying: dict[AdapterId, tuple[int, int]] = {}  # load, steps that it still takes
-        self._slots = [b"garbage"] * (self.config.num_kv_blocks * self.config.block_size)
+        config = self.config
+        self._num_blocks = config.num_kv_blocks + config.num_adapter_pages * config.blocks_per_page
+        self._slots = [b"garbage"] * (self._num_blocks * config.block_size)
 
     @property
     def num_held(self) -> int:
@@ -196,6 +201,7 @@ class FakeExecutor:
     def reset(self) -> None:
         """Become a new executor, as after a restart."""
         self._doubtful.update(self._held)
+        self._is_doubtful = True
         self._forget()
 
     def launch(self, plan: StepPlan) -> _Launched:
@@ -208,8 +214,7 @@ class FakeExecutor:
     def abandon(self) -> None:
         """Be in the middle of a step that raised."""
         self._doubtful.update(self._held)
-        self._pages.clear()
-        self._copying.clear()
+        self._is_doubtful = True
         self.under_way.clear()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -221,11 +226,15 @@ class FakeExecutor:
             assert request_id in self._held or request_id in self._doubtful, "only what is held is released"
             self._held.pop(request_id, None)
         for adapter_id in plan.adapter_evictions:
-            del self._pages[adapter_id]
+            assert adapter_id in self._pages or self._is_doubtful, "only what is resident is evicted"
+            self._pages.pop(adapter_id, None)
             self._copying.pop(adapter_id, None)
+        self._is_doubtful = False
         self._copying = {name: (load_id, left - 1) for name, (load_id, left) in self._copying.items() if left > 1}
         for load in plan.adapter_loads:
             self._load(load)
+        for adapter_id in self._copying:
+            self._copy(adapter_id)
         self._check(plan)
         loading = frozenset(load_id for load_id, _ in self._copying.values())
         result = StepResult(step_id=plan.step_id, loading=loading)
@@ -247,9 +256,23 @@ class FakeExecutor:
         assert taken.isdisjoint(load.page_ids) and len(set(load.page_ids)) == len(load.page_ids)
         assert all(0 <= page_id < self.config.num_adapter_pages for page_id in load.page_ids)
         self._pages[load.adapter_id] = load.page_ids
+        self._copy(load.adapter_id)
         assert load.is_awaited == (self.config.adapter_loading == "on_demand")
         if not load.is_awaited and self.copy_steps:
             self._copying[load.adapter_id] = (load.load_id, self.copy_steps)
+
+    def _copy(self, adapter_id: AdapterId) -> None:
+        """Write what an adapter's weights are, over all of its pages."""
+        for slot in self._slots_of(adapter_id):
+            self._slots[slot] = _digest(adapter_id, slot)
+
+    def _slots_of(self, adapter_id: AdapterId) -> list[int]:
+        """Where its pages are, if KV may have them too."""
+        config = self.config
+        num_slots = config.blocks_per_page * config.block_size
+        first = config.num_kv_blocks * config.block_size
+        starts = [first + page_id * num_slots for page_id in self._pages[adapter_id]]
+        return [slot for start in starts for slot in range(start, start + num_slots)]
 
     def _check(self, plan: StepPlan) -> None:
         config = self.config
@@ -275,6 +298,8 @@ class FakeExecutor:
                 assert owners[held.block_ids[index]] == 1, "a block that is written has one owner"
             if held.start.adapter_id is not None:
                 assert held.start.adapter_id in self._pages, "an adapter is resident before it is used"
+                for slot in self._slots_of(held.start.adapter_id):
+                    assert self._slots[slot] == _digest(held.start.adapter_id, slot), "KV was written over an adapter"
                 self._check_copied(held, first, end)
             if not adapter_ids or adapter_ids[-1] != held.start.adapter_id:
                 adapter_ids.append(held.start.adapter_id)
@@ -297,7 +322,7 @@ class FakeExecutor:
             )
         held = self._held[entry.request_id]
         held.block_ids.extend(entry.new_block_ids)
-        assert all(0 <= block_id < self.config.num_kv_blocks for block_id in entry.new_block_ids)
+        assert all(0 <= block_id < self._num_blocks for block_id in entry.new_block_ids)
 
     def _compute(self, entry: ScheduledSeq, result: StepResult) -> None:
         request_id = entry.request_id
@@ -340,9 +365,13 @@ def check_integrity(scheduler: Scheduler) -> None:
     what must never differ is what only they know."""
     pool, adapters, running = scheduler._pool, scheduler.adapters, scheduler._running
     held = [block_id for seq in running for block_id in seq.block_ids]
-    num_refs = {block_id: pool.num_refs(block_id) for block_id in map(BlockId, range(pool.num_blocks))}
+    num_in_all = pool.num_own_blocks + adapters.num_pages * pool.blocks_per_page
+    num_refs = {block_id: pool.num_refs(block_id) for block_id in map(BlockId, range(num_in_all))}
     assert {block_id: held.count(block_id) for block_id in num_refs} == num_refs
-    assert pool.num_used == len(set(held)) == pool.num_blocks - pool.num_free
+    assert pool.num_used == len(set(held))
+    assert pool.is_confined == scheduler._turn.has_claimant
+    assert pool.is_confined or pool.num_used == pool.num_blocks - pool.num_free
+    assert pool.num_blocks == pool.num_own_blocks + adapters.num_lent_pages * pool.blocks_per_page
     queue = scheduler._queue
     waiting = [seq for seq in scheduler._seqs.values() if seq.state is SequenceState.WAITING]
     assert len(queue) == len(waiting)
@@ -365,7 +394,9 @@ def check_integrity(scheduler: Scheduler) -> None:
         assert (status.num_users, status.num_pins) == (len(alive), len(pinning))
         assert status.is_resident or not pinning, "a pinned adapter is resident"
         pages.extend(status.page_ids or ())
+    pages.extend(pool.lent_page_ids)
     assert len(set(pages)) == len(pages) == adapters.num_pages - adapters.num_free_pages
+    assert adapters.num_lent_pages == len(pool.lent_page_ids)
 
 
 @dataclass

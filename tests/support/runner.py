@@ -22,7 +22,8 @@ class TinyEngine:
     Args:
         checkpoint: a base model's folder.
         overlap_steps: see Engine.
-        settings: fields of RunnerConfig and SchedulerConfig; ``num_kv_blocks`` makes memory scarce.
+        settings: fields of RunnerConfig and SchedulerConfig; ``num_kv_blocks`` makes memory scarce
+            and keeps KV from adapter pages.
     """
 
     def __init__(self, checkpoint: Path, *, overlap_steps: bool = False, **settings: Any) -> None:
@@ -31,11 +32,14 @@ class TinyEngine:
         chosen = {**defaults, **memory, **{name: settings[name] for name in settings if name in _RUNNER_FIELDS}}
         self.loaded: LoadedRunner = load_runner(RunnerConfig(model_path=str(checkpoint), **chosen))
         limits = {name: value for name, value in settings.items() if name in _LIMITS and name != "block_size"}
+        capacity = self.loaded.capacity
         self.engine = Engine(
             SchedulerConfig(
                 **{
-                    "num_kv_blocks": self.loaded.capacity.num_kv_blocks,
-                    "num_adapter_pages": self.loaded.capacity.num_adapter_pages,
+                    "num_kv_blocks": capacity.num_kv_blocks,
+                    "num_adapter_pages": capacity.num_adapter_pages,
+                    # Where a page stands follows from the number of KV's own blocks.
+                    "blocks_per_page": 0 if "num_kv_blocks" in limits else capacity.blocks_per_page,
                     "max_model_len": self.loaded.max_model_len,
                     "block_size": chosen["block_size"],
                     **limits,

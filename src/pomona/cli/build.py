@@ -43,6 +43,7 @@ class BuildEngine:
         limits = SchedulerConfig(
             num_kv_blocks=loaded.capacity.num_kv_blocks,
             num_adapter_pages=loaded.capacity.num_adapter_pages,
+            blocks_per_page=loaded.capacity.blocks_per_page,
             max_model_len=loaded.max_model_len,
             block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,

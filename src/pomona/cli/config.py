@@ -82,9 +82,11 @@ class AppConfig(BaseSettings):
     max_num_batched_tokens: int = Field(2048, ge=1, description="Token budget of one step.")
     max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered with 429.")
     block_size: int = Field(16, ge=1, description="Token positions per KV block.")
-    kv_cache_bytes: ByteSize | None = Field(None, description="Memory for the KV cache, such as 2GiB; default: sized.")
+    kv_cache_bytes: ByteSize | None = Field(
+        None, description="Memory of the KV cache's own, such as 2GiB; default: sized."
+    )
     adapter_bytes: ByteSize | None = Field(
-        None, description="Device memory for adapters, such as 1GiB; default: sized."
+        None, description="Device memory that adapters may take, and KV while they do not; default: sized."
     )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model step; default: all cores.")

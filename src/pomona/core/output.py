@@ -35,10 +35,14 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_kv_blocks: int = 0
+    """KV's own, and those of adapter pages lent to it."""
     num_kv_blocks_used: int = 0
     """Referenced by a running sequence; cached blocks that nobody uses count as free."""
     num_adapter_pages: int = 0
     num_adapter_pages_used: int = 0
+    """Of resident adapters."""
+    num_adapter_pages_lent: int = 0
+    """Of which KV has the memory, as blocks."""
     num_resident_adapters: int = 0
     num_pinned_adapters: int = 0
     num_steps: int = 0

@@ -65,6 +65,8 @@ class StepPlan:
     """Sequences the executor held that it must forget: finished, aborted or preempted. After a step that raised, or a
     restart, there may be some that it never held, or no longer does: it ignores those."""
     adapter_evictions: tuple[AdapterId, ...] = ()
+    """Adapters whose pages may be overwritten from this step on, by other adapters and as KV blocks. After a failure
+    there may be some that the executor does not hold, likewise."""
     adapter_loads: tuple[AdapterLoad, ...] = ()
 
     @property

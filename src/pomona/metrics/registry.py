@@ -110,10 +110,11 @@ ENGINE_RESTARTS: Final = Metric(
 _ENGINE_GAUGES: Final = (
     ("pomona_running_requests", "requests", "num_running", "Requests being computed."),
     ("pomona_waiting_requests", "requests", "num_waiting", "Requests in the queue."),
-    ("pomona_kv_blocks", "blocks", "num_kv_blocks", "KV blocks there are."),
+    ("pomona_kv_blocks", "blocks", "num_kv_blocks", "KV blocks there are, those in lent adapter pages included."),
     ("pomona_kv_blocks_used", "blocks", "num_kv_blocks_used", "KV blocks that running requests refer to."),
     ("pomona_adapter_pages", "pages", "num_adapter_pages", "Adapter pages there are."),
     ("pomona_adapter_pages_used", "pages", "num_adapter_pages_used", "Adapter pages that hold resident adapters."),
+    ("pomona_adapter_pages_lent", "pages", "num_adapter_pages_lent", "Adapter pages that hold KV blocks meanwhile."),
     ("pomona_resident_adapters", "adapters", "num_resident_adapters", "Adapters resident on the device."),
     ("pomona_pinned_adapters", "adapters", "num_pinned_adapters", "Resident adapters that may not be evicted now."),
 )  # fmt: skip

@@ -63,6 +63,7 @@ class AdapterCopies:
         self._stream: torch.cuda.Stream | None = None
         self._changed = threading.Condition()
         self._writing = threading.Lock()
+        """Held while something is written, and to cancel: a copy given up has stopped writing."""
         self._queue: deque[AdapterCopy] = deque()
         self._num_begun = 0
         """Copies that have been begun and not ended."""
@@ -107,9 +108,8 @@ class AdapterCopies:
     def cancel(self, copy: AdapterCopy) -> None:
         """Give the copy up. When this returns, it writes nothing any more: a piece that is being copied is waited for,
         the link never."""
-        copy.is_cancelled = True
         with self._writing:
-            pass
+            copy.is_cancelled = True
 
     def wait(self, timeout_s: float) -> None:
         """Wait until some copy has been made, at most so long; not at all if none is under way."""
@@ -140,6 +140,7 @@ class AdapterCopies:
         with torch.cuda.stream(self._stream):
             if self._stream is not None and copy.after is not None:
                 self._stream.wait_event(copy.after)
+                self._stream.synchronize()  # who cancels waits for a write, never for a step
             source = copy.weights.pages
             layer_bytes = source.nbytes // self._num_layers
             step = max(1, -(-self.piece_bytes // max(1, layer_bytes)))

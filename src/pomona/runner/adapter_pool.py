@@ -114,7 +114,8 @@ class AdapterPool:
         """Carry out a plan's evictions, then its loads; take note of copies that have been made.
 
         Args:
-            evictions: adapters to forget; their pages may be overwritten at once.
+            evictions: adapters to forget; their pages may be overwritten as soon as this returns. Those that are not
+                there are ignored.
             loads: adapters and the pages they get.
             staged: host copies; must hold every adapter to load.
             used: adapters of the step's rows. On a CPU their copies wait for ``begin_deferred``: they would take from
@@ -125,7 +126,8 @@ class AdapterPool:
         if self.under_way:
             self._settle()
         for adapter_id in evictions:
-            self._forget(adapter_id)
+            if adapter_id in self._resident:
+                self._forget(adapter_id)
         for load in loads:
             self._load(load, staged[load.adapter_id], used)
         if evictions or loads:

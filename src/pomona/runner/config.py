@@ -28,9 +28,11 @@ class RunnerConfig:
     max_num_batched_tokens: int = 2048
     """Most rows in one step; bounds the step's temporaries."""
     kv_cache_bytes: int | None = None
-    """Memory for KV blocks; None sizes it from the free memory and what max_num_seqs full contexts could use."""
+    """Memory for KV blocks that is never an adapter's; None sizes it from the free memory and what max_num_seqs full
+    contexts could use."""
     adapter_bytes: int | None = None
-    """Device memory for resident adapters; None takes a fifth of what is free, at most 8 GiB."""
+    """Device memory that resident adapters may take, and KV while they do not. None takes a fifth of what is free, at
+    most 8 GiB."""
     adapter_link_bytes_per_s: float | None = None
     """Adapters are copied to the device no faster than this, to rehearse slow links; None: as fast as it goes."""
     rows_per_page: int = 4

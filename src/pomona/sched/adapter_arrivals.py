@@ -10,7 +10,7 @@ adapters of requests further back in the queue are copied ahead into pages that 
 from collections.abc import Iterable
 from typing import Literal
 
-from pomona.sched.adapter_slots import AdapterSlots
+from pomona.sched.memory import Memory
 from pomona.sched.sequence import Sequence
 
 AdapterLoading = Literal["on_demand", "join", "assist"]
@@ -24,12 +24,13 @@ class AdapterArrivals:
     """Pins adapters for sequences, and loads them.
 
     Args:
-        adapters: the pages.
+        memory: the pages, and KV that may have some of them.
         loading: which way.
     """
 
-    def __init__(self, adapters: AdapterSlots, loading: AdapterLoading) -> None:
-        self._adapters = adapters
+    def __init__(self, memory: Memory, loading: AdapterLoading) -> None:
+        self._memory = memory
+        self._adapters = memory.adapters
         self._is_awaited = loading == "on_demand"
         self._is_assisted = loading == "assist"
 
@@ -89,12 +90,12 @@ class AdapterArrivals:
                 continue
             if adapters.num_pages_of(adapter_id) > adapters.num_free_pages:
                 break
-            adapters.load(adapter_id, is_awaited=False)
+            self._memory.load(adapter_id, is_awaited=False)
 
     def _pin(self, seq: Sequence) -> None:
         adapters, adapter_id = self._adapters, seq.request.adapter_id
         assert adapter_id is not None
         seq.num_loaded_pages = 0
         if not adapters.is_resident(adapter_id):
-            seq.num_loaded_pages = len(adapters.load(adapter_id, is_awaited=self._is_awaited).page_ids)
+            seq.num_loaded_pages = len(self._memory.load(adapter_id, is_awaited=self._is_awaited).page_ids)
         seq.adapter_order = adapters.pin(adapter_id)

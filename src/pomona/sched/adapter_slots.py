@@ -4,10 +4,12 @@ Accounting only: weights live in the executor, which learns of every load and ev
 things can be true of a registered adapter, each the reason for the next: a request *uses* it from ``add`` to its end; a
 running sequence, or one that waits for the copy, *pins* it; a pinned adapter is *resident*; a resident adapter that
 nobody pins may be *evicted*. A resident adapter has its pages; while it is *loading*, its weights are on the way there.
+A page that no adapter has is *free*, or *lent* to KV.
 """
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from pomona.core.adapter import AdapterInfo
@@ -59,18 +61,23 @@ class AdapterSlots:
 
     Args:
         num_pages: adapter pages of the executor.
+        clock: orders uses, here and elsewhere.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, clock: Iterator[int] | None = None) -> None:
         self.num_pages = num_pages
+        self.num_lent_pages = 0
+        """Pages that KV has."""
+        self._clock = itertools.count() if clock is None else clock
         self.num_loads = 0
         """Loads since the start."""
         self.num_evictions = 0
         """Evictions since the start, those of drained adapters included."""
         self._entries: dict[AdapterId, _Entry] = {}
         self._free_pages = [PageId(index) for index in reversed(range(num_pages))]
-        # Resident adapters that nobody pins, least recently used first, and the pages they hold together.
-        self._idle: OrderedDict[AdapterId, None] = OrderedDict()
+        # Resident adapters that nobody pins and when they were last used, least recently first, and the pages they
+        # hold together.
+        self._idle: OrderedDict[AdapterId, int] = OrderedDict()
         self._num_idle_pages = 0
         self._num_resident = 0
         self._evictions: list[AdapterId] = []
@@ -84,8 +91,13 @@ class AdapterSlots:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that belong to no resident adapter."""
+        """Pages that belong to no resident adapter and are not lent."""
         return len(self._free_pages)
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages of resident adapters."""
+        return self.num_pages - self.num_lent_pages - len(self._free_pages)
 
     @property
     def num_resident(self) -> int:
@@ -197,6 +209,11 @@ class AdapterSlots:
         return tuple(self._idle)
 
     @property
+    def oldest_idle(self) -> int | None:
+        """When the adapter that is evicted next was last used; None if there is none."""
+        return next(iter(self._idle.values()), None)
+
+    @property
     def num_loadable_pages(self) -> int:
         """Pages that ``load`` could give: free ones, and those of adapters that nobody pins."""
         return len(self._free_pages) + self._num_idle_pages
@@ -224,7 +241,7 @@ class AdapterSlots:
         assert self.can_load(adapter_id)
         num_pages = entry.info.num_pages
         while len(self._free_pages) < num_pages:
-            self._evict(next(iter(self._idle)))
+            self.evict_oldest()
         entry.page_ids = tuple(self._free_pages.pop() for _ in range(num_pages))
         entry.is_resident = True
         entry.is_loading = not is_awaited
@@ -232,10 +249,24 @@ class AdapterSlots:
         self._num_resident += 1
         self.num_loads += 1
         entry.order = self.num_loads
-        self._idle[adapter_id] = None
+        self._idle[adapter_id] = next(self._clock)
         self._num_idle_pages += num_pages
         load = self.untold_loads[adapter_id] = AdapterLoad(adapter_id, entry.page_ids, entry.order, is_awaited)
         return load
+
+    def evict_oldest(self) -> None:
+        """Evict the least recently used adapter that nobody pins."""
+        self._evict(next(iter(self._idle)))
+
+    def lend(self) -> PageId:
+        """Give a free page to KV."""
+        self.num_lent_pages += 1
+        return self._free_pages.pop()
+
+    def take_back(self, page_id: PageId) -> None:
+        """Have a lent page back, as a free one."""
+        self.num_lent_pages -= 1
+        self._free_pages.append(page_id)
 
     def take_loads(self) -> tuple[AdapterLoad, ...]:
         """Loads that the executor has not been told of, in order; the caller puts them into its plan."""
@@ -278,7 +309,7 @@ class AdapterSlots:
         assert entry.num_pins > 0, "unpinned more often than pinned"
         entry.num_pins -= 1
         if entry.num_pins == 0:
-            self._idle[adapter_id] = None
+            self._idle[adapter_id] = next(self._clock)
             self._num_idle_pages += len(entry.page_ids)
 
     def take_evictions(self) -> tuple[AdapterId, ...]:
@@ -288,12 +319,12 @@ class AdapterSlots:
         return evictions
 
     def forget_all(self) -> None:
-        """No adapter is resident any more, because the executor lost its state. Nothing may be pinned. Registered
-        adapters stay registered and are loaded again when needed."""
+        """No adapter is resident any more, because the executor may have lost its state. Nothing may be pinned.
+        Registered adapters stay registered and are loaded again when needed. The next plan evicts all that the executor
+        may still hold: copies into their pages have to stop before others write there."""
         assert self.num_pinned == 0, "pinned adapters cannot be forgotten"
         while self._idle:
-            self._evict(next(iter(self._idle)))
-        self._evictions.clear()
+            self.evict_oldest()
         self._copying.clear()
 
     def _drop_if_drained(self, entry: _Entry) -> None:

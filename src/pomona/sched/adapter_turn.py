@@ -3,13 +3,14 @@
 Requests whose adapter is resident overtake one whose adapter is not, which keeps the batch full; the price is that they
 could keep its pages pinned for ever. So after a limit the waiting one becomes the claimant. The adapters whose running
 users will be done first are *closed* to new users, as many as it needs the pages of, and until it has them nobody else
-gets pages; users of all other adapters come and go meanwhile. Base-model requests never wait here.
+gets pages; users of all other adapters come and go meanwhile. KV is *confined* to its own blocks meanwhile, so that the
+pages it has borrowed come back when those who hold them now are done. Base-model requests never wait here.
 """
 
 from collections.abc import Callable, Iterable
 
 from pomona.core.ids import AdapterId
-from pomona.sched.adapter_slots import AdapterSlots
+from pomona.sched.memory import Memory
 from pomona.sched.sequence import Sequence
 
 
@@ -17,7 +18,7 @@ class AdapterTurn:
     """Decides whether a waiting sequence may start, as far as adapter pages are concerned.
 
     Args:
-        adapters: the pages and who pins them.
+        memory: the pages and who has them.
         wait_limit_s: how long a request lets others overtake it.
         is_before: True if the first of two waiting sequences has the better right to be served, and so passes a
             claimant.
@@ -26,12 +27,13 @@ class AdapterTurn:
 
     def __init__(
         self,
-        adapters: AdapterSlots,
+        memory: Memory,
         wait_limit_s: float,
         is_before: Callable[[Sequence, Sequence], bool],
         running: Callable[[], Iterable[Sequence]],
     ) -> None:
-        self._adapters = adapters
+        self._memory = memory
+        self._adapters = memory.adapters
         self._wait_limit_s = wait_limit_s
         self._is_before = is_before
         self._running = running
@@ -55,12 +57,13 @@ class AdapterTurn:
         adapter_id = seq.request.adapter_id
         if adapter_id is None:
             return True
-        if not self.is_barred(seq) and (self._adapters.is_resident(adapter_id) or self._adapters.can_load(adapter_id)):
+        if not self.is_barred(seq) and (self._adapters.is_resident(adapter_id) or self._memory.can_load(adapter_id)):
             return True
         if seq.first_blocked_s is None:
             seq.first_blocked_s = now_s
         if self._claimant is None and now_s - seq.first_blocked_s >= self._wait_limit_s:
             self._claimant = seq
+            self._memory.pool.is_confined = True
         return False
 
     def is_barred(self, seq: Sequence) -> bool:
@@ -81,13 +84,14 @@ class AdapterTurn:
         if self._claimant is seq:
             self._claimant = None
             self._closed.clear()
+            self._memory.pool.is_confined = False
 
     def _close(self, claimant: Sequence) -> None:
-        """See to it that free pages and those of closed adapters are enough for the claimant: first it closes adapters
-        that nobody uses, then those whose running users have the fewest tokens left."""
+        """See to it that free pages, those that KV gives back and those of closed adapters are enough for the claimant:
+        first it closes adapters that nobody uses, then those whose running users have the fewest tokens left."""
         adapters, adapter_id = self._adapters, claimant.request.adapter_id
         assert adapter_id is not None
-        num_missing = adapters.num_pages_of(adapter_id) - adapters.num_free_pages
+        num_missing = adapters.num_pages_of(adapter_id) - adapters.num_free_pages - adapters.num_lent_pages
         num_missing -= sum(adapters.num_pages_of(one) for one in self._closed if adapters.is_resident(one))
         if num_missing <= 0:
             return

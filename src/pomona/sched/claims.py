@@ -7,12 +7,11 @@ from the lowest class first, there from the tenant most served, there from the l
 
 from collections.abc import Iterable, Iterator
 
-from pomona.core.ids import AdapterId
+from pomona.core.ids import AdapterId, PageId
 from pomona.sched.account import Account
-from pomona.sched.adapter_slots import AdapterSlots
-from pomona.sched.block_pool import BlockPool
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.fair_queue import FairQueue
+from pomona.sched.memory import Memory
 from pomona.sched.sequence import Sequence
 
 
@@ -22,15 +21,15 @@ class Claims:
     Args:
         config: limits of the scheduler.
         queue: accounts of all tenants.
-        pool: KV blocks.
-        adapters: adapter pages.
+        memory: KV blocks and adapter pages.
     """
 
-    def __init__(self, config: SchedulerConfig, queue: FairQueue, pool: BlockPool, adapters: AdapterSlots) -> None:
+    def __init__(self, config: SchedulerConfig, queue: FairQueue, memory: Memory) -> None:
         self._config = config
         self._queue = queue
-        self._pool = pool
-        self._adapters = adapters
+        self._memory = memory
+        self._pool = memory.pool
+        self._adapters = memory.adapters
 
     def split(self, running: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
         """Running sequences that compute before new ones are admitted, and those that compute after, in their order."""
@@ -83,8 +82,9 @@ class Claims:
         """Running sequences to preempt, one by one, until the waiting one has a place and blocks. None if all of them
         together would not do."""
         num_blocks = -(-len(seq.token_ids) // self._config.block_size)
-        debtors = self._debtors(seq, running, chosen, has_seat=num_blocks <= self._share(self._pool.num_blocks))
-        if num_blocks <= self._pool.num_free + sum(len(one.block_ids) for one in debtors):
+        debtors = self._debtors(seq, running, chosen, has_seat=num_blocks <= self._share(self._config.num_kv_blocks))
+        num_free = self._memory.num_free_blocks_beside(self._memory.num_pages_to_pin(seq.request.adapter_id))
+        if num_blocks <= num_free + sum(self._memory.num_blocks_counted(one.block_ids) for one in debtors):
             for debtor in debtors:
                 if self._still_owes(debtor.account, seq.account):
                     yield debtor
@@ -93,26 +93,49 @@ class Claims:
         """Running sequences to preempt so that the waiting one's adapter can be loaded; none if that cannot be had."""
         adapters, adapter_id = self._adapters, seq.request.adapter_id
         assert adapter_id is not None
-        num_missing = adapters.num_pages_of(adapter_id) - adapters.num_loadable_pages
+        num_missing = adapters.num_pages_of(adapter_id) - self._memory.num_loadable_pages
         has_seat = adapters.num_pages_of(adapter_id) <= self._share(adapters.num_pages)
-        users: dict[AdapterId, list[Sequence]] = {}
-        for debtor in self._debtors(seq, running, chosen, has_seat=has_seat):
-            if debtor.request.adapter_id is not None:
-                users.setdefault(debtor.request.adapter_id, []).append(debtor)
-        victims: list[Sequence] = []
+        debtors = self._debtors(seq, running, chosen, has_seat=has_seat)
+        victims: dict[Sequence, None] = {}
         num_gone: dict[Account, int] = {}
-        for pinned_id, pinning in users.items():
+        for users, num_pages in self._holds(debtors):
             if num_missing <= 0:
                 break
-            if len(pinning) < adapters.num_pins_of(pinned_id):
-                continue  # somebody goes on using it
-            account = pinning[0].account
-            num_gone[account] = num_gone.get(account, 0) + len(pinning)
-            if num_gone[account] >= account.num_running and not self._queue.must_yield(account, seq.account):
+            going = [one for one in users if one not in victims]
+            for one in going:
+                num_gone[one.account] = num_gone.get(one.account, 0) + 1
+            if any(
+                num_gone[one.account] >= one.account.num_running
+                and not self._queue.must_yield(one.account, seq.account)
+                for one in going
+            ):
                 continue  # a tenant that only gives a seat keeps one itself
-            victims += pinning
-            num_missing -= adapters.num_pages_of(pinned_id)
-        return victims if num_missing <= 0 else []
+            victims.update(dict.fromkeys(going))
+            num_missing -= num_pages
+        return list(victims) if num_missing <= 0 else []
+
+    def _holds(self, debtors: list[Sequence]) -> list[tuple[list[Sequence], int]]:
+        """What comes back once some of the debtors go: those who hold it, and how many pages it is. An adapter, or a
+        page lent to KV, that somebody goes on using is not among it."""
+        adapters, pool = self._adapters, self._pool
+        adapter_users: dict[AdapterId, list[Sequence]] = {}
+        page_users: dict[PageId, list[Sequence]] = {}
+        for debtor in debtors:
+            if debtor.request.adapter_id is not None:
+                adapter_users.setdefault(debtor.request.adapter_id, []).append(debtor)
+            if adapters.num_lent_pages:
+                for block_id in debtor.block_ids:
+                    if (page_id := pool.page_of(block_id)) is not None:
+                        page_users.setdefault(page_id, []).append(debtor)
+        return [
+            (users, adapters.num_pages_of(adapter_id))
+            for adapter_id, users in adapter_users.items()
+            if len(users) == adapters.num_pins_of(adapter_id)
+        ] + [
+            (list(dict.fromkeys(users)), 1)
+            for page_id, users in page_users.items()
+            if len(users) == pool.num_refs_in(page_id)
+        ]
 
     def _debtors(
         self, seq: Sequence, running: list[Sequence], chosen: list[Sequence], *, has_seat: bool

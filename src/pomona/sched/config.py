@@ -1,5 +1,5 @@
 """Settings of one replica's scheduler. Built by the composition root, which fills in what the runner found at start-up
-(``num_kv_blocks``, ``num_adapter_pages``); never read from files or the environment here.
+(``num_kv_blocks``, ``num_adapter_pages``, ``blocks_per_page``); never read from files or the environment here.
 """
 
 import math
@@ -22,11 +22,14 @@ class SchedulerConfig:
     """
 
     num_kv_blocks: int
-    """KV blocks on the device, as the runner sized them."""
+    """KV blocks on the device that are never an adapter's, as the runner sized them."""
     max_model_len: int
     """Context in tokens: prompt and output of one sequence together."""
     num_adapter_pages: int = 0
     """Adapter pages on the device; 0 serves the base model alone."""
+    blocks_per_page: int = 0
+    """KV blocks in the place of which an adapter page stands: KV borrows pages that no adapter needs. 0: pages have
+    memory of their own, which KV never uses."""
     block_size: int = 16
     """Token positions of one KV block."""
     max_num_batched_tokens: int = 2048
@@ -62,6 +65,7 @@ class SchedulerConfig:
         for name in _AT_LEAST_ONE:
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("num_adapter_pages", self.num_adapter_pages, 0)
+        _check_at_least("blocks_per_page", self.blocks_per_page, 0)
         _check_at_least("min_prefix_wait_tokens", self.min_prefix_wait_tokens, 0)
         _check_at_least("reserve_steps", self.reserve_steps, 0)
         _check_at_least("max_model_len", self.max_model_len, 2)

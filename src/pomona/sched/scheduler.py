@@ -8,10 +8,10 @@ Longer than other files: what has a question of its own (queue, claims, cache, s
 stands beside it; what is left moves one sequence through its states, and each move touches all of these at once.
 """
 
+import itertools
 import operator
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain
 
 from pomona.core.errors import InvalidRequestError, QueueFullError
 from pomona.core.ids import BlockId, RequestId
@@ -27,6 +27,7 @@ from pomona.sched.config import SchedulerConfig
 from pomona.sched.deadline import Deadlines
 from pomona.sched.fair_queue import FairQueue
 from pomona.sched.limits import check_request
+from pomona.sched.memory import Memory
 from pomona.sched.outputs import NO_LOGPROBS, logprobs_of, output_of
 from pomona.sched.pace import Allowance, Pace
 from pomona.sched.prefix_cache import PrefixCache
@@ -40,7 +41,7 @@ class Scheduler:
     may plan one step more.
 
     Invariants: a running sequence is held by the executor, holds its blocks and pins its adapter; a waiting or ended
-    one holds nothing. A sequence alone always fits the pool (checked by ``add``), and the oldest running one is
+    one holds nothing. A sequence alone always fits KV's own blocks (checked by ``add``), and the oldest running one is
     preempted only for somebody with a claim to be served before it, so every step makes progress. Tokens count as
     computed once scheduled, and blocks become findable when the step's result arrives, so that a later step can be
     planned in between. What ends while a later plan names it is given up at once: plans are carried out in order, so
@@ -49,8 +50,10 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.adapters = AdapterSlots(config.num_adapter_pages)
-        self._pool = BlockPool(config.num_kv_blocks)
+        clock = itertools.count()
+        self.adapters = AdapterSlots(config.num_adapter_pages, clock)
+        self._pool = BlockPool(config.num_kv_blocks, config.num_adapter_pages, config.blocks_per_page, clock)
+        self._memory = Memory(self._pool, self.adapters)
         self._cache = PrefixCache(
             self._pool,
             config.block_size,
@@ -58,7 +61,7 @@ class Scheduler:
             min_wait_tokens=config.min_prefix_wait_tokens,
         )
         self._queue = FairQueue(config.fairness, config.max_lead)
-        self._claims = Claims(config, self._queue, self._pool, self.adapters)
+        self._claims = Claims(config, self._queue, self._memory)
         self._pace = Pace(config.max_num_batched_tokens)
         self._deadlines = Deadlines(self._queue, self._pace, config.max_num_batched_tokens)
         self._seqs: dict[RequestId, Sequence] = {}
@@ -66,9 +69,9 @@ class Scheduler:
         self._released: list[RequestId] = []
         self._preempted: list[Sequence] = []
         self._turn = AdapterTurn(
-            self.adapters, config.adapter_wait_limit_s, self._queue.is_before, lambda: self._running
+            self._memory, config.adapter_wait_limit_s, self._queue.is_before, lambda: self._running
         )
-        self._arrivals = AdapterArrivals(self.adapters, config.adapter_loading)
+        self._arrivals = AdapterArrivals(self._memory, config.adapter_loading)
         # The plans whose results are outstanding, oldest first: their steps and sequences, in plan order.
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
         self._now_s = 0.0
@@ -155,7 +158,7 @@ class Scheduler:
         _, seqs = self._in_flight[0]
         if any(seq.num_pending_tokens and seq.request.sampling.has_penalties for seq in seqs):
             return None
-        num_free = self._pool.num_free
+        num_free = self._memory.num_free_blocks
         if num_free < len(self._running) and num_free < sum(seq.will_grow for seq in self._running):
             return None
         chosen = self._choose(now_s)
@@ -258,8 +261,7 @@ class Scheduler:
         outputs = [self._end(seq, FinishReason.FAIL, reason) for seq in list(self._seqs.values())]
         self._running.clear()
         self._in_flight.clear()
-        self._pool.forget_all()
-        self.adapters.forget_all()
+        self._memory.forget_all()
         return outputs
 
     def stats(self) -> EngineStats:
@@ -271,7 +273,8 @@ class Scheduler:
             num_kv_blocks=self._pool.num_blocks,
             num_kv_blocks_used=self._pool.num_used,
             num_adapter_pages=adapters.num_pages,
-            num_adapter_pages_used=adapters.num_pages - adapters.num_free_pages,
+            num_adapter_pages_used=adapters.num_used_pages,
+            num_adapter_pages_lent=adapters.num_lent_pages,
             num_resident_adapters=adapters.num_resident,
             num_pinned_adapters=adapters.num_pinned,
             num_steps=self._num_steps,
@@ -308,7 +311,7 @@ class Scheduler:
                 assert num_tokens == 1, "blocks for all known tokens were taken at the start"
                 if not self._make_room(seq, chosen):
                     continue
-                new_block_ids = tuple(self._pool.allocate(1))
+                new_block_ids = tuple(self._memory.allocate(1))
                 seq.block_ids.extend(new_block_ids)
                 seq.num_slots += self.config.block_size
             if start < seq.num_prompt_tokens:
@@ -322,7 +325,7 @@ class Scheduler:
 
     def _make_room(self, seq: Sequence, chosen: list[Sequence]) -> bool:
         """Preempt running sequences until a block is free; False if ``seq`` itself had to go."""
-        while self._pool.num_free == 0:
+        while self._memory.num_free_blocks == 0:
             victim = self._claims.to_grow(self._running, chosen)
             self._preempt(victim)
             if victim is seq:
@@ -349,7 +352,7 @@ class Scheduler:
                 break
             if not self._turn.may_start(seq, now_s) and not self._make_pages(seq, chosen):
                 continue
-            found = self._cache.find(seq)
+            found = self._find(seq)
             if self._cache.should_wait(seq, len(found)):
                 continue
             if not self._fits(seq, found) and not self._make_way(seq, found, chosen):
@@ -371,7 +374,7 @@ class Scheduler:
     def _look_ahead(self, seq: Sequence, others: Iterator[Sequence]) -> None:
         """Send for the adapters of sequences that wait for something else."""
         if self.adapters.num_free_pages and not self._turn.has_claimant:
-            self._arrivals.look_ahead(chain((seq,), others))
+            self._arrivals.look_ahead(itertools.chain((seq,), others))
 
     def _make_way(self, seq: Sequence, found: list[BlockId], chosen: list[Sequence]) -> bool:
         """Preempt running sequences that owe it to a waiting one, until it fits; False if it does not."""
@@ -398,6 +401,13 @@ class Scheduler:
             self._preempt(victim)
         return bool(victims)
 
+    def _find(self, seq: Sequence) -> list[BlockId]:
+        """Cached blocks that a waiting sequence may begin with."""
+        found, adapter_id = self._cache.find(seq), seq.request.adapter_id
+        if adapter_id is None or self.adapters.is_resident(adapter_id):
+            return found
+        return self._memory.keep_loadable(adapter_id, found)
+
     def _check_deadline(self, seq: Sequence) -> None:
         """Refuse a request whose first token would come too late."""
         if seq.request.service_level.ttft_s is not None:
@@ -415,22 +425,24 @@ class Scheduler:
             return False
         num_new = -(-len(seq.token_ids) // config.block_size) - len(found)
         num_reserved = -(-len(self._running) * config.reserve_steps // config.block_size)
-        return num_new + num_reserved <= self._pool.num_free - self._pool.num_idle(found)
+        num_free = self._memory.num_free_blocks_beside(self._memory.num_pages_to_pin(seq.request.adapter_id))
+        return num_new + num_reserved <= num_free - self._pool.num_idle(found)
 
     def _start(self, seq: Sequence, found: list[BlockId], now_s: float) -> None:
         """Make a waiting sequence a running one: blocks for all its known tokens, adapter resident and pinned."""
         config = self.config
+        # What is found must not make way for the adapter, nor the adapter for new blocks.
         self._pool.share(found)
-        num_blocks = -(-len(seq.token_ids) // config.block_size)
-        seq.block_ids = found + self._pool.allocate(num_blocks - len(found))
-        seq.num_slots = num_blocks * config.block_size
-        seq.num_computed_tokens = len(found) * config.block_size
-        self._cache.admit(seq, len(found))
         num_loaded_pages = 0
         adapter_id = seq.request.adapter_id
         if adapter_id is not None:
             num_loaded_pages = self._arrivals.take(seq)
             self._queue.pin(seq, self.adapters.num_pages_of(adapter_id), now_s)
+        num_blocks = -(-len(seq.token_ids) // config.block_size)
+        seq.block_ids = found + self._memory.allocate(num_blocks - len(found))
+        seq.num_slots = num_blocks * config.block_size
+        seq.num_computed_tokens = len(found) * config.block_size
+        self._cache.admit(seq, len(found))
         self._queue.admit(seq, seq.num_computed_tokens, num_loaded_pages)
         self._num_admissions += 1
         seq.admission_order = self._num_admissions
@@ -514,7 +526,7 @@ class Scheduler:
     def _leave_device(self, seq: Sequence) -> None:
         """Give back what a running sequence holds."""
         self._cache.leave(seq)
-        self._pool.release(seq.block_ids)
+        self._memory.release(seq.block_ids)
         seq.block_ids = []
         seq.num_slots = 0
         seq.num_computed_tokens = 0

@@ -34,7 +34,10 @@ Raises:
 
 _NUM_SAMPLES = 300
 _ENDLESS = 10**12
-_SIZES = ("num_kv_blocks", "num_adapter_pages", "max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs")
+_SIZES = (
+    *("num_kv_blocks", "num_adapter_pages", "blocks_per_page"),
+    *("max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,8 @@ class ReplicaSection(_Section):
     """Rank rows of an adapter page."""
     num_kv_blocks: _Count | None = None
     num_adapter_pages: Annotated[int, Field(ge=0)] | None = None
+    blocks_per_page: Annotated[int, Field(ge=0)] | None = None
+    """KV blocks that an adapter page stands in the place of, and KV may borrow; the profile's, or 0, by default."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     block_size: _Count | None = None
     max_num_batched_tokens: _Count | None = None
