@@ -239,6 +239,24 @@ def test_cached_blocks_in_a_page_that_the_adapter_itself_needs_are_not_shared(is
     assert (cached(memory, b"wx"), resident(memory)) == ((b"w", ["a", "b"]) if is_pinned else (b"wx", ["b"]))
 
 
+def test_a_prefix_in_the_page_that_its_adapter_needs_is_computed_again():
+    harness = make_harness()
+    add(harness, "fill", blocks=3)
+    add(harness, "first", "y", blocks=2)
+    add(harness, "late", blocks=1, max_tokens=4)
+    harness.step()
+    assert [held.block_ids[-1] for held in harness.executor._held.values()] == [2, 7, 6], "two blocks of page 1"
+    harness.run()
+    add(harness, "other", "x", blocks=2, max_tokens=8)
+    harness.step()
+    assert harness.plan().adapter_evictions == ("y",), "used before the page's last block"
+    prompt = [*harness.requests["first"].prompt_token_ids, *harness.tokens("first")]
+    harness.add(make_request("again", prompt, 2, adapter="y"))
+    harness.step()
+    assert (harness.scheduled()["again"], harness.scheduled()["other"]) == (len(prompt) - 4, 1)
+    harness.run()
+
+
 def test_a_request_that_waits_for_a_page_gets_it_when_those_who_hold_it_are_done():
     """Without the rule, requests that share a prefix in a lent page would hold it for ever."""
     harness = make_harness(num_adapter_pages=1, adapter_wait_limit_s=3.0, max_num_seqs=4, num_kv_blocks=8)

@@ -56,7 +56,7 @@ class ReplicaSize(_Part):
 
     num_kv_blocks: int = Field(ge=1)
     num_adapter_pages: int = Field(ge=0)
-    blocks_per_page: int = Field(0, ge=0)
+    blocks_per_page: int = Field(default=0, ge=0)
     max_model_len: int = Field(ge=2)
     block_size: int = Field(ge=1)
     max_num_batched_tokens: int = Field(ge=1)
