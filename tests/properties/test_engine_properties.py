@@ -117,6 +117,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.events: list[Callable[[EngineHarness], None]] = []
         self.num_requests = 0
         self.usable: set[str] = set()
+        self.claimant: object = None
+        self.lent_to_claim: set[tuple[str, int]] = set()
         self.retired: list[str] = []
         for name in sorted(registered):
             self.register(name)
@@ -252,6 +254,22 @@ class EngineMachine(RuleBasedStateMachine):
         stats = harness.engine.stats()
         assert stats.num_running + stats.num_waiting == len(self.alive)
         assert stats.num_running <= harness.config.max_num_seqs
+        assert stats.num_kv_blocks_used <= stats.num_kv_blocks
+        self.lent_blocks_only_come_back()
+
+    def lent_blocks_only_come_back(self):
+        """While somebody has waited too long for pages: so that the wait ends with those who run now."""
+        scheduler = self.harness.engine._scheduler
+        claimant = scheduler._turn._claimant
+        held = {
+            (seq.request_id, block_id)
+            for seq in scheduler._running
+            for block_id in seq.block_ids
+            if scheduler._pool.page_of(block_id) is not None
+        }
+        if claimant is not None and claimant is self.claimant:
+            assert held <= self.lent_to_claim
+        self.claimant, self.lent_to_claim = claimant, held
 
     def teardown(self):
         if not hasattr(self, "harness"):

@@ -123,21 +123,16 @@ class BlockPool:
             return None
         return PageId((block_id - self.num_own_blocks) // self.blocks_per_page)
 
-    def blocks_of(self, page_id: PageId) -> range:
-        """Blocks of a page."""
-        first = self.num_own_blocks + page_id * self.blocks_per_page
-        return range(first, first + self.blocks_per_page)
-
     def num_refs_in(self, page_id: PageId) -> int:
         """References of all blocks of a page together."""
-        return sum(self._num_refs[block_id] for block_id in self.blocks_of(page_id))
+        return sum(self._num_refs[block_id] for block_id in self._blocks_of(page_id))
 
     def borrow(self, page_id: PageId) -> None:
         """Take over an adapter page, as blank blocks."""
         assert page_id not in self._pages, "a page is lent once"
         self._pages[page_id] = _LentPage(self.blocks_per_page)
         self._reclaimable[page_id] = next(self._clock)
-        self._lent.blank.update((BlockId(index), None) for index in reversed(self.blocks_of(page_id)))
+        self._lent.blank.update((BlockId(index), None) for index in reversed(self._blocks_of(page_id)))
 
     def reclaim(self) -> PageId:
         """Give back the page of which no block has been used for longest; what it cached is forgotten."""
@@ -255,6 +250,11 @@ class BlockPool:
         assert page_id is not None
         return page_id
 
+    def _blocks_of(self, page_id: PageId) -> range:
+        """Blocks of a page."""
+        first = self.num_own_blocks + page_id * self.blocks_per_page
+        return range(first, first + self.blocks_per_page)
+
     def _begin_use(self, block_id: BlockId) -> None:
         """Note that a lent block has its first reference."""
         page_id = self._page_of(block_id)
@@ -279,7 +279,7 @@ class BlockPool:
 
     def _give_back(self, page_id: PageId) -> None:
         del self._reclaimable[page_id], self._pages[page_id]
-        for block_id in map(BlockId, self.blocks_of(page_id)):
+        for block_id in map(BlockId, self._blocks_of(page_id)):
             if self._keys[block_id] is None:
                 del self._lent.blank[block_id]
             else:
