@@ -5,6 +5,7 @@ running has a claim to a seat: to the latest of the several requests of somebody
 from the lowest class first, there from the tenant most served, there from the latest, who has least to lose.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from pomona.core.ids import AdapterId, PageId
@@ -97,20 +98,20 @@ class Claims:
         has_seat = adapters.num_pages_of(adapter_id) <= self._share(adapters.num_pages)
         debtors = self._debtors(seq, running, chosen, has_seat=has_seat)
         victims: dict[Sequence, None] = {}
-        num_gone: dict[Account, int] = {}
+        num_gone: Counter[Account] = Counter()
         for users, num_pages in self._holds(debtors):
             if num_missing <= 0:
                 break
             going = [one for one in users if one not in victims]
-            for one in going:
-                num_gone[one.account] = num_gone.get(one.account, 0) + 1
+            with_these = num_gone + Counter(one.account for one in going)
             if any(
-                num_gone[one.account] >= one.account.num_running
+                with_these[one.account] >= one.account.num_running
                 and not self._queue.must_yield(one.account, seq.account)
                 for one in going
             ):
                 continue  # a tenant that only gives a seat keeps one itself
             victims.update(dict.fromkeys(going))
+            num_gone = with_these
             num_missing -= num_pages
         return list(victims) if num_missing <= 0 else []
 
