@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 
+from pomona.core.plan import StepResult
 from pomona.core.request import Priority, ServiceLevel
 from pomona.sched.adapter_slots import AdapterSlots
 from pomona.sched.block_pool import BlockPool
+from pomona.sched.config import SchedulerConfig
 from pomona.sched.memory import Memory
+from pomona.sched.scheduler import Scheduler
 from support.engine import EngineHarness, check_integrity, make_adapter, make_request
 
 
@@ -350,3 +353,43 @@ def test_adapters_are_sent_for_ahead_only_into_pages_that_are_free():
     harness.step()
     assert (stats(harness).num_adapter_loads, stats(harness).num_adapter_pages_lent) == (0, lent)
     harness.run()
+
+
+# What it brings while all adapters are idle (docs/design/0017): the 135M shape with 512 blocks of KV and 256 MiB for
+# adapters. Tokens are made up, so nothing is computed.
+
+SIZES = {"num_kv_blocks": 512, "max_model_len": 1024, "num_adapter_pages": 104}
+
+
+def run_to_end(scheduler: Scheduler) -> tuple[int, int]:
+    """Steps, and most sequences at once."""
+    num_steps = most = 0
+    while scheduler.has_work:
+        plan = scheduler.schedule(0.0)
+        sampled = {entry.request_id: 7 for entry in plan.seqs if entry.is_sampled}
+        scheduler.update(plan, StepResult(plan.step_id, sampled), 0.0)
+        num_steps += 1
+        most = max(most, scheduler.stats().num_running)
+    return num_steps, most
+
+
+@pytest.mark.parametrize(("blocks_per_page", "num_found"), [(0, 0), (7, 12800)])
+def test_it_brings_back_the_prefixes_of_more_conversations(blocks_per_page: int, num_found: int):
+    scheduler = Scheduler(SchedulerConfig(**SIZES, blocks_per_page=blocks_per_page))
+    prompts = [list(range(1000 * index, 1000 * index + 800)) for index in range(16)]
+    for turn in range(2):
+        for index, prompt in enumerate(prompts):
+            scheduler.add(make_request(f"{turn} {index}", prompt, 4))
+            run_to_end(scheduler)
+            prompt += [7] * 4
+    seen = scheduler.stats()
+    assert (seen.num_prefix_hits, seen.num_prefix_queries) == (num_found, 12800 + 12864)
+
+
+@pytest.mark.parametrize(("blocks_per_page", "expected"), [(0, (258, 29, 8)), (7, (133, 32, 0))])
+def test_it_brings_more_requests_into_a_step(blocks_per_page: int, expected: tuple[int, int, int]):
+    scheduler = Scheduler(SchedulerConfig(**SIZES, blocks_per_page=blocks_per_page))
+    for index in range(32):
+        scheduler.add(make_request(f"r{index}", range(1000 * index, 1000 * index + 256), 128))
+    num_steps, most = run_to_end(scheduler)
+    assert (num_steps, most, scheduler.stats().num_preemptions) == expected
