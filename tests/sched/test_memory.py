@@ -327,6 +327,40 @@ def test_a_more_urgent_request_takes_the_pages_that_kv_of_less_urgent_ones_holds
     harness.run()
 
 
+def test_nobody_is_preempted_for_a_page_that_somebody_else_goes_on_using():
+    harness = make_harness(num_adapter_pages=1, adapter_wait_limit_s=1e9, enable_prefix_cache=False)
+    batch, interactive = (ServiceLevel(priority=one) for one in (Priority.BATCH, Priority.INTERACTIVE))
+    for index in range(2):
+        add(harness, f"batch{index}", blocks=2, max_tokens=4, level=batch, tenant="p")
+    harness.step()
+    add(harness, "goes on", max_tokens=4, level=interactive, tenant="q")
+    harness.step()
+    add(harness, "batch2", max_tokens=4, level=batch, tenant="p")
+    harness.step()
+    assert [harness.executor._held[name].block_ids[0] for name in ("goes on", "batch2")] in ([4, 5], [5, 4])
+    add(harness, "urgent", "x", level=interactive, tenant="q")
+    harness.step()
+    assert ("urgent" in harness.scheduled(), stats(harness).num_preemptions) == (False, 0)
+    harness.run()
+
+
+def test_no_adapter_is_closed_while_the_pages_that_kv_gives_back_will_do():
+    harness = make_harness(num_kv_blocks=6, blocks_per_page=1, adapter_wait_limit_s=0.0, enable_prefix_cache=False)
+    add(harness, "fill", blocks=4, max_tokens=4)
+    add(harness, "y0", "y", max_tokens=4)
+    add(harness, "short", max_tokens=2)
+    add(harness, "lent", max_tokens=4)
+    add(harness, "cold", "x")
+    harness.step()
+    harness.step()
+    assert harness.executor._held["lent"].block_ids == [7]
+    add(harness, "y1", "y")
+    harness.step()
+    assert harness.engine._scheduler._turn.has_claimant
+    assert "y1" in harness.scheduled()
+    harness.run()
+
+
 def test_when_everything_failed_all_pages_are_back():
     harness = make_harness()
     for index in range(4):
