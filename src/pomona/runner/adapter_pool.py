@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pomona.core.ids import AdapterId
 from pomona.core.plan import AdapterLoad
