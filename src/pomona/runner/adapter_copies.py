@@ -108,8 +108,9 @@ class AdapterCopies:
     def cancel(self, copy: AdapterCopy) -> None:
         """Give the copy up. When this returns, it writes nothing any more: a piece that is being copied is waited for,
         the link never."""
+        copy.is_cancelled = True  # before the lock, which the thread may take again and again
         with self._writing:
-            copy.is_cancelled = True
+            pass
 
     def wait(self, timeout_s: float) -> None:
         """Wait until some copy has been made, at most so long; not at all if none is under way."""
