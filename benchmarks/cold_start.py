@@ -81,7 +81,8 @@ class Stand:
         rank_pages = -(-max_rank // 4)
         trial = RunnerConfig(model_path=model, device="cpu", adapter_bytes=2**30, max_num_seqs=32, max_model_len=256)
         probe = load_runner(trial)
-        num_bytes = probe.runner._adapter_pool._pages[0].nbytes * rank_pages * (max_cold + 2)
+        pages = probe.runner._adapter_pool._pages
+        num_bytes = pages.stride(0) * pages.element_size() * rank_pages * (max_cold + 2)
         self.loaded: LoadedRunner = load_runner(replace(trial, adapter_bytes=num_bytes))
         self.pool = self.loaded.runner._adapter_pool
         self._weights: dict[int, AdapterWeights] = {}
