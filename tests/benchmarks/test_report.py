@@ -184,6 +184,14 @@ def test_a_row_nobody_else_was_measured_on_has_no_ratio():
     assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 600 | – | – | – | 25.0% |")
 
 
+def test_the_tax_is_taken_within_a_repetition():
+    speeds = {"base": [800.0, 400.0, 500.0], "distinct": [720.0, 380.0, 490.0]}  # 10, 5 and 2 % slower
+    rows = [peer_row("pomona", name, speed, index) for name, of in speeds.items() for index, speed in enumerate(of)]
+    assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 490 | – | – | – | 5.0% |")
+    disturbed = [*rows[:3], *({**row, "is_clean": False} for row in rows[3:])]
+    assert tables.lora_tax(disturbed, "b32-128-64", "distinct") is None
+
+
 def test_steps_of_earlier_programs_do_not_count(results_folder):
     results.append(results_folder / "2026-01-02-step.jsonl", {**step_row("base", 7.0), "program": "later"})
     page = dict(Report(results_folder).files("x"))["benchmarks/step.md"]
