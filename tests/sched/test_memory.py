@@ -78,15 +78,19 @@ def test_a_page_whose_blocks_are_all_blank_goes_back_at_once():
     assert books(memory) == (4, 2, 0)
 
 
+def load_and_cache(memory: Memory, is_adapter_first: bool) -> None:
+    """Adapter "a" and block b"x" in one order or the other."""
+    if is_adapter_first:
+        load(memory, "a")
+    cache(memory, b"x")
+    if not is_adapter_first:
+        load(memory, "a")
+
+
 @pytest.mark.parametrize("is_adapter_older", [True, False])
 def test_of_a_cached_block_and_an_adapter_the_one_not_used_for_longest_goes_for_a_block(is_adapter_older: bool):
     memory = make_memory(num_own=1, num_pages=1)
-    if is_adapter_older:
-        load(memory, "a")
-        cache(memory, b"x")
-    else:
-        cache(memory, b"x")
-        load(memory, "a")
+    load_and_cache(memory, is_adapter_older)
     memory.allocate(1)
     assert (cached(memory, b"x"), resident(memory)) == ((b"x", []) if is_adapter_older else (b"", ["a"]))
 
@@ -106,12 +110,7 @@ def test_an_adapter_used_again_since_is_the_younger_one():
 def test_of_an_adapter_and_a_lent_page_the_one_not_used_for_longest_goes_for_a_page(is_adapter_older: bool):
     memory = make_memory(num_own=1, num_pages=2, blocks_per_page=1)
     held = memory.allocate(1)
-    if is_adapter_older:
-        load(memory, "a")
-        cache(memory, b"x")
-    else:
-        cache(memory, b"x")
-        load(memory, "a")
+    load_and_cache(memory, is_adapter_older)
     assert books(memory) == (2, 0, 1)
     load(memory, "b")
     assert (cached(memory, b"x"), resident(memory)) == ((b"x", ["b"]) if is_adapter_older else (b"", ["a", "b"]))

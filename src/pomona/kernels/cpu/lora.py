@@ -18,7 +18,8 @@ from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices
 from pomona.kernels.reference import lora as reference
 
 _ROWS_PER_ITEM, _ROWS_PER_SHORT_ITEM = 36, 8
-"""Rows of a segment that one thread takes at a time: multiples of the kernels' register blocks."""
+"""Rows of a segment that one thread takes at a time: multiples of the kernels' register blocks; of a short segment no
+more than make a short run (kFewRows, native/lora.h)."""
 _MOST_SHORT_ROWS = 64
 """Segments of more rows go the long way (native/lora.h): for fewer, what is shared with the product is not worth it."""
 

@@ -2,8 +2,7 @@
 //
 // Long runs of rows get theirs before the product stores them (fused.h). Short runs get theirs right after it, on
 // threads that have not gone home: the product, which computes longer than it reads, fetches their adapters' pages into
-// the cache meanwhile. Results are
-// those of one after the other, bit for bit.
+// the cache meanwhile. Results are those of one after the other, bit for bit.
 #pragma once
 #include "gemm.h"
 #include "gemm_int8.h"

@@ -56,8 +56,8 @@ struct FusedColumns {
     }
   }
 
-  // v * B for at most a tile of rows of the kept segment. store_of(g) is what takes the sums from the g-th
-  // group on, of one slice; store_plain(g) stores a group whose slice has no rank.
+  // v * B for at most a tile of rows of the kept segment. store_of(g) is what takes the sums from the g-th group on, of
+  // one slice; store_plain(g) stores a group whose slice has no rank.
   template <class F, class G>
   INLINE void multiply(int64_t row, int num_rows, const F& store_of, const G& store_plain) const {
     for (int g = 0; g < NG;) {
