@@ -1,11 +1,12 @@
 """Rows of results to charts. Pure: rows in, SVG out."""
 
+import statistics
 from collections.abc import Sequence
 
 from benchmarks.chart import Bar, Point, Series, grouped_bars, roofline
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.results import Row
-from benchmarks.tables import Sample, batch_title, label_of, ordered, sample
+from benchmarks.tables import Sample, batch_title, job_taxes, label_of, ordered, sample
 from benchmarks.workload import BASE_INT8, POPULARITIES
 
 
@@ -56,7 +57,6 @@ def tax_chart(rows: Sequence[Row], shape: str) -> str:
     """What adapters cost the first batch of the rows, measured and by the formulas, by popularity."""
     batch = rows[0]["cell"].partition("/")[0]
     rows = [row for row in rows if row["cell"].startswith(f"{batch}/")]
-    base = sample(rows, "output_tokens_per_s", popularity="base")
     popularities = [
         one for one in ordered((row["popularity"] for row in rows), POPULARITIES) if not one.startswith("base")
     ]
@@ -64,15 +64,10 @@ def tax_chart(rows: Sequence[Row], shape: str) -> str:
     formulas: list[Bar | None] = []
     base_floor_s = next((row["floor_s"] for row in rows if row["popularity"] == "base"), None)
     for popularity in popularities:
-        found = sample(rows, "output_tokens_per_s", popularity=popularity)
         floor_s = next(row["floor_s"] for row in rows if row["popularity"] == popularity)
-        if base is None or found is None or base_floor_s is None:
-            measured.append(None)
-            formulas.append(None)
-            continue
-        taxes = [100 * (1 - value / base.median) for value in found.values]
-        measured.append(Bar(100 * (1 - found.median / base.median), min(taxes), max(taxes)))
-        formulas.append(_exact(100 * (1 - base_floor_s / floor_s)))
+        taxes = [100 * tax for tax in job_taxes(rows, popularity)]
+        measured.append(Bar(statistics.median(taxes), min(taxes), max(taxes)))
+        formulas.append(None if base_floor_s is None else _exact(100 * (1 - base_floor_s / floor_s)))
     series = [Series("extra bytes and FLOPs alone", tuple(formulas)), Series("measured", tuple(measured))]
     title = f"{shape}: LoRA tax, {batch_title(batch)}"
     return grouped_bars(title, "popularity of adapters", "throughput lost, % of base only", popularities, series)

