@@ -77,7 +77,7 @@ def test_the_command_says_the_answer_in_words(tmp_path):
         ("num_adapters = 20", "num_adapters = 0", r"adapters\.popularity.*num_adapters is 0"),
         ("num_adapters = 20", "num_adaptors = 20", r"adapters\.popularity\.num_adapt"),
         ("lora_ranks = [8, 16]", "lora_ranks = []", r"adapters\.lora_ranks"),
-        ('machine = "cpu-2-cores"', 'machine = "abacus"', r"replica: .*abacus"),
+        ('machine = "cpu-2-cores"', 'machine = "abacus"', r"replica\.machine: .*abacus"),
         ("min_attainment = 0.9", "min_attainment = 1.5", r"plan\.min_attainment"),
         ("min_attainment = 0.9", "attainment = 0.9", r"plan\.attainment: unknown key"),
         ("adapter_shares = [0.1, 0.4]", "adapter_shares = [0.1, 1.4]", r"plan\.adapter_shares\.1"),
@@ -86,7 +86,7 @@ def test_the_command_says_the_answer_in_words(tmp_path):
         ("window_s = 2.0", "window_start_s = 99.0", r"plan\.window_start_s"),
         ('format = "plain"', 'format = "plane"', r"workload\.format"),
         ("ttft_s = 0.4\ntpot_s = 0.03", "", r"slo: needs at least one"),
-        ("max_replicas = 16", "max_replicas = 1", r"max_replicas is 1: attainment is then"),
+        ("max_replicas = 16", "max_replicas = 1", r"plan\.max_replicas is 1: attainment is then"),
     ],
 )
 def test_a_wrong_key_is_refused_with_its_path(tmp_path, old: str, new: str, path: str):

@@ -19,11 +19,16 @@ from pomona.engine.engine import Engine
 from pomona.runner.config import RunnerConfig
 from pomona.runner.loading import load_runner
 from pomona.sched.config import SchedulerConfig
+from pomona.sim import cluster
 from pomona.sim.clock import EventHeap
+from pomona.sim.cluster import ClusterSim
 from pomona.sim.replica import SimReplica
+from pomona.sim.setup import prepare
+from pomona.sim.spec import parse_spec
 from support.adapters import make_adapter
 from support.models import make_checkpoint
 from support.recording import RecordedCost, RecordingEngine, RecordingExecutor, RecordingSimExecutor
+from support.sim import make_profile, make_spec
 
 VOCAB_SIZE = 131
 NUM_REQUESTS = 40
@@ -138,3 +143,69 @@ async def test_the_simulator_makes_the_plans_of_the_live_engine_byte_for_byte(li
     for ours, theirs in zip(plans, runner.plans, strict=True):
         assert msgspec.msgpack.encode(ours) == msgspec.msgpack.encode(theirs)
     assert simulated == stats
+
+
+def turn_by_hand(setup, executor, overlap_steps):
+    """The plans of an engine that is told a spec's workload, one turn after the other."""
+    engine = Engine(setup.cluster.scheduler, executor, overlap_steps=overlap_steps)
+    registered, now_s = set(), 0.0
+    coming = list(enumerate(setup.workload))
+    while coming or engine.has_work:
+        if not engine.has_work:
+            now_s = max(now_s, coming[0][1].arrival_s)
+        while coming and coming[0][1].arrival_s <= now_s:
+            number, wanted = coming.pop(0)
+            adapter = setup.adapters.info(wanted.adapter_index)
+            if adapter.adapter_id not in registered:
+                engine.register_adapter(adapter)
+                registered.add(adapter.adapter_id)
+            engine.add(
+                Request(
+                    RequestId(str(number)),
+                    (0,) * wanted.num_prompt_tokens,
+                    SamplingParams(max_tokens=wanted.num_output_tokens, temperature=0.0),
+                    wanted.arrival_s,
+                    wanted.tenant_id,
+                    adapter.adapter_id,
+                )
+            )
+        engine.step(now_s)
+        now_s += executor.last_step_s
+    return executor.plans
+
+
+def test_overlap_in_a_spec_makes_the_plans_of_an_engine_that_overlaps(monkeypatch):
+    executors = []
+
+    class KeptExecutor(RecordingSimExecutor):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            executors.append(self)
+
+    monkeypatch.setattr(cluster, "SimExecutor", KeptExecutor)
+    encoded = {}
+    for overlap_steps in (False, True):
+
+        def prepared(overlap_steps=overlap_steps):
+            sizes = {"num_kv_blocks": 20, "max_num_seqs": 6, "num_adapter_pages": 6, "max_num_batched_tokens": 64}
+            values = make_spec(
+                replica={"profile": "p.json", "overlap_steps": overlap_steps, **sizes},
+                adapters={"lora_ranks": [8, 16], "popularity": {"kind": "zipf", "num_adapters": 5, "alpha": 1.0}},
+            )
+            values["workload"]["arrivals"]["rate_per_s"] = 400.0
+            return prepare(parse_spec(values, "x"), lambda name: make_profile().to_json().splitlines())
+
+        setup = prepared()
+        assert setup.cluster.overlap_steps is overlap_steps
+        sim = ClusterSim(setup.cluster, setup.adapters)
+        sim.run(setup.workload)
+        (ours,) = executors
+        executors.clear()
+        setup = prepared()
+        theirs = RecordingSimExecutor(setup.cluster.cost_model, setup.adapters.lora_rank_of, lambda *_: 0)
+        plans = turn_by_hand(setup, theirs, overlap_steps)
+        encoded[overlap_steps] = [msgspec.msgpack.encode(plan) for plan in ours.plans]
+        assert encoded[overlap_steps] == [msgspec.msgpack.encode(plan) for plan in plans]
+        assert sum(record.num_preemptions for record in sim.replicas.values()) > 0
+        assert sum(record.num_adapter_loads for record in sim.replicas.values()) > 5
+    assert encoded[False] != encoded[True]

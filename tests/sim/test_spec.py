@@ -3,11 +3,18 @@ import copy
 import pytest
 
 from pomona.core.errors import ConfigError
+from pomona.sim.cluster import ClusterSim
+from pomona.sim.profile_file import TermEntry
 from pomona.sim.setup import prepare
 from pomona.sim.spec import parse_spec
 from support.sim import make_profile, make_spec
 
+EXTRAS_S = 2e-3
+EXTRA_TERMS = (*make_profile().terms, TermEntry(quantity="num_extra_adapters", seconds_each=EXTRAS_S))
+ZIPF = {"kind": "zipf", "num_adapters": 50, "alpha": 0.0}
+
 FILES = {
+    "extras.json": make_profile(terms=EXTRA_TERMS).to_json(),
     "p.json": make_profile().to_json(),
     "azure.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,30,4\n2023-11-16 18:15:47.1,30,4\n",
     "empty.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n",
@@ -55,10 +62,20 @@ def trace(file, form="plain"):
         ("replica.machine", "H100", "replica: needs either a profile"),
         ("adapters.lora_ranks", [], "adapters.lora_ranks: "),
         ("adapters.lora_ranks", [8, 0], "adapters.lora_ranks.1: "),
+        ("adapters.extras_share", 1.5, "adapters.extras_share: "),
+        ("adapters.extras_share", -0.1, "adapters.extras_share: "),
+        ("adapters.zipf", {}, "adapters.zipf: unknown key"),
+        ("workload.trace", "a.csv", "workload.trace: unknown key"),
+        ("replica.overlap_steps", "often", "replica.overlap_steps: "),
+        ("replica.num_kv_blocks", 2**64, "replica.num_kv_blocks: must fit 64 bits"),
+        ("replica", {"machine": "abacus", "model": "llama-2-7b"}, "replica.machine: 'abacus' is not known"),
+        ("replica", {"machine": "H100", "model": "llama-9"}, "replica.model: 'llama-9' is not known"),
+        ("cluster.consolidation_interval_s", 1e-9, "cluster.consolidation_interval_s: "),
+        ("losses.mean_life_s", 1e-9, "losses.mean_life_s: "),
         ("cluster.num_replicas", 0, "cluster.num_replicas: "),
         ("cluster.start_s", -1.0, "cluster.start_s: "),
         ("until_s", -5.0, "until_s: "),
-        ("tenants", {}, r"\(file\): tenants must name"),
+        ("tenants", {}, "tenants: Dictionary should have at least 1 item"),
         ("tenants", {"a": -1.0}, "tenants.a: "),
         ("slo.ttft_s", float("nan"), "slo.ttft_s: "),
     ],
@@ -71,16 +88,27 @@ def test_a_bad_spec_is_refused_with_the_path_of_the_key(path, value, complaint):
 @pytest.mark.parametrize(
     "path, value, complaint",
     [
-        ("workload.arrivals.rate_per_s", 0.0, "workload.arrivals.rate_per_s is 0.0: must be positive"),
+        ("workload.arrivals.rate_per_s", 0.0, "workload.arrivals.rate_per_s is 0.0: must be between"),
         ("workload.prompt_lengths", {"kind": "uniform", "min_tokens": 9, "max_tokens": 3}, "workload.prompt_lengths."),
         ("slo.ttft_s", -1.0, "slo.ttft_s is -1.0: must be a positive number"),
+        ("workload.arrivals", {"kind": "gamma", "rate_per_s": 1, "cv": 1e-200}, "workload.arrivals.cv is 1e-200: must"),
+        ("workload.output_lengths.num_tokens", 10**9, "workload.output_lengths.num_tokens is 1000000000: must"),
+        ("adapters.popularity", ZIPF | {"num_adapters": 10**9}, "adapters.popularity.num_adapters is 1000000000: must"),
+        ("router.step_model.num_output_tokens", 0, "router.step_model.num_output_tokens is 0.0: must be at least 1"),
+        ("autoscaler.interval_s", 1e-300, "autoscaler.interval_s is 1e-300: must be at least 0.001"),
+        ("autoscaler", {"policy": "light-load", "max_replicas": 10**9}, "autoscaler.max_replicas is 1000000000: must"),
+        ("adapters.extras_share", 0.5, "adapters.extras_share is 0.5: no request asks for an adapter"),
+        ("adapters", {"extras_share": 0.5, "popularity": ZIPF}, "adapters.extras_share is 0.5: in replica"),
         ("router.max_requests", 0, "router.max_requests is 0"),
         ("autoscaler", {"policy": "light-load", "min_replicas": 3, "max_replicas": 2}, "autoscaler.min_replicas is 3"),
         ("losses.capacity", [[0.0, 2], [-3.0, 1]], r"losses.capacity\[1\] is at -3.0 s"),
         ("losses.capacity", [[5.0, 2], [3.0, 1]], r"losses.capacity\[1\] is at 3.0 s"),
+        ("losses.capacity", [[0.0, 2], [9.0, 0]], "losses.capacity: ends with no instance"),
         ("losses.capacity_file", "nowhere.csv", "losses.capacity_file: nowhere.csv: cannot be read"),
         ("replica.profile", "nowhere.json", "replica.profile: nowhere.json: cannot be read"),
         ("replica.profile", "azure.csv", "replica.profile: azure.csv: "),
+        ("replica.num_kv_blocks", 10**9, "replica.num_kv_blocks: makes 1000000000 blocks"),
+        ("replica", {"machine": "H100", "model": "llama-2-7b", "use_tables": True}, "replica.use_tables: needs"),
         ("replica.max_model_len", 10**6, "replica.max_model_len is 1000000: the KV cache of 16384 tokens"),
         ("replica", {"machine": "L40S", "model": "llama-3.1-70b"}, "replica.model: llama-3.1-70b needs 141 GB"),
         ("workload", trace("nowhere.csv"), "workload.file: nowhere.csv: cannot be read"),
@@ -165,3 +193,64 @@ def test_a_duration_ends_the_workload():
     requests = list(prepare(parse_spec(values, "x"), read_lines).workload)
     assert requests[-1].arrival_s < 3.0
     assert len(requests) > 3
+
+
+def test_a_machines_data_sheet_does_not_say_what_extras_cost():
+    values = make_spec(
+        replica={"machine": "H100", "model": "llama-3.1-8b"}, adapters={"extras_share": 0.5, "popularity": ZIPF}
+    )
+    with pytest.raises(ConfigError, match=r"^adapters.extras_share is 0.5: needs replica.profile"):
+        prepare(parse_spec(values, "x"), read_lines)
+
+
+def with_extras(share, seed=1):
+    """A simulation where this share of the adapters has extras; returns it and those adapters."""
+    adapters = {"popularity": ZIPF, "extras_share": share}
+    values = make_spec(seed=seed, replica={"profile": "extras.json"}, adapters=adapters)
+    setup = prepare(parse_spec(values, "x"), read_lines)
+    works = []
+    sim = ClusterSim(setup.cluster, setup.adapters, setup.prompts)
+    sim.observe = lambda replica_id, seconds, work: works.append((seconds, work))
+    sim.run(setup.workload)
+    return works, setup.adapters.with_extras
+
+
+def test_adapters_with_extras_make_the_steps_that_they_are_in_longer():
+    plain, nobody = with_extras(0.0)
+    works, everybody = with_extras(1.0)
+    assert not nobody
+    assert len(everybody) > 20
+    assert all(work.num_extra_adapters == work.num_adapters for _, work in works)
+    cost = make_profile().cost_model
+    for seconds, work in (*plain, *works):
+        assert seconds == pytest.approx(cost.seconds(work) + EXTRAS_S * work.num_extra_adapters)
+    assert sum(seconds for seconds, _ in works) > 1.2 * sum(seconds for seconds, _ in plain)
+
+
+def test_which_adapters_have_extras_is_the_seeds_choice_and_grows_with_the_share():
+    few, more = with_extras(0.3)[1], with_extras(0.6)[1]
+    assert 0 < len(few) < len(more) < 50
+    assert few < more
+    assert with_extras(0.3)[1] == few
+    assert with_extras(0.3, seed=2)[1] != few
+
+
+def test_clients_bring_their_own_tenants_and_must_send_something():
+    def read(name):
+        if name == "r":
+            return ["client,window_start_s,rate_rps,cv", "1,0,5,1"]
+        if name == "l":
+            return ["client,window_start_s,field,p50,p90,p99", "1,0,input_tokens,5,9,9", "1,0,output_tokens,5,9,9"]
+        return read_lines(name)
+
+    clients = {"kind": "clients", "rates_file": "r", "lengths_file": "l", "duration_s": 5.0}
+    assert list(prepare(parse_spec(make_spec(workload=clients), "x"), read).workload)
+    for changes, complaint in (
+        ({"tenants": {"gold": 1.0}}, "^tenants: leave it out"),
+        (
+            {"workload": clients | {"start_s": 9000.0}},
+            "^workload.start_s: no client sends anything from 9000 to 9005 s",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            prepare(parse_spec(make_spec(workload=clients) | changes, "x"), read)

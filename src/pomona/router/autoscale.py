@@ -67,8 +67,8 @@ class AutoscalerConfig:
                 f"min_replicas is {self.min_replicas}, max_replicas {self.max_replicas}: must be 1 <= min <= max"
             )
         for name in ("interval_s", "target_requests"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: must be positive")
+            if not getattr(self, name) >= 1e-3:
+                raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 0.001")
         for name in ("deadband", "max_missed_share", "min_idle_share", "grow_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be between 0 and 1")

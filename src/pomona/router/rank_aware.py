@@ -9,6 +9,7 @@ the largest rank. In each model, replicas that differ in load alone are ordered 
 from dataclasses import dataclass
 from typing import Literal
 
+from pomona.core.errors import ConfigError
 from pomona.core.ids import ReplicaId
 from pomona.router.max_tree import ABSENT, ANY, LevelIndex, MaxTree
 from pomona.router.snapshot import ReplicaState, RouteRequest
@@ -19,7 +20,11 @@ RankForm = Literal["sum", "max"]
 @dataclass(frozen=True, slots=True)
 class StepModel:
     """Seconds of a decode step of n rows: ``base_s + row_s * n + rank_row_s * ranks``, where ranks is the sum of the
-    rows' ranks ("sum", unpadded kernels) or n times the largest ("max", padded kernels)."""
+    rows' ranks ("sum", unpadded kernels) or n times the largest ("max", padded kernels).
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
 
     base_s: float = 0.0
     row_s: float = 0.0
@@ -29,6 +34,14 @@ class StepModel:
     num_output_tokens: float = 128.0
     """Mean answer: a prefill is paid once per answer, a slower step once per token of it."""
     form: RankForm = "sum"
+
+    def __post_init__(self) -> None:
+        """Check every range once."""
+        for name in ("base_s", "row_s", "rank_row_s", "prompt_token_s"):
+            if not getattr(self, name) >= 0.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 0")
+        if not self.num_output_tokens >= 1.0:
+            raise ConfigError(f"num_output_tokens is {self.num_output_tokens}: must be at least 1")
 
     def decode_s(self, num_rows: int, sum_lora_ranks: int, max_lora_rank: int) -> float:
         """Time of a step with these rows."""

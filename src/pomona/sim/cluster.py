@@ -244,7 +244,8 @@ class ClusterSim:
         """See ``ReplicaHost``."""
         config, replica_id = self.config, record.replica_id
         next_token = hashed_token if config.scheduler.enable_prefix_cache else _any_token
-        executor = SimExecutor(config.cost_model, self._adapters.lora_rank_of, next_token)
+        adapters = self._adapters
+        executor = SimExecutor(config.cost_model, adapters.lora_rank_of, next_token, adapters.with_extras)
         # The callbacks need the member, and the member the replica.
         replica = SimReplica(
             config.scheduler,
@@ -252,13 +253,14 @@ class ClusterSim:
             self.heap,
             lambda outputs: self._deliver(member, outputs),
             partial(self._reject, replica_id),
+            overlap_steps=config.overlap_steps,
         )
         if self.observe is not None:
             replica.observe = partial(self.observe, replica_id)
         member = self._members[replica_id] = _Member(record, replica)
         self.replicas[replica_id] = record
         num_kv_tokens = config.scheduler.num_kv_blocks * config.scheduler.block_size
-        num_rows = config.scheduler.num_adapter_pages * self._adapters.pages.rows_per_page
+        num_rows = config.scheduler.num_adapter_pages * adapters.pages.rows_per_page
         snapshot = ReplicaSnapshot(
             replica_id, num_kv_tokens=num_kv_tokens, num_free_kv_tokens=num_kv_tokens, num_adapter_rows=num_rows
         )

@@ -12,6 +12,9 @@ from pomona.router.fleet import RouterConfig
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.cost_model import CostModel, PerTokenCost
 
+MAX_REPLICAS = 100_000
+"""Most replicas, or instances, that a simulation may be told of."""
+
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
@@ -44,8 +47,8 @@ class LossConfig:
         for place, (time_s, num_replicas) in enumerate(self.capacity):
             if not time_s >= last_s:
                 raise ConfigError(f"capacity[{place}] is at {time_s} s: times must not be negative, and must ascend")
-            if num_replicas < 0:
-                raise ConfigError(f"capacity[{place}] is {num_replicas} replicas: must be at least 0")
+            if not 0 <= num_replicas <= MAX_REPLICAS:
+                raise ConfigError(f"capacity[{place}] is {num_replicas} replicas: must be between 0 and {MAX_REPLICAS}")
             last_s = time_s
 
 
@@ -78,6 +81,8 @@ class ClusterConfig:
     sample_interval_s: float | None = None
     """Time between samples of the fleet; None takes none."""
     seed: int = 0
+    overlap_steps: bool = False
+    """Every replica plans its next step while one is under way, as on a GPU."""
 
     def __post_init__(self) -> None:
         """Check every range once."""

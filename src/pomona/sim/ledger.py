@@ -70,7 +70,7 @@ class Ledger:
         """Where it ended; -1 nowhere."""
         self.adapter_index = array("l")
         """-1 for the base model alone."""
-        self.tenant = array("H")
+        self.tenant = array("I")
         """Index into ``tenants``."""
         self.tenants: list[TenantId] = []
         self._tenant_index: dict[TenantId, int] = {}

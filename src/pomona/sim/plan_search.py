@@ -166,7 +166,7 @@ class PlanSearch:
             if high >= self._space.max_replicas:
                 attainment = self._try(Trial(replace(settings, num_replicas=high))).attainment
                 raise ConfigError(
-                    f"max_replicas is {high}: attainment is then {attainment:.1%}, and must be "
+                    f"plan.max_replicas is {high}: attainment is then {attainment:.1%}, and must be "
                     f"{self._space.min_attainment:.1%}; allow more replicas or relax the objectives"
                 )
             low, high = high + 1, min(2 * high, self._space.max_replicas)
@@ -191,7 +191,10 @@ class PlanSearch:
         """The part of the workload that was searched may be easier than the whole: add replicas until that is met."""
         while not self._meets(Trial(settings, is_whole=True)):
             if settings.num_replicas >= self._space.max_replicas:
-                raise ConfigError(f"max_replicas is {settings.num_replicas}: the whole workload needs more")
+                raise ConfigError(
+                    f"plan.max_replicas is {settings.num_replicas}: the whole workload needs more; allow more replicas "
+                    "or relax the objectives"
+                )
             settings = replace(settings, num_replicas=settings.num_replicas + 1)
         return settings
 

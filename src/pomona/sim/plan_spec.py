@@ -10,8 +10,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from pomona.core.errors import ConfigError
 from pomona.router.fleet import PolicyName
+from pomona.sim.cluster_config import MAX_REPLICAS
 from pomona.sim.plan_search import SearchSpace
-from pomona.sim.sections import STRICT
+from pomona.sim.sections import STRICT, problem, refuse_huge
 from pomona.sim.spec import SimulationSpec, parse_spec
 
 
@@ -22,7 +23,7 @@ class PlanSection(BaseModel):
 
     min_attainment: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Share of the requests that arrive that must meet ``slo``."""
-    max_replicas: Annotated[int, Field(ge=1)] = 64
+    max_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] = 64
     adapter_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Values of replica.adapter_share to choose from; without any, replicas are as they are. With a machine only: a
     profile does not say what a KV block and an adapter page cost in bytes."""
@@ -58,16 +59,16 @@ def parse_plan(values: Mapping[str, Any], name: str) -> PlanSpec:
     Raises:
         ConfigError: says which key is wrong, and how.
     """
+    refuse_huge(values, f"{name}: ")
     others = dict(values)
     section = others.pop("plan", {})
     simulation = parse_spec(others, name)
     try:
         plan = PlanSection.model_validate(section)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in ("plan", *first["loc"]))
-        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise ConfigError(f"{name}: {path}: {message}") from error
+        raise ConfigError(f"{name}: {problem(error, {}, 'plan')}") from error
+    if simulation.until_s is not None:
+        raise ConfigError(f"{name}: until_s: a plan is made for the whole workload; shorten that instead")
     if plan.adapter_shares and simulation.replica.profile is not None:
         raise ConfigError(
             f"{name}: plan.adapter_shares: needs replica.machine; a profile's memory cannot be divided anew"

@@ -1,5 +1,6 @@
 """From a plan's spec and a trial to a cluster simulation and its outcome."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ from pomona.sim.setup import ReadLines, Setup, prepare
 from pomona.sim.step_work import StepWork
 from pomona.workload.spec import WorkloadRequest
 
+MAX_REQUESTS = 1_000_000
+"""Most requests of a workload that is planned for: it is held in memory and simulated many times."""
 RELAXED_COMPUTE = 0.5
 """Factor on step times where compute is made plentiful."""
 RELAXED_MEMORY = 4
@@ -53,7 +56,15 @@ class TrialRunner:
         self._spec = spec
         self._read_lines = read_lines
         self._setups: dict[float | None, Setup] = {}
-        self._whole = list(self._setup(spec.space.adapter_shares[0]).workload)
+        for index, share in enumerate(spec.plan.adapter_shares):
+            try:
+                self._setup(share)
+            except ConfigError as error:
+                raise ConfigError(f"plan.adapter_shares.{index} is {share:g}: {error}") from error
+        first = self._setup(spec.space.adapter_shares[0])
+        self._whole = list(itertools.islice(first.workload, MAX_REQUESTS + 1))
+        if len(self._whole) > MAX_REQUESTS:
+            raise ConfigError(f"workload: has more than {MAX_REQUESTS} requests: plan for a shorter part of it")
         start_s = spec.plan.window_start_s
         end_s = start_s + spec.plan.window_s
         window = [request for request in self._whole if start_s <= request.arrival_s < end_s]
@@ -145,7 +156,7 @@ class TrialRunner:
             policy=policy,
             max_requests=setup.cluster.scheduler.max_num_seqs,
             max_step_s=setup.cluster.slo.tpot_s or math.inf,
-            step_model=StepModel(idle_s, token_s, (row_s - idle_s) / mean_rank, token_s),
+            step_model=StepModel(idle_s, token_s, max(0.0, row_s - idle_s) / mean_rank, token_s),
             affinity=AffinityConfig(
                 request_wait_s=row_s - idle_s + token_s,
                 prompt_token_s=token_s,

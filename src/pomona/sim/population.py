@@ -2,6 +2,7 @@
 request names one.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,15 +41,26 @@ class AdapterPopulation:
     Args:
         lora_ranks: ranks, dealt out in turn.
         pages: how much memory a rank takes.
+        extras_share: share of the adapters, in [0, 1], that have more than low-rank parts.
+        seed: of the choice of those; adapter k is among them or not whatever else is asked for, and stays among them
+            when the share grows.
     """
 
-    def __init__(self, lora_ranks: Sequence[int], pages: AdapterPages) -> None:
+    def __init__(
+        self, lora_ranks: Sequence[int], pages: AdapterPages, *, extras_share: float = 0.0, seed: int = 0
+    ) -> None:
         if not lora_ranks or min(lora_ranks) < 1:
             raise ConfigError(f"lora_ranks is {list(lora_ranks)}: must be at least one rank, each at least 1")
+        if not 0.0 <= extras_share <= 1.0:
+            raise ConfigError(f"extras_share is {extras_share}: must be between 0 and 1")
         self.pages = pages
         self.lora_rank_of: dict[AdapterId, int] = {}
         """Rank of every adapter that was asked for; shared with the executors, which need no others."""
+        self.with_extras: set[AdapterId] = set()
+        """Those of them that have more than low-rank parts; shared likewise."""
         self._lora_ranks = tuple(lora_ranks)
+        self._extras_share = extras_share
+        self._seed = seed
         self._infos: dict[int, AdapterInfo] = {}
 
     def info(self, index: int) -> AdapterInfo:
@@ -61,4 +73,6 @@ class AdapterPopulation:
             info = AdapterInfo(adapter_id, lora_rank, num_pages, num_pages * self.pages.page_bytes)
             self._infos[index] = info
             self.lora_rank_of[adapter_id] = lora_rank
+            if self._extras_share and random.Random(f"{self._seed}/extras/{index}").random() < self._extras_share:
+                self.with_extras.add(adapter_id)
         return info

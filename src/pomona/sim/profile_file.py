@@ -20,7 +20,7 @@ class TermEntry(_Part):
     """See CostTerm."""
 
     quantity: str
-    seconds_each: float = Field(ge=0)
+    seconds_each: float = Field(ge=0, le=1e6)
     above: float = Field(default=0.0, ge=0)
     up_to: float | None = Field(default=None, gt=0)
 
@@ -81,7 +81,7 @@ class CostProfile(_Part):
     """UTC, ISO 8601."""
     replica: ReplicaSize
     adapters: tuple[AdapterSize, ...]
-    step_s: float = Field(ge=0)
+    step_s: float = Field(ge=0, le=1e6)
     terms: tuple[TermEntry, ...]
     error: ErrorEntry
     tried: tuple[ErrorEntry, ...]

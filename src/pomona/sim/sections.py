@@ -3,9 +3,10 @@ type and default. Unknown keys, wrong types and values out of range are refused 
 """
 
 import dataclasses
+from collections.abc import Container, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from pomona.core.errors import ConfigError
 
@@ -76,3 +77,44 @@ def build(kind: type[T], values: BaseModel, path: str, **more: Any) -> T:
         return kind(**arguments)
     except ConfigError as error:
         raise ConfigError(f"{path}.{error}") from error
+
+
+def problem(error: ValidationError, tags: Mapping[str, Container[str]], *inside: str) -> str:
+    """What is wrong first: ``path: message``.
+
+    Args:
+        error: of a section or a whole spec.
+        tags: key of alternatives -> their kinds. Pydantic puts the kind into the path after the key; the file has no
+            key of that name.
+        inside: where the section stood in the file.
+    """
+    first = error.errors(include_url=False)[0]
+    path = list(inside)
+    before: int | str = ""
+    for part in first["loc"]:
+        if part not in tags.get(str(before), ()):
+            path.append(str(part))
+        before = part
+    message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(path) or '(file)'}: {message}"
+
+
+def refuse_huge(values: Any, where: str, path: str = "") -> None:
+    """Refuse integers that do not fit 64 bits, which TOML allows and arithmetic here does not expect.
+
+    Args:
+        values: a file's content, or a part of it.
+        where: goes before the path in messages.
+        path: of the part.
+
+    Raises:
+        ConfigError: there is one; names its path.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            refuse_huge(value, where, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            refuse_huge(value, where, f"{path}.{index}")
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        raise ConfigError(f"{where}{path}: must fit 64 bits")

@@ -11,8 +11,8 @@ from pomona.metrics.slo import Slo
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.router.fleet import RouterConfig
 from pomona.sched.config import SchedulerConfig
-from pomona.sim.cluster_config import ClusterConfig, LossConfig
-from pomona.sim.cost_model import CostModel
+from pomona.sim.cluster_config import MAX_REPLICAS, ClusterConfig, LossConfig
+from pomona.sim.cost_model import CostModel, LinearCost
 from pomona.sim.h200 import h200_cost
 from pomona.sim.hardware import MACHINES, MODELS, RooflineCost, plan_memory
 from pomona.sim.population import AdapterPages, AdapterPopulation
@@ -34,6 +34,8 @@ Raises:
 
 _NUM_SAMPLES = 300
 _ENDLESS = 10**12
+MAX_BLOCKS = 10_000_000
+"""Most KV blocks, and most adapter pages, of a replica: the scheduler keeps a few numbers for each."""
 _SIZES = (
     *("num_kv_blocks", "num_adapter_pages", "blocks_per_page"),
     *("max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs"),
@@ -62,14 +64,19 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
     """
     scheduler, cost_model, cost_error = _replica(spec, read_lines)
     pages = AdapterPages(rows_per_page=spec.replica.rows_per_page)
-    adapters = AdapterPopulation(spec.adapters.lora_ranks, pages)
+    adapters = AdapterPopulation(
+        spec.adapters.lora_ranks, pages, extras_share=spec.adapters.extras_share, seed=spec.seed
+    )
     popularity = _popularity(spec, read_lines)
     requests, num_requests, horizon_s, prompts = _workload(spec, popularity, read_lines)
     if not isinstance(popularity, BaseOnly):
         _check_ranks(spec, scheduler, pages)
+    if spec.adapters.extras_share:
+        _check_extras(spec.adapters.extras_share, cost_model, popularity)
     cluster = ClusterConfig(
         scheduler=scheduler,
         cost_model=cost_model,
+        overlap_steps=spec.replica.overlap_steps,
         router=build(RouterConfig, spec.router, "router"),
         autoscaler=_autoscaler(spec),
         losses=_losses(spec, read_lines),
@@ -92,6 +99,8 @@ def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConf
         sizes: dict[str, Any] = profile.replica.model_dump()
         cost_model, cost_error = profile.cost_model, profile.error.p50
     else:
+        if section.use_tables and section.machine != "H200":
+            raise ConfigError(f"replica.use_tables: needs machine H200, not {section.machine}")
         machine, model = MACHINES[str(section.machine)], MODELS[str(section.model)]
         sizes = {"block_size": section.block_size or 16, "max_model_len": 8192}
         plan = _at(
@@ -113,6 +122,14 @@ def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConf
         )
         cost_error = None
     scheduler = _at("replica", lambda: SchedulerConfig(**(sizes | given)), joiner=".")
+    num_lent = scheduler.num_adapter_pages * scheduler.blocks_per_page
+    for name, number in (
+        ("num_kv_blocks", scheduler.num_kv_blocks),
+        ("num_adapter_pages", scheduler.num_adapter_pages),
+        ("blocks_per_page", num_lent),
+    ):
+        if number > MAX_BLOCKS:
+            raise ConfigError(f"replica.{name}: makes {number} blocks or pages: must be at most {MAX_BLOCKS}")
     num_slots = scheduler.num_kv_blocks * scheduler.block_size
     if num_slots < scheduler.max_model_len:
         # A sequence of full length must fit; a smaller context is what such a replica offers.
@@ -133,7 +150,10 @@ def _popularity(spec: SimulationSpec, read_lines: ReadLines) -> Popularity:
         own_share = max(0.0, 1.0 - sum(uses) / num_requests)
         return RecordedPopularity(tuple(float(use) for use in uses), own_share if share is None else share)
     if section.kind == "group":
-        return GroupPopularity(section.groups, section.num_adapters, section.group_size)
+        grouped: Popularity = _at(
+            path, lambda: GroupPopularity(section.groups, section.num_adapters, section.group_size), joiner="."
+        )
+        return grouped
     popularity: Popularity = build(POPULARITIES[section.kind], section, path)
     return popularity
 
@@ -154,8 +174,14 @@ def _workload(
     if section.kind == "clients":
         rates = _at("workload.rates_file", lambda: read_rates(read_lines(section.rates_file)))
         lengths = _at("workload.lengths_file", lambda: read_lengths(read_lines(section.lengths_file)))
+        if "tenants" in spec.model_fields_set:
+            raise ConfigError("tenants: leave it out; in workload.rates_file every client is a tenant of its own")
         clients = client_requests(rates, lengths, section.start_s, section.duration_s, spec.seed)
-        composed = compose(clients, popularity, tenants, spec.seed)
+        first = next(clients, None)
+        if first is None:
+            span = f"{section.start_s:g} to {section.start_s + section.duration_s:g} s"
+            raise ConfigError(f"workload.start_s: no client sends anything from {span}")
+        composed = compose(itertools.chain((first,), clients), popularity, tenants, spec.seed)
         return composed, None, section.duration_s, None
     synthetic = WorkloadSpec(
         num_requests=section.num_requests or _ENDLESS,
@@ -184,10 +210,25 @@ def _check_ranks(spec: SimulationSpec, scheduler: SchedulerConfig, pages: Adapte
             )
 
 
+def _check_extras(extras_share: float, cost_model: CostModel, popularity: Popularity) -> None:
+    field = f"adapters.extras_share is {extras_share:g}"
+    if isinstance(popularity, BaseOnly):
+        raise ConfigError(f"{field}: no request asks for an adapter; set adapters.popularity")
+    if not isinstance(cost_model, LinearCost):
+        raise ConfigError(f"{field}: needs replica.profile; a data sheet does not say what such adapters cost")
+    if not any(term.quantity in ("has_extras", "num_extra_adapters") for term in cost_model.terms):
+        raise ConfigError(
+            f"{field}: in replica.profile such adapters cost nothing more than others; take one with some of them "
+            "(pomona profile --adapters-dir), or leave this at 0"
+        )
+
+
 def _autoscaler(spec: SimulationSpec) -> AutoscalerConfig:
     config = build(AutoscalerConfig, spec.autoscaler, "autoscaler")
     if config.policy == "fixed":
         return replace(config, min_replicas=spec.cluster.num_replicas, max_replicas=spec.cluster.num_replicas)
+    if config.max_replicas > MAX_REPLICAS:
+        raise ConfigError(f"autoscaler.max_replicas is {config.max_replicas}: must be at most {MAX_REPLICAS}")
     return config
 
 
@@ -201,6 +242,9 @@ def _losses(spec: SimulationSpec, read_lines: ReadLines) -> LossConfig:
         later: Sequence[tuple[float, int]] = [(time_s - start_s, count) for time_s, count in events if time_s > start_s]
         values["capacity"] = ((0.0, before[-1] if before else 0), *later)
     losses: LossConfig = _at("losses", lambda: LossConfig(**values), joiner=".")
+    if losses.capacity and losses.capacity[-1][1] == 0 and spec.until_s is None:
+        key = "capacity" if section.capacity_file is None else "capacity_file"
+        raise ConfigError(f"losses.{key}: ends with no instance, and requests may wait for one for ever: set until_s")
     return losses
 
 

@@ -89,10 +89,13 @@ class Shard:
         self._replicas = {
             replica_id: SimReplica(
                 config.scheduler,
-                SimExecutor(config.cost_model, adapters.lora_rank_of, lambda request_id, position: 0),
+                SimExecutor(
+                    config.cost_model, adapters.lora_rank_of, lambda request_id, position: 0, adapters.with_extras
+                ),
                 self._heap,
                 partial(self._deliver, replica_id),
                 partial(self._reject, replica_id),
+                overlap_steps=config.overlap_steps,
             )
             for replica_id in replica_ids
         }

@@ -2,24 +2,29 @@
 whoever reads it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, Union
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pomona.core.errors import ConfigError
 from pomona.metrics.slo import Slo
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.router.fleet import RouterConfig
-from pomona.sim.cluster_config import LossConfig
+from pomona.sim.cluster_config import MAX_REPLICAS, LossConfig
 from pomona.sim.hardware import MACHINES, MODELS
-from pomona.sim.sections import STRICT, section
+from pomona.sim.sections import STRICT, problem, refuse_huge, section
 from pomona.workload.arrivals import AllAtOnce, ConstantArrivals, GammaArrivals, PoissonArrivals
+from pomona.workload.checks import MAX_COUNT
 from pomona.workload.lengths import FixedLength, LognormalLength, UniformLength
 from pomona.workload.popularity import BaseOnly, GroupPopularity, ZipfPopularity
 from pomona.workload.traces import TraceSelection
 
 MAX_RANK = 4096
+MAX_SECONDS = 1e9
+"""Longest time that a spec may name: thirty years."""
+MIN_INTERVAL_S = 1e-3
+"""Shortest time between two looks at the fleet."""
 
 ARRIVALS: dict[str, type] = {
     "all-at-once": AllAtOnce,
@@ -30,9 +35,10 @@ ARRIVALS: dict[str, type] = {
 LENGTHS: dict[str, type] = {"fixed": FixedLength, "uniform": UniformLength, "lognormal": LognormalLength}
 POPULARITIES: dict[str, type] = {"base": BaseOnly, "zipf": ZipfPopularity, "group": GroupPopularity}
 
-_Count = Annotated[int, Field(ge=1)]
-_Seconds = Annotated[float, Field(ge=0)]
-_Positive = Annotated[float, Field(gt=0)]
+_Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+_Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+_Positive = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+_Interval = Annotated[float, Field(ge=MIN_INTERVAL_S, le=MAX_SECONDS)]
 
 
 if TYPE_CHECKING:
@@ -69,12 +75,12 @@ class ReplicaSection(_Section):
     """File of `pomona profile`."""
     machine: str | None = None
     model: str | None = None
-    num_devices: _Count = 1
+    num_devices: Annotated[int, Field(ge=1, le=1024)] = 1
     use_tables: bool = False
     """H200 only: measured operators instead of the data sheet."""
     adapter_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Of the memory that the weights leave, what adapters get; with a machine only."""
-    rows_per_page: _Count = 4
+    rows_per_page: Annotated[int, Field(ge=1, le=MAX_RANK)] = 4
     """Rank rows of an adapter page."""
     num_kv_blocks: _Count | None = None
     num_adapter_pages: Annotated[int, Field(ge=0)] | None = None
@@ -84,9 +90,25 @@ class ReplicaSection(_Section):
     block_size: _Count | None = None
     max_num_batched_tokens: _Count | None = None
     max_num_seqs: _Count | None = None
+    overlap_steps: bool = False
+    """The next step is planned while one is under way, as `pomona serve` does on a GPU."""
     max_waiting: _Count = 1_000_000
     enable_prefix_cache: bool = False
     adapter_wait_limit_s: _Seconds = 2.0
+
+    @field_validator("machine")
+    @classmethod
+    def _is_machine(cls, name: str | None) -> str | None:
+        if name is not None and name not in MACHINES:
+            raise ValueError(f"{name!r} is not known: must be one of {', '.join(MACHINES)}")
+        return name
+
+    @field_validator("model")
+    @classmethod
+    def _is_model(cls, name: str | None) -> str | None:
+        if name is not None and name not in MODELS:
+            raise ValueError(f"{name!r} is not known: must be one of {', '.join(MODELS)}")
+        return name
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -94,12 +116,6 @@ class ReplicaSection(_Section):
             raise ValueError("needs either a profile, or a machine and a model")
         if (self.machine is None) != (self.model is None):
             raise ValueError("a machine needs a model, and a model a machine")
-        if self.machine is not None and self.machine not in MACHINES:
-            raise ValueError(f"machine {self.machine!r} is not known: must be one of {', '.join(MACHINES)}")
-        if self.model is not None and self.model not in MODELS:
-            raise ValueError(f"model {self.model!r} is not known: must be one of {', '.join(MODELS)}")
-        if self.use_tables and self.machine != "H200":
-            raise ValueError("use_tables needs machine H200")
         return self
 
 
@@ -126,6 +142,9 @@ class AdaptersSection(_Section):
 
     lora_ranks: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_RANK)], ...], Field(min_length=1)] = (16,)
     """Adapter k has rank lora_ranks[k % their number]."""
+    extras_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the adapters that have more than low-rank parts (DoRA, biases, saved modules), drawn by the seed; needs
+    a profile that was taken with such adapters."""
     popularity: Annotated[
         _Base | _Zipf | GroupsSection | RecordedSection,
         Field(discriminator="kind"),
@@ -173,6 +192,9 @@ class ClientsSection(_Section):
 class LossesSection(_Losses):  # type: ignore[misc]
     """How replicas are lost; capacity may come from a file."""
 
+    mean_life_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] | None = None
+    """With much shorter lives no request would ever end."""
+    notice_s: _Seconds = 30.0
     capacity_file: str | None = None
     """Spot availability: lines of time_ms,add|remove,node; bundled samples have names without a path."""
     capacity_start_s: _Seconds = 0.0
@@ -182,10 +204,10 @@ class LossesSection(_Losses):  # type: ignore[misc]
 class ClusterSection(_Section):
     """See ClusterConfig."""
 
-    num_replicas: _Count = 1
+    num_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] = 1
     start_s: _Seconds = 60.0
     counts_output_kv: bool = True
-    consolidation_interval_s: _Positive | None = None
+    consolidation_interval_s: _Interval | None = None
     max_moves: _Count = 32
 
 
@@ -195,12 +217,12 @@ class SimulationSpec(_Section):
     seed: int = 0
     until_s: _Positive | None = None
     """When to stop; by default, when the last request has ended."""
-    sample_interval_s: _Positive | None = None
+    sample_interval_s: _Interval | None = None
     """Time between samples of queue, memory and service; by default some 300 of them."""
     replica: ReplicaSection
     adapters: AdaptersSection = Field(default_factory=AdaptersSection)
     workload: Annotated[SyntheticSection | TraceSection | ClientsSection, Field(discriminator="kind")]
-    tenants: dict[str, _Positive] = Field(default_factory=lambda: {"default": 1.0})
+    tenants: Annotated[dict[str, _Positive], Field(min_length=1)] = Field(default_factory=lambda: {"default": 1.0})
     """Share of the requests, by tenant."""
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     router: _Router = Field(default_factory=_Router)
@@ -208,11 +230,15 @@ class SimulationSpec(_Section):
     losses: LossesSection = Field(default_factory=LossesSection)
     slo: _Slo = Field(default_factory=_Slo)
 
-    @model_validator(mode="after")
-    def _has_tenants(self) -> Self:
-        if not self.tenants:
-            raise ValueError("tenants must name at least one")
-        return self
+
+_TAGS: dict[str, Container[str]] = {
+    "workload": ("synthetic", "trace", "clients"),
+    "popularity": (*POPULARITIES, "recorded"),
+    "arrivals": ARRIVALS,
+    "prompt_lengths": LENGTHS,
+    "output_lengths": LENGTHS,
+}
+"""Key of alternatives -> their kinds."""
 
 
 def parse_spec(values: Mapping[str, Any], name: str) -> SimulationSpec:
@@ -225,16 +251,8 @@ def parse_spec(values: Mapping[str, Any], name: str) -> SimulationSpec:
     Raises:
         ConfigError: says which key is wrong, and how.
     """
+    refuse_huge(values, f"{name}: ")
     try:
         return SimulationSpec.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"] if not _is_tag(part, first["loc"])) or "(file)"
-        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{name}: {path}: {message}") from error
-
-
-def _is_tag(part: int | str, path: tuple[int | str, ...]) -> bool:
-    """Pydantic puts the alternative's tag into the path; the file has no such key."""
-    tags = {*ARRIVALS, *LENGTHS, *POPULARITIES, "recorded", "synthetic", "trace", "clients"}
-    return part in tags and path.index(part) > 0 and path[0] in ("workload", "adapters")
+        raise ConfigError(f"{name}: {problem(error, _TAGS)}") from error

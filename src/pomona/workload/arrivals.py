@@ -9,7 +9,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pomona.workload.checks import require_positive
+from pomona.workload.checks import require_between
+
+RATES = (1e-6, 1e9)
+CVS = (1e-3, 1e3)
+"""Beyond these, gaps are no numbers any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,8 @@ class ConstantArrivals:
     rate_per_s: float
 
     def __post_init__(self) -> None:
-        """Refuse rates that are not positive and finite."""
-        require_positive("rate_per_s", self.rate_per_s)
+        """Refuse rates out of range."""
+        require_between("rate_per_s", self.rate_per_s, *RATES)
 
     def times(self, rng: random.Random) -> Iterator[float]:
         """Yield k / rate for k = 0, 1, ...; draws nothing from ``rng``."""
@@ -45,8 +49,8 @@ class PoissonArrivals:
     rate_per_s: float
 
     def __post_init__(self) -> None:
-        """Refuse rates that are not positive and finite."""
-        require_positive("rate_per_s", self.rate_per_s)
+        """Refuse rates out of range."""
+        require_between("rate_per_s", self.rate_per_s, *RATES)
 
     def times(self, rng: random.Random) -> Iterator[float]:
         """Yield ascending arrival times; one draw from ``rng`` per gap."""
@@ -66,9 +70,9 @@ class GammaArrivals:
     cv: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse values that are not positive and finite."""
-        require_positive("rate_per_s", self.rate_per_s)
-        require_positive("cv", self.cv)
+        """Refuse values out of range."""
+        require_between("rate_per_s", self.rate_per_s, *RATES)
+        require_between("cv", self.cv, *CVS)
 
     def times(self, rng: random.Random) -> Iterator[float]:
         """Yield ascending arrival times; one Gamma variate from ``rng`` per gap."""

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from pomona.workload.checks import require, require_count, require_positive
+from pomona.workload.checks import MAX_TOKENS, require, require_between, require_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +13,8 @@ class FixedLength:
     num_tokens: int
 
     def __post_init__(self) -> None:
-        """Refuse less than one token."""
-        require_count("num_tokens", self.num_tokens)
+        """Refuse less than one token, and more than ``MAX_TOKENS``."""
+        require_count("num_tokens", self.num_tokens, 1, MAX_TOKENS)
 
     def draw(self, rng: random.Random) -> int:
         """Return the length; draws nothing from ``rng``."""
@@ -31,8 +31,8 @@ class UniformLength:
 
     def __post_init__(self) -> None:
         """Refuse empty ranges and less than one token."""
-        require_count("min_tokens", self.min_tokens)
-        require_count("max_tokens", self.max_tokens, self.min_tokens)
+        require_count("min_tokens", self.min_tokens, 1, MAX_TOKENS)
+        require_count("max_tokens", self.max_tokens, self.min_tokens, MAX_TOKENS)
 
     def draw(self, rng: random.Random) -> int:
         """Return one length."""
@@ -54,10 +54,10 @@ class LognormalLength:
 
     def __post_init__(self) -> None:
         """Refuse empty ranges, less than one token, and a spread that is negative or not finite."""
-        require_positive("median_tokens", self.median_tokens)
+        require_between("median_tokens", self.median_tokens, 1e-3, MAX_TOKENS)
         require("sigma", self.sigma, "between 0 and 10", ok=0.0 <= self.sigma <= 10.0)
-        require_count("min_tokens", self.min_tokens)
-        require_count("max_tokens", self.max_tokens, self.min_tokens)
+        require_count("min_tokens", self.min_tokens, 1, MAX_TOKENS)
+        require_count("max_tokens", self.max_tokens, self.min_tokens, MAX_TOKENS)
 
     def draw(self, rng: random.Random) -> int:
         """Return one length."""

@@ -15,6 +15,10 @@ from typing import Literal
 from pomona.core.errors import ConfigError
 from pomona.workload.checks import require, require_count
 
+MAX_ADAPTERS = 10_000_000
+"""Of a population: one float each."""
+MAX_GROUP = 1_000_000
+"""Requests of a group: one integer each."""
 GROUP_RATIO = 1.5
 """Punica's Skewed: each adapter is asked for 1.5 times as often as the next."""
 
@@ -88,8 +92,8 @@ class GroupPopularity:
         """Refuse unknown kinds, and groups or populations without members."""
         if self.kind not in GROUP_COUNTS:
             raise ConfigError(f"kind is {self.kind!r}: must be one of {', '.join(GROUP_COUNTS)}")
-        require_count("num_adapters", self.num_adapters)
-        require_count("group_size", self.group_size)
+        require_count("num_adapters", self.num_adapters, 1, MAX_ADAPTERS)
+        require_count("group_size", self.group_size, 1, MAX_GROUP)
 
     def indices(self, rng: random.Random) -> Iterator[int | None]:
         """Yield adapter indices in [0, num_adapters); one shuffle from ``rng`` per group, none for ``distinct``."""
@@ -113,7 +117,7 @@ class ZipfPopularity:
 
     def __post_init__(self) -> None:
         """Refuse an empty population and exponents that are negative or not finite."""
-        require_count("num_adapters", self.num_adapters)
+        require_count("num_adapters", self.num_adapters, 1, MAX_ADAPTERS)
         require("alpha", self.alpha, "between 0 and 20", ok=0.0 <= self.alpha <= 20.0)
 
     def indices(self, rng: random.Random) -> Iterator[int | None]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from pomona.core.errors import ConfigError
 from pomona.core.ids import TenantId
+from pomona.workload.arrivals import CVS, RATES
+from pomona.workload.checks import MAX_TOKENS
 from pomona.workload.traces import TraceRow, csv_rows, fail_line
 
 _WINDOW_S = 600.0
@@ -53,6 +55,9 @@ def read_rates(lines: Iterable[str]) -> dict[str, list[ClientWindow]]:
     for line, row in csv_rows(lines, ("client", "window_start_s", "rate_rps", "cv")):
         start_s, rate, cv = (_number(line, name, row[name]) for name in ("window_start_s", "rate_rps", "cv"))
         if rate > 0.0:
+            for name, value, allowed in (("rate_rps", rate, RATES), ("cv", cv or 1.0, CVS)):
+                if not allowed[0] <= value <= allowed[1]:
+                    raise fail_line(line, f"{name} is {value}: must be between {allowed[0]:g} and {allowed[1]:g}")
             found.setdefault(row["client"], []).append(ClientWindow(start_s, rate, cv or 1.0))
     if not found:
         raise ConfigError("the trace has no client that sends anything")
@@ -68,6 +73,8 @@ def read_lengths(lines: Iterable[str]) -> dict[tuple[str, str], list[ClientLengt
     found: dict[tuple[str, str], list[ClientLengths]] = {}
     for line, row in csv_rows(lines, ("client", "window_start_s", "field", "p50", "p90", "p99")):
         start_s, p50, p90, p99 = (_number(line, name, row[name]) for name in ("window_start_s", "p50", "p90", "p99"))
+        if max(p50, p90, p99) > MAX_TOKENS:
+            raise fail_line(line, f"lengths of {max(p50, p90, p99):g} tokens: must be at most {MAX_TOKENS}")
         found.setdefault((row["client"], row["field"]), []).append(
             ClientLengths(start_s, max(p50, 1.0), max(p90, 1.0), max(p99, 1.0))
         )

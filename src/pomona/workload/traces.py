@@ -8,6 +8,7 @@ import csv
 import datetime
 import itertools
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from pomona.core.errors import ConfigError
 from pomona.core.ids import TenantId
-from pomona.workload.checks import require_positive
+from pomona.workload.checks import MAX_COUNT, MAX_TOKENS, require_between, require_positive
 from pomona.workload.popularity import Popularity
 from pomona.workload.spec import DEFAULT_TENANT, WorkloadRequest
 
@@ -42,13 +43,15 @@ def fail_line(line: int, message: str) -> ConfigError:
     return ConfigError(f"line {line}: {message}")
 
 
-def _count(line: int, name: str, value: Any, minimum: int) -> int:
+def _count(line: int, name: str, value: Any, minimum: int, maximum: int = MAX_TOKENS) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise fail_line(line, f"{name} is {value!r}: must be an integer") from None
     if number < minimum:
         raise fail_line(line, f"{name} is {number}: must be at least {minimum}")
+    if number > maximum:
+        raise fail_line(line, f"{name} is {number}: must be at most {maximum}")
     return number
 
 
@@ -57,6 +60,8 @@ def _checked(rows: Iterable[tuple[int, float, int, int, tuple[int, ...]]]) -> li
     found: list[TraceRow] = []
     first_s = last_s = 0.0
     for line, time_s, num_prompt, num_output, hashes in rows:
+        if not math.isfinite(time_s):
+            raise fail_line(line, f"its time is {time_s} s: must be finite")
         if not found:
             first_s = last_s = time_s
         if time_s < last_s:
@@ -72,13 +77,24 @@ def csv_rows(lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int
     """Yield (line number, row) of a CSV file with a header.
 
     Raises:
-        ConfigError: a column is missing.
+        ConfigError: a column is missing, or a line is no CSV; names the line.
     """
     reader = csv.DictReader(lines)
-    missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    try:
+        names = reader.fieldnames or ()
+    except csv.Error as error:
+        raise fail_line(1, str(error)) from error
+    missing = [column for column in columns if column not in names]
     if missing:
         raise fail_line(1, f"no column {missing[0]!r}: must have {', '.join(columns)}")
-    yield from enumerate(reader, 2)
+    yield from enumerate(_rows(reader), 2)
+
+
+def _rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise fail_line(reader.line_num, str(error)) from error
 
 
 def read_azure(lines: Iterable[str]) -> list[TraceRow]:
@@ -124,8 +140,14 @@ def read_mooncake(lines: Iterable[str], tick_s: float = 3.0, seed: int = 0) -> l
                 row = json.loads(text)
                 time_s = float(row["timestamp"]) / 1000.0
                 hashes = tuple(int(value) for value in row.get("hash_ids", ()))
-            except (KeyError, TypeError, ValueError):
-                raise fail_line(line, "must be a JSON object with timestamp, input_length, output_length") from None
+                if not all(0 <= value < MAX_COUNT for value in hashes):
+                    raise ValueError
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+                raise fail_line(
+                    line,
+                    "must be a JSON object with timestamp, input_length, output_length, and hash_ids, if any, from 0 "
+                    f"to {MAX_COUNT}",
+                ) from None
             num_prompt = _count(line, "input_length", row.get("input_length"), 1)
             num_output = max(1, _count(line, "output_length", row.get("output_length"), 0))
             yield line, time_s, num_prompt, num_output, hashes
@@ -189,7 +211,8 @@ class TraceSelection:
         """Check every range once."""
         if not 0.0 <= self.start_s < float("inf"):
             raise ConfigError(f"start_s is {self.start_s}: must be finite and not negative")
-        for name in ("duration_s", "speed", "max_prompt_tokens", "max_output_tokens"):
+        require_between("speed", self.speed, 1e-6, 1e6)
+        for name in ("duration_s", "max_prompt_tokens", "max_output_tokens"):
             value = getattr(self, name)
             if value is not None:
                 require_positive(name, value)
@@ -254,7 +277,7 @@ def read_lora_uses(lines: Iterable[str]) -> tuple[tuple[int, ...], int]:
     for line, row in csv_rows(lines, ("lora_args",)):
         try:
             ids = [str(entry["modelVersionId"]) for entry in json.loads((row["lora_args"] or "[]").replace("'", '"'))]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise fail_line(line, f"lora_args is {row['lora_args']!r}: must be a list of adapters") from None
         uses.update(ids)
         num_requests += 1
@@ -280,7 +303,7 @@ def read_spot_events(lines: Iterable[str]) -> tuple[tuple[float, int], ...]:
         fields = text.strip().split(",")
         if len(fields) != 3 or fields[1] not in ("add", "remove"):
             raise fail_line(line, f"is {text.strip()!r}: must be time_ms,add|remove,node")
-        time_ms = _count(line, "time_ms", fields[0], 0)
+        time_ms = _count(line, "time_ms", fields[0], 0, MAX_COUNT)
         if time_ms < last_ms:
             raise fail_line(line, f"its time is {last_ms - time_ms} ms before the one above: times must not descend")
         last_ms = time_ms
