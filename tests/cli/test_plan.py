@@ -8,7 +8,7 @@ from pomona.cli.main import app
 from pomona.cli.plan import load_plan_spec, run_plan
 from pomona.cli.simulate import read_lines
 from pomona.core.errors import ConfigError
-from pomona.sim.plan_search import PlanSettings
+from pomona.sim.plan_search import PlanSettings, Trial
 from pomona.sim.plan_trial import RelaxedCost, TrialRunner
 from pomona.sim.step_work import StepWork
 
@@ -85,6 +85,12 @@ def test_the_command_says_the_answer_in_words(tmp_path):
         ("window_s = 2.0", "window_s = -2.0", r"plan\.window_s"),
         ("window_s = 2.0", "window_start_s = 99.0", r"plan\.window_start_s"),
         ('format = "plain"', 'format = "plane"', r"workload\.format"),
+        ("[replica]", "until_s = 5.0\n[replica]", r"until_s: a plan is made for the whole workload"),
+        (
+            "[0.1, 0.4]",
+            "[0.4, 1e-6]",
+            r"plan\.adapter_shares\.1 is 1e-06: adapters\.lora_ranks\.0 is 8: needs 2 adapter",
+        ),
         ("ttft_s = 0.4\ntpot_s = 0.03", "", r"slo: needs at least one"),
         ("max_replicas = 16", "max_replicas = 1", r"plan\.max_replicas is 1: attainment is then"),
     ],
@@ -129,3 +135,34 @@ def test_relaxed_costs_scale_steps_and_copies_apart(tmp_path):
     assert RelaxedCost(cost).seconds(work) == pytest.approx(cost.seconds(work))
     halved = RelaxedCost(cost, compute_scale=0.5).seconds(work)
     assert halved == pytest.approx(0.5 * (cost.seconds(work) - load_s) + load_s)
+
+
+def test_a_fleet_of_one_is_asked_what_it_would_lack_at_twice_the_rate(tmp_path):
+    rows = [f"{k * 0.5},60,20" for k in range(10)]
+    result = CliRunner().invoke(app, ["plan", str(_folder(tmp_path, rows=rows))])
+    assert result.exit_code == 0, result.output
+    assert "1 replica, " in result.output
+    assert "What binds at twice the rate: nothing." in result.output
+    assert "one replica fewer" not in result.output
+
+
+def test_prompts_that_begin_alike_share_the_prefix_cache_in_a_plan_too(tmp_path):
+    lines = [
+        json.dumps(
+            {"timestamp": 100 * k, "input_length": 1100, "output_length": 2, "hash_ids": [k // 20, 100 + k // 20]}
+        )
+        for k in range(60)
+    ]
+    spec = SPEC.replace("max_model_len = 512", "max_model_len = 2048\nenable_prefix_cache = true")
+    spec = spec.replace('format = "plain"', 'format = "mooncake"').replace("window_s = 2.0", "window_start_s = 3.0")
+    spec = spec.replace('popularity = { kind = "zipf", num_adapters = 20, alpha = 1.0 }', "")
+    path = _folder(tmp_path, spec)
+    (tmp_path / "trace.csv").write_text("\n".join(lines))
+    runners = []
+    for switch in ("true", "false"):
+        path.write_text(spec.replace("_cache = true", f"_cache = {switch}"))
+        runners.append(_runner(path))
+    for is_whole in (False, True):
+        shared, apart = (run(Trial(PlanSettings(1, 0.4, "affinity"), is_whole=is_whole)) for run in runners)
+        assert shared.ttft_p99_s < apart.ttft_p99_s
+        assert shared.output_tokens_per_s > apart.output_tokens_per_s

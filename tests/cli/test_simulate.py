@@ -1,12 +1,17 @@
+import gzip
 import itertools
 import json
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from pomona.cli.simulate import SimulateOutputs, read_window, run_simulate
+from pomona.cli.simulate import SimulateOutputs, load_spec, read_lines, read_window, run_simulate
 from pomona.core.errors import ConfigError
+from pomona.sim.plan_spec import parse_plan
+from pomona.sim.spec import parse_spec
 from support.sim import make_profile
 
 SPEC = """
@@ -105,3 +110,61 @@ def test_windows_are_two_ascending_seconds():
     for text in ("", "5", "7-3", "-1-3", "a-b"):
         with pytest.raises(ConfigError, match="--trace-window"):
             read_window(text)
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_trace_of_a_simulation_that_was_stopped_is_json_and_shows_what_had_not_ended(spec_file):
+    spec_file.write_text("until_s = 0.5\n" + SPEC.replace("duration_s = 40", "duration_s = 40, speed = 100"))
+    trace = spec_file.with_suffix(".json")
+    report = run_simulate(spec_file, SimulateOutputs(trace=trace, trace_end_s=5.0))
+    open_requests = report.all.num_requests - report.all.num_finished
+    assert open_requests > 0
+    events = json.loads(trace.read_text(), parse_constant=refuse_constant)["traceEvents"]
+    spans = [event for event in events if event.get("cat") == "request"]
+    assert {event["args"]["request"] for event in spans} == set(range(report.all.num_requests))
+    assert sum(event["ts"] + event["dur"] == pytest.approx(0.5e6) for event in spans) == open_requests
+
+
+def test_a_window_in_which_nothing_happens_is_said_to_be_empty(spec_file, capsys):
+    trace = spec_file.with_suffix(".json")
+    run_simulate(spec_file, SimulateOutputs(trace=trace, trace_start_s=1e6, trace_end_s=2e6))
+    assert "--trace-window 1e+06-2e+06: no step began in it" in capsys.readouterr().err
+
+
+def test_a_page_that_is_a_folder_is_refused_before_the_simulation(spec_file):
+    with pytest.raises(ConfigError, match=r"--html .* is a folder"):
+        run_simulate(spec_file, SimulateOutputs(page=spec_file.parent))
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "~nobody-of-this-name/a.csv", "x" * 5000, "damaged.gz", "latin.csv"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
+    packed = bytearray(gzip.compress(b"some text that is long enough to be damaged" * 9))
+    packed[14:24] = b"\xff" * 10
+    (tmp_path / "damaged.gz").write_bytes(packed)
+    (tmp_path / "latin.csv").write_bytes("ä".encode("latin-1"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_lines(name, tmp_path)
+
+
+def test_the_samples_that_there_are_are_named_when_one_is_misspelt(tmp_path):
+    with pytest.raises(ConfigError, match=r"bundled samples are .*azure-conv-2023\.csv, "):
+        read_lines("azure-conv-1923.csv", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["seed = " + "1" * 5000, "a = " + "[" * 5000, "seed = 1\nseed = 2", "\0"])
+def test_what_is_no_toml_is_refused(tmp_path, text):
+    spec = tmp_path / "s.toml"
+    spec.write_text(text)
+    with pytest.raises(ConfigError, match=r"s\.toml: is not TOML: "):
+        load_spec(spec)
+
+
+def test_the_specs_in_the_docs_are_specs():
+    page = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
+    cluster, plan = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
+    parse_spec(cluster, "docs")
+    parse_plan(cluster | plan, "docs")
+    assert re.search(r"extras_share = 0.1 .*", page) and "overlap_steps = true" in page

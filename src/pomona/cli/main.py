@@ -110,11 +110,14 @@ def plan(
 ) -> None:
     """Find the smallest fleet that meets the objectives for a workload, by simulation, and what binds it.
 
-    Needs no model and no server. Every simulation is a line on stderr; the plan goes to stdout.
+    Needs no model and no server. Every simulation is a line on stderr; the plan goes to stdout. A spec of `pomona
+    simulate` with objectives in [slo] will do; docs/simulator.md shows what a section [plan] may say.
 
-    Example:
+    Examples:
 
-        pomona plan benchmarks/papers/specs/azure-conv.toml
+        pomona plan cluster.toml
+
+        pomona plan cluster.toml --json > plan.json
     """
     from pomona.cli.plan import run_plan
 
@@ -324,11 +327,15 @@ def simulate(
 ) -> None:
     """Simulate a cluster in virtual time: the same scheduler, adapters and router, with costs measured or computed.
 
-    The table goes to stderr. Specs are in docs/simulator.md.
+    The table goes to stderr. docs/simulator.md shows a spec with everything that it may say.
 
-    Example:
+    Examples:
 
-        pomona simulate cluster.toml --html cluster.html --trace cluster.json --trace-window 60-70
+        pomona simulate cluster.toml --html cluster.html
+
+        pomona simulate cluster.toml --json > results.json
+
+        pomona simulate cluster.toml --trace trace.json --trace-window 60-70
     """
     from pomona.cli.simulate import SimulateOutputs, read_window, run_simulate
 

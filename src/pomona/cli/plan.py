@@ -1,13 +1,12 @@
 """``pomona plan``: reads the spec and what it names, shows every simulation, prints the plan."""
 
 import sys
-import tomllib
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pomona.cli.simulate import read_lines
+from pomona.cli.simulate import read_lines, read_toml
 from pomona.core.errors import ConfigError
 from pomona.sim.plan_report import plan_json, plan_text
 from pomona.sim.plan_search import Plan, PlanSearch, Trial, TrialOutcome
@@ -40,13 +39,7 @@ def load_plan_spec(spec_file: Path) -> PlanSpec:
     Raises:
         ConfigError: it cannot be read, or says something wrong; names the key.
     """
-    try:
-        values = tomllib.loads(spec_file.read_text())
-    except OSError as error:
-        raise ConfigError(f"{spec_file}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{spec_file}: {error}") from error
-    return parse_plan(values, str(spec_file))
+    return parse_plan(read_toml(spec_file), str(spec_file))
 
 
 def search(spec: PlanSpec, runner: TrialRunner, console: Console) -> Plan:

@@ -6,11 +6,15 @@ import json
 import sys
 import time
 import tomllib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -23,6 +27,9 @@ from pomona.sim.report import SimulationReport, make_report
 from pomona.sim.setup import Setup, prepare
 from pomona.sim.spec import SimulationSpec, parse_spec
 from pomona.workload.spec import WorkloadRequest
+
+MAX_SHOWN_TENANTS = 5
+"""Columns of the table besides that of all requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
     for flag, path in (("--html", outputs.page), ("--trace", outputs.trace)):
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"{flag} {path}: the folder does not exist")
+        if path is not None and path.is_dir():
+            raise ConfigError(f"{flag} {path}: is a folder; name a file in it")
     spec = load_spec(spec_file)
     try:
         setup = prepare(spec, lambda name: read_lines(name, spec_file.parent))
@@ -53,11 +62,11 @@ def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
         raise ConfigError(f"{spec_file}: {error}") from error
     console = Console(stderr=True)
     report, trace_lines = simulate(spec, setup, outputs, console)
-    console.print(render_table(report, spec_file.stem))
+    show(report, spec_file.stem, console)
     if outputs.page is not None:
-        outputs.page.write_text(render_page(report, spec_file.stem))
+        _write("--html", outputs.page, render_page(report, spec_file.stem))
     if outputs.trace is not None:
-        outputs.trace.write_text(trace_lines)
+        _write("--trace", outputs.trace, trace_lines)
     if outputs.as_json:
         sys.stdout.write(json.dumps(report.to_json()) + "\n")
     return report
@@ -85,13 +94,29 @@ def load_spec(spec_file: Path) -> SimulationSpec:
     Raises:
         ConfigError: it cannot be read, or says something wrong; names the key.
     """
+    return parse_spec(read_toml(spec_file), str(spec_file))
+
+
+def read_toml(spec_file: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
     try:
-        values = tomllib.loads(spec_file.read_text())
+        return tomllib.loads(spec_file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{spec_file}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{spec_file}: {error}") from error
-    return parse_spec(values, str(spec_file))
+    except (ValueError, RecursionError) as error:
+        # Besides its own error tomllib raises ValueError for numbers of thousands of digits.
+        raise ConfigError(f"{spec_file}: is not TOML: {error}") from error
+
+
+def _write(flag: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be written: {error.strerror}") from error
 
 
 def read_lines(name: str, folder: Path) -> list[str]:
@@ -100,18 +125,22 @@ def read_lines(name: str, folder: Path) -> list[str]:
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    path = folder / Path(name).expanduser()
     bundled = importlib.resources.files("pomona").joinpath("workload", "data")
     try:
+        path = folder / Path(name).expanduser()
         if not path.is_file() and "/" not in name and bundled.joinpath(f"{name}.gz").is_file():
             content = gzip.decompress(bundled.joinpath(f"{name}.gz").read_bytes())
         else:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
         return content.decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
+        # ValueError: text that is not UTF-8, a name with a NUL; RuntimeError: nobody's home; the rest are damaged .gz.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"{name}: cannot be read: {reason}") from error
+        samples = sorted(entry.name.removesuffix(".gz") for entry in bundled.iterdir() if entry.name.endswith(".gz"))
+        is_trace = "/" not in name and name.endswith((".csv", ".jsonl"))
+        hint = f"; bundled samples are {', '.join(samples)}" if is_trace else ""
+        raise ConfigError(f"{name}: cannot be read: {reason}{hint}") from error
 
 
 def simulate(
@@ -136,23 +165,38 @@ def simulate(
     report = make_report(sim, spec.model_dump(mode="json"), time.monotonic() - start_s, setup.cost_error)
     if outputs.trace is None:
         return report, ""
-    return report, json.dumps({"traceEvents": list(trace_events(trace, sim.ledger)), "displayTimeUnit": "ms"})
+    if not trace.steps:
+        window = f"{outputs.trace_start_s:g}-{outputs.trace_end_s:g}"
+        console.print(f"--trace-window {window}: no step began in it; the simulation ended at {sim.end_s:.1f} s")
+    events = list(trace_events(trace, sim.ledger))
+    return report, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}, allow_nan=False)
 
 
-def render_table(report: SimulationReport, title: str) -> Table:
-    """The figures for a terminal: one column for all requests, one per tenant if there are several."""
-    table = Table(
-        title=f"{title}: {report.simulated_s:.1f} s simulated in {report.wall_s:.2f} s, "
-        f"{report.requests_per_wall_s:.0f} requests per second",
-        caption=f"{report.replica_s / 3600:.2f} replica-hours, {report.busy_share:.0%} busy; {report.num_steps} steps, "
-        f"{report.num_preemptions} preemptions, {report.num_adapter_loads} adapter loads, "
-        f"{report.num_lost_replicas} replicas lost",
+def show(report: SimulationReport, title: str, console: Console) -> None:
+    """Print the figures."""
+    said = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    said(
+        f"{title}: {report.simulated_s:.1f} s simulated in {report.wall_s:.2f} s, "
+        f"{report.requests_per_wall_s:.0f} requests per second"
     )
-    shown = [entry for entry in report.tenants if len(report.tenants) > 1][:8]
+    console.print(render_table(report))
+    if len(report.tenants) > MAX_SHOWN_TENANTS:
+        said(f"{len(report.tenants) - MAX_SHOWN_TENANTS} more tenants: --json and --html show all")
+    said(
+        f"{report.replica_s / 3600:.2f} replica-hours, {report.busy_share:.0%} busy; {report.num_steps} steps, "
+        f"{report.num_preemptions} preemptions, {report.num_adapter_loads} adapter loads, "
+        f"{report.num_lost_replicas} replicas lost"
+    )
+
+
+def render_table(report: SimulationReport) -> Table:
+    """The figures for a terminal: one column for all requests, one per tenant if there are several."""
+    table = Table()
+    shown = [entry for entry in report.tenants if len(report.tenants) > 1][:MAX_SHOWN_TENANTS]
     summaries = [report.all, *(entry.summary for entry in shown)]
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("all", *(entry.tenant for entry in shown)):
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right", overflow="fold")
     table.add_row("requests", *(str(found.num_requests) for found in summaries))
     table.add_row("finished", *(str(found.num_finished) for found in summaries))
     table.add_row("rejected, failed", *(f"{found.num_rejected}, {found.num_failed}" for found in summaries))
@@ -160,7 +204,7 @@ def render_table(report: SimulationReport, title: str) -> Table:
         for share in ("p50", "p90", "p99"):
             cells = (_milliseconds(getattr(found, f"{latency}_s"), share) for found in summaries)
             table.add_row(f"{latency.upper() if latency != 'e2e' else latency} {share} ms", *cells)
-    table.add_row("attainment", *(f"{found.attainment:.1%}" for found in summaries))
+    table.add_row("attainment", *(f"{found.attainment:.1%}" if found.num_requests else "-" for found in summaries))
     table.add_row("goodput/s", *(f"{found.goodput_rps:.2f}" for found in summaries))
     table.add_row("output tokens/s", *(f"{found.output_tokens_per_s:.1f}" for found in summaries))
     return table

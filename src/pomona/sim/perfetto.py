@@ -4,12 +4,13 @@ Each replica is a process with a track of steps and counters of its batch; reque
 as spans of waiting and of answering. Microseconds.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from pomona.core.ids import ReplicaId
 from pomona.sim.clock import EventHeap
-from pomona.sim.ledger import Ledger
+from pomona.sim.ledger import Ending, Ledger
 from pomona.sim.step_work import StepWork
 
 _REQUESTS_PID = 1_000_000
@@ -30,6 +31,11 @@ class StepTrace:
         self.steps: list[tuple[float, ReplicaId, float, StepWork]] = []
         """(beginning, replica, seconds, work)."""
         self._heap = heap
+
+    @property
+    def stopped_s(self) -> float:
+        """After the run: when it stopped."""
+        return self._heap.now_s
 
     def note(self, replica_id: ReplicaId, seconds: float, work: StepWork) -> None:
         """A step begins."""
@@ -58,13 +64,16 @@ def trace_events(trace: StepTrace, ledger: Ledger) -> Iterator[dict[str, Any]]:
     yield _name("process_name", _REQUESTS_PID, 0, "requests")
     lanes: list[float] = []
     for number, arrival_s in enumerate(ledger.arrival_s):
-        end_s = ledger.last_token_s[number]
+        # What had not ended when the simulation stopped goes on to that moment.
+        is_open = ledger.ending[number] == Ending.NONE
+        end_s = trace.stopped_s if is_open else ledger.last_token_s[number]
         if arrival_s < trace.end_s and end_s >= trace.start_s:
-            yield from _request(ledger, number, _lane(lanes, arrival_s, end_s))
+            yield from _request(ledger, number, _lane(lanes, arrival_s, end_s), end_s)
 
 
-def _request(ledger: Ledger, number: int, lane: int) -> Iterator[dict[str, Any]]:
-    arrival_s, first_s, last_s = ledger.arrival_s[number], ledger.first_token_s[number], ledger.last_token_s[number]
+def _request(ledger: Ledger, number: int, lane: int, last_s: float) -> Iterator[dict[str, Any]]:
+    arrival_s, first_s = ledger.arrival_s[number], ledger.first_token_s[number]
+    has_tokens = not math.isnan(first_s)
     arguments = {
         "request": number,
         "tenant": ledger.tenants[ledger.tenant[number]],
@@ -73,7 +82,10 @@ def _request(ledger: Ledger, number: int, lane: int) -> Iterator[dict[str, Any]]
         "output tokens": ledger.num_output_tokens[number],
         "replica": ledger.replica_id[number],
     }
-    for name, start_s, end_s in (("to first token", arrival_s, first_s), ("answer", first_s, last_s)):
+    spans = [("to first token", arrival_s, first_s if has_tokens else last_s)]
+    if has_tokens:
+        spans.append(("answer", first_s, last_s))
+    for name, start_s, end_s in spans:
         yield {
             "ph": "X",
             "name": name,

@@ -67,7 +67,10 @@ def plan_text(plan: Plan, replica: SchedulerConfig, pages: AdapterPages, wanted:
         verdict = "misses it" if plan.one_fewer.attainment < wanted else "also meets it on the whole workload"
         lines.append(f"  one replica fewer, best settings ({_settings(plan.one_fewer_settings)}): {verdict}")
         lines.append(f"    {_outcome(plan.one_fewer)}")
-    lines.append(f"What binds below that: {plan.binds}. Attainment with one replica fewer when it is plentiful:")
+    if plan.one_fewer is None:
+        lines.append(f"What binds at twice the rate: {plan.binds}. Attainment there when it is plentiful:")
+    else:
+        lines.append(f"What binds below that: {plan.binds}. Attainment with one replica fewer when it is plentiful:")
     lines.append(f"  as it is                                  {plan.binding['none']:7.1%}")
     for name, words in BINDING_WORDS.items():
         lines.append(f"  {words:<40}  {plan.binding[name]:7.1%}")  # type: ignore[index]

@@ -96,8 +96,10 @@ class Plan:
 
     @property
     def binds(self) -> str:
-        """What the fleet would lack with one replica fewer: the resource that helps most when it is plentiful."""
-        helped = {name: value for name, value in self.binding.items() if name != "none"}
+        """What the fleet would lack with one replica fewer (a fleet of one: at twice the rate): the resource that helps
+        most when it is plentiful; "nothing" if none helps."""
+        as_it_is = self.binding.get("none", 0.0)
+        helped = {name: value for name, value in self.binding.items() if name != "none" and value > as_it_is}
         return max(helped, key=lambda name: helped[name]) if helped else "nothing"
 
 

@@ -68,6 +68,9 @@ class TrialRunner:
         start_s = spec.plan.window_start_s
         end_s = start_s + spec.plan.window_s
         window = [request for request in self._whole if start_s <= request.arrival_s < end_s]
+        num_before = sum(request.arrival_s < start_s for request in self._whole)
+        self._whole_prompts = first.prompts
+        self._window_prompts = None if first.prompts is None else first.prompts.part(num_before)
         if not window:
             raise ConfigError(f"plan.window_start_s is {start_s}: no request arrives in the window")
         self._window = [replace(request, arrival_s=request.arrival_s - start_s) for request in window]
@@ -83,7 +86,8 @@ class TrialRunner:
         if trial.rate_scale != 1.0:
             workload = [replace(request, arrival_s=request.arrival_s / trial.rate_scale) for request in workload]
         config = self.cluster_config(trial.settings, trial.relaxation)
-        sim = ClusterSim(config, self._setup(trial.settings.adapter_share).adapters)
+        prompts = self._whole_prompts if trial.is_whole else self._window_prompts
+        sim = ClusterSim(config, self._setup(trial.settings.adapter_share).adapters, prompts)
         sim.run(workload)
         summary = sim.ledger.summary(config.slo, sim.end_s)
         records = sim.replicas.values()

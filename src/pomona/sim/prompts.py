@@ -88,6 +88,10 @@ class RecordedPrompts:
         self._hashes = hashes
         self._block_tokens = block_tokens
 
+    def part(self, first: int) -> "RecordedPrompts":
+        """Of a workload that leaves out the requests before this one."""
+        return RecordedPrompts(self._hashes[first:], self._block_tokens)
+
     def token_ids(self, number: int, request: WorkloadRequest, num_delivered: int) -> tuple[int, ...]:
         """See ``PromptSource``. Tokens beyond the recorded blocks are the request's own."""
         size = self._block_tokens

@@ -17,7 +17,7 @@ from pomona.sim.h200 import h200_cost
 from pomona.sim.hardware import MACHINES, MODELS, RooflineCost, plan_memory
 from pomona.sim.population import AdapterPages, AdapterPopulation
 from pomona.sim.profile_file import CostProfile
-from pomona.sim.prompts import PromptSource, RecordedPrompts
+from pomona.sim.prompts import RecordedPrompts
 from pomona.sim.sections import build
 from pomona.sim.spec import ARRIVALS, LENGTHS, POPULARITIES, SimulationSpec
 from pomona.workload.popularity import BaseOnly, GroupPopularity, Popularity, RecordedPopularity
@@ -48,7 +48,7 @@ class Setup:
 
     cluster: ClusterConfig
     adapters: AdapterPopulation
-    prompts: PromptSource | None
+    prompts: RecordedPrompts | None
     workload: Iterator[WorkloadRequest]
     num_requests: int | None
     """Of the workload, if known."""
@@ -160,7 +160,7 @@ def _popularity(spec: SimulationSpec, read_lines: ReadLines) -> Popularity:
 
 def _workload(
     spec: SimulationSpec, popularity: Popularity, read_lines: ReadLines
-) -> tuple[Iterator[WorkloadRequest], int | None, float, PromptSource | None]:
+) -> tuple[Iterator[WorkloadRequest], int | None, float, RecordedPrompts | None]:
     """The requests, how many, about how long they take to arrive, and their prompts if recorded."""
     section: Any = spec.workload
     tenants = tuple((TenantId(name), weight) for name, weight in spec.tenants.items())
