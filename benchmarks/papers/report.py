@@ -73,9 +73,9 @@ def slots(rows: list[Row]) -> str:
         "Where it differs: a step is taken to be linear in rows and adapters, prompts as 250 tokens each (they "
         "are not in "
         "the files), and the KV that so many slots leave as what the fullest run held. The limit of 1 s on waiting for "
-        "pages, Pomona's default (vLLM has none), empties the batch for every adapter whose turn it is: under a "
-        "backlog "
-        "over many more adapters than slots that costs most of the throughput, and buys that nobody starves.\n",
+        "pages, Pomona's default (vLLM has none), closes only as many adapters to newcomers as the one whose turn it "
+        "is needs: that nobody starves costs no throughput, and with few slots, where turns then last longer, it "
+        "gains some.\n",
     )
 
 
@@ -177,7 +177,7 @@ def spot(rows: list[Row]) -> str:
         "A day on spot instances",
         "spot",
         table([*header, "replica-hours", "cost, on-demand hours"], lines),
-        f"The first {rows[-1]['duration_s'] / 3600:.1f} hours of the trace. SpotServe reports 54 % less cost than "
+        f"{rows[-1]['duration_s'] / 3600:.1f} hours of a trace of 10.8. SpotServe reports 54 % less cost than "
         "on-demand at a P99 latency 2.4 to 9.1 times lower than its "
         "baselines; the "
         "saving here is the price ratio alone. No request is lost: what an interrupted replica had goes on elsewhere, "
