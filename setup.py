@@ -14,8 +14,8 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = "src/pomona/kernels/cpu/native"
 HEADERS = (
-    *("adapted", "api", "attention", "fused", "gemm", "gemm_int8", "lora", "lora_pages", "lora_short", "rows", "tile"),
-    *("transpose", "vec", "work"),
+    *("adapted", "api", "attention", "fixed_point", "fused", "gemm", "gemm_int8", "lora", "lora_pages", "lora_short"),
+    *("rows", "tile", "transpose", "vec", "work"),
 )
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # gcc 12 takes its own intrinsics' undefined lanes for mistakes of ours.
@@ -24,7 +24,7 @@ AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISAS = {"plain": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
 
 
 class BuildKernels(build_ext):

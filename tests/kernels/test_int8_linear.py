@@ -1,8 +1,9 @@
 """int8 weights: every backend against the dequantized weight in float64, and what quantizing does to a weight."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from math import isnan
 
 import pytest
 import torch
@@ -28,8 +29,11 @@ from support.tolerances import TOLERANCES, assert_close
 DTYPES = list(TOLERANCES)
 CPU_DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 7, 16, 133, 1024]
-SHAPES = [(64, 96), (37, 50), (1, 1), (4301, 33), (130, 1000), (576, 48)]
-"""(in_features, out_features): whole tiles, odd numbers of inputs, one of each, several panels, many groups."""
+SHAPES = [(64, 96), (37, 50), (1, 1), (4301, 33), (130, 1000), (576, 48), (8455, 20)]
+"""(in_features, out_features): whole tiles, odd numbers of inputs, one of each, many blocks of inputs, many groups,
+blocks of which the last is short, more inputs than one pass takes."""
+BLOCK = 256
+"""Consecutive inputs that share a fixed point."""
 
 
 def _weight(out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -111,13 +115,16 @@ def test_every_instruction_set_multiplies_the_same(dtype: torch.dtype, isa: str,
             assert packed.layout is Layout.GROUPED
             for num_rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 300):
                 x = torch.randn(num_rows, in_features).to(dtype)
-                assert_close(packed_linear(x, packed, bias), _expected(x, weight, bias))
+                out = packed_linear(x, packed, bias)
+                assert_close(out, _expected(x, weight, bias))
+                with binding.use_isa("plain"):
+                    assert torch.equal(out[:5], packed_linear(x[:5], packed, bias))
 
 
 @pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
 @pytest.mark.parametrize("isa", binding.available_isas())
 @pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
-@pytest.mark.parametrize("in_features", [96, 577, 5001])
+@pytest.mark.parametrize("in_features", [96, 577, 9001])
 def test_a_row_is_the_same_bit_for_bit_in_any_batch(in_features: int, dtype: torch.dtype, isa: str) -> None:
     with use_backend("cpu"), binding.use_isa(isa):
         packed = pack(quantize(_weight(200, in_features, dtype)))
@@ -144,8 +151,63 @@ def test_rows_and_the_whole_weight_come_back_dequantized(
     assert not is_served_as(-weight, packed)
 
 
+def _moved(x: Tensor) -> Tensor:
+    """By how much each input may move when it becomes fixed point, float64."""
+    part, share = (2.0**-15, 1 / 128) if x.dtype is torch.bfloat16 else (2.0**-30, 1 / 64)
+    moved = []
+    for block in x.double().abs().split(BLOCK, dim=1):
+        largest = block.amax(1, keepdim=True).clamp(min=2.0**-96)
+        moved.append(torch.where(block < largest * share, largest * part, 0.0))
+    return torch.cat(moved, dim=1)
+
+
+def _outliers(num_rows: int, in_features: int) -> Tensor:
+    """One input in a hundred, and one of the first block always, a thousand times the others."""
+    x = torch.randn(num_rows, in_features)
+    is_outlier = torch.rand(num_rows, in_features) < 0.01
+    is_outlier[:, 3] = True
+    return torch.where(is_outlier, x * 1000, x)
+
+
+def _close(num_rows: int, in_features: int) -> Tensor:
+    """No input is less than 1/64 of another."""
+    sign = torch.randint(0, 2, (num_rows, in_features)) * 2 - 1
+    return (torch.rand(num_rows, in_features) * 62 + 1.5) * sign
+
+
 @pytest.mark.usefixtures("_backend")
-def test_inputs_are_not_quantized() -> None:
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+@pytest.mark.parametrize("in_features", [5, 255, 300, 4301])
+@pytest.mark.parametrize(
+    "make", [torch.randn, _outliers, _close, lambda *shape: torch.randn(shape) * torch.logspace(-35, 30, shape[1])]
+)
+@pytest.mark.parametrize("num_rows", [1, 9])
+def test_results_are_as_exact_as_stated(
+    num_rows: int, make: Callable[[int, int], Tensor], in_features: int, dtype: torch.dtype
+) -> None:
+    x, quantized = make(num_rows, in_features).to(dtype), quantize(torch.randn(50, in_features).to(dtype))
+    weight = quantized.dequantize().double()
+    out = packed_linear(x, pack(quantized), out_dtype=torch.float32)
+    sizes = x.double().abs() @ weight.abs().T
+    in_float32 = 2.0**-24 * (in_features + 3)  # any order of products and sums, each rounded
+    allowed = _moved(x) @ weight.abs().T + sizes * in_float32
+    assert ((out.double() - x.double() @ weight.T).abs() <= allowed).all()
+
+
+@pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
+def test_sums_of_a_block_are_exact() -> None:
+    """Products that cancel but for one unit, which float32 sums of large ones would lose."""
+    weight = torch.full((16, BLOCK), 127.0, dtype=torch.bfloat16)
+    x = torch.full((3, BLOCK), 255.0, dtype=torch.bfloat16)
+    x[:, BLOCK // 2 :] *= -1
+    x[:, -1] = -253.0
+    with use_backend("cpu"):
+        out = packed_linear(x, pack(quantize(weight)), out_dtype=torch.float32)
+    assert torch.equal(out, torch.full((3, 16), 254.0))
+
+
+@pytest.mark.usefixtures("_backend")
+def test_small_inputs_beside_large_ones_count() -> None:
     """One input a million times the others, which int8 inputs would round away."""
     packed = pack(quantize(torch.ones(32, 64)))
     x = torch.full((2, 64), 0.5)
@@ -156,22 +218,39 @@ def test_inputs_are_not_quantized() -> None:
 @pytest.mark.usefixtures("_backend")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in Triton's interpreter
 @pytest.mark.parametrize("num_rows", [1, 20])
-def test_values_that_are_not_numbers_stay_so_and_reach_nothing_else(num_rows: int) -> None:
-    weight = torch.randn(40, 64)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_values_that_are_not_numbers_stay_so_and_reach_nothing_else(
+    dtype: torch.dtype, bad: float, num_rows: int
+) -> None:
+    weight = torch.randn(40, 601).to(dtype)
     weight[3, 5], weight[9, 5] = float("nan"), float("inf")
-    x = torch.randn(num_rows, 64)
+    x = torch.randn(num_rows, 601).to(dtype)
     is_bad = ~packed_linear(x, pack(quantize(weight))).isfinite().all(0)
     assert is_bad.nonzero().flatten().tolist() == [3, 9]
-    x[0, 10] = float("nan")
-    is_bad = packed_linear(x, pack(quantize(torch.randn(40, 64)))).isnan().all(1)
-    assert is_bad.tolist() == [row == 0 for row in range(num_rows)]
+    packed = pack(quantize(torch.randn(40, 601).to(dtype)))
+    before = packed_linear(x, packed)
+    for column in (10, 600):
+        broken = x.clone()
+        broken[0, column] = bad
+        out = packed_linear(broken, packed)
+        assert not out[0].isfinite().any()
+        assert torch.equal(out[1:], before[1:])
+        assert out[0].isnan().all() or not isnan(bad)
 
 
 @pytest.mark.usefixtures("_backend")
-def test_a_row_of_zeros_gives_zeros() -> None:
-    weight = torch.randn(20, 32)
+@pytest.mark.parametrize("dtype", CPU_DTYPES, ids=str)
+def test_zeros_give_zeros(dtype: torch.dtype) -> None:
+    weight = torch.randn(20, 300).to(dtype)
     weight[4] = 0
-    assert torch.equal(packed_linear(torch.randn(3, 32), pack(quantize(weight)))[:, 4], torch.zeros(3))
+    x = torch.randn(3, 300).to(dtype)
+    x[1, :] = 0
+    out = packed_linear(x, pack(quantize(weight)))
+    assert torch.equal(out[:, 4], torch.zeros(3, dtype=dtype))
+    assert torch.equal(out[1], torch.zeros(20, dtype=dtype))
+    x[0, :256] = 0
+    assert_close(packed_linear(x, pack(quantize(weight))), _expected(x, weight))
 
 
 @pytest.mark.usefixtures("_backend")

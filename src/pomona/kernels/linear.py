@@ -1,7 +1,7 @@
 """Dense layers over weights that a backend has laid out for itself, once, when the model was loaded.
 
 ``packed = pack(weight)``, then the unpacked copy may be freed, then ``packed_linear(x, packed, bias)`` in every step.
-``pack(quantize(weight))`` stores a byte per weight instead; inputs and outputs stay as they are.
+``pack(quantize(weight))`` stores a byte per weight instead; inputs and outputs keep their dtype.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Layout(Enum):
     """[out_features, in_features], as given."""
     GROUPED = "grouped"
     """[groups of 16 outputs, units, 16, elements per unit]: a unit is the 4 bytes that one multiply-add instruction
-    takes (one float32 or two bfloat16), or becomes them once int8 elements are widened to the dtype. Zeros past the
-    last output and the last input."""
+    takes (one float32 or two bfloat16), or two int8, which become two int16. Zeros past the last output and the last
+    input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,10 @@ def packed_linear(
 ) -> Tensor:
     """Semantics: ``x @ weight.T + bias``, accumulated in float32, rounded once.
 
-    Quantized: ``(x @ values.T) * scales + bias``; x is not quantized.
+    Quantized: ``(x @ values.T) * scales + bias``. In the grouped layout x is rounded to fixed point, in blocks of 256
+    inputs: a bfloat16 that is less than 1/128 of its block's largest magnitude moves by at most 2^-15 of that, a
+    float32 less than 1/64 by at most 2^-30, others do not move (blocks below 2^-96 count as if they were that large).
+    Sums of a block are exact. A row with a NaN or an infinity gives values that are not finite.
 
     Args:
         x: [num_rows, in_features], packed.dtype.

@@ -23,7 +23,7 @@ MAX_SLICES = 4
 MAX_HEAD_DIM = 256
 MAX_RANK = 1024
 
-_ABI = 6
+_ABI = 7
 
 
 class LoraSite(Structure):

@@ -17,7 +17,7 @@ Isa best_isa() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? kAvx512Bf16 : kAvx512;
     return kAvx2;
   }
 #endif
@@ -89,7 +89,7 @@ void perform(const T& task) {
 }  // namespace
 
 // Changes whenever a signature or structure does: binding.py refuses a library of another number.
-EXPORT int pomona_abi() { return 6; }
+EXPORT int pomona_abi() { return 7; }
 
 EXPORT int pomona_best_isa() { return best_isa(); }
 

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 256;
 constexpr int64_t kMostFetchingRows = 64;  // with more, reading an adapter is little beside using it
+constexpr int64_t kFewBytes = 16384;       // of a group's weights
 constexpr int64_t kUnitsPerPass = 2048;  // 3 groups of that many units are 384 KiB: they stay in a core's L2 cache
 
 // Pages of adapters that are wanted next, fetched beside a product that computes longer than it reads.
@@ -160,8 +161,9 @@ struct GemmWork {
       const int64_t row = item / num_columns * kRowsPerItem, group = item % num_columns * NG;
       const int64_t num_rows = min64(kRowsPerItem, call.num_rows - row);
       const int64_t ahead = group + NG * num_threads;
-      // One row alone streams as fast without: the processor foresees a few long runs by itself.
-      const char* next = ahead + NG <= num_groups && row == 0 && num_rows > 1
+      // One row alone streams as fast without: the processor foresees a few long runs by itself, but not short ones.
+      const bool is_foreseen = num_rows == 1 && group_bytes > kFewBytes;
+      const char* next = ahead + NG <= num_groups && row == 0 && !is_foreseen
                              ? static_cast<const char*>(call.packed) + ahead * group_bytes
                              : nullptr;
       if (group + NG <= num_groups) return run_columns<NG>(f, row, num_rows, group, next);

@@ -124,27 +124,28 @@ void silu_mul(const pomona::ActivationCall& call, int num_threads) {
   });
 }
 
-// Rows of a weight that lies in groups of 16 outputs (see gemm.h) or row after row.
+// Rows of a weight that lies in groups of 16 outputs (see gemm.h and gemm_int8.h) or row after row.
 template <class T>
 void gather(const pomona::GatherCall& call, int num_threads) {
   using Elem = typename T::Elem;
   constexpr int64_t kLanes = 16;
-  const int64_t num_units = ceil_div(call.in_features, T::kPerUnit);
-  const int64_t step = (call.is_grouped ? kLanes : 1) * T::kPerUnit;
+  const int64_t per_unit = call.scales ? 2 : T::kPerUnit;
+  const int64_t num_units = ceil_div(call.in_features, per_unit);
+  const int64_t step = (call.is_grouped ? kLanes : 1) * per_unit;
   for_rows(call.num_rows, num_units * 8, num_threads, [&](int64_t row) {
     const int64_t id = call.row_ids[row];
-    const int64_t first = call.is_grouped ? (id / kLanes * num_units * kLanes + id % kLanes) * T::kPerUnit
+    const int64_t first = call.is_grouped ? (id / kLanes * num_units * kLanes + id % kLanes) * per_unit
                                           : id * call.in_features;
     Elem* out = static_cast<Elem*>(call.out) + row * call.in_features;
     for (int64_t unit = 0; unit < num_units; unit++) {
-      const int64_t at = first + unit * step, n = min64(T::kPerUnit, call.in_features - unit * T::kPerUnit);
+      const int64_t at = first + unit * step, n = min64(per_unit, call.in_features - unit * per_unit);
       if (!call.scales) {
-        memcpy(out + unit * T::kPerUnit, static_cast<const Elem*>(call.packed) + at, n * sizeof(Elem));
+        memcpy(out + unit * per_unit, static_cast<const Elem*>(call.packed) + at, n * sizeof(Elem));
         continue;
       }
       vf values = {};
       for (int64_t i = 0; i < n; i++) values[i] = static_cast<const int8_t*>(call.packed)[at + i] * call.scales[id];
-      store_one<T>(out + unit * T::kPerUnit, values, static_cast<int>(n));
+      store_one<T>(out + unit * per_unit, values, static_cast<int>(n));
     }
   });
 }

@@ -10,7 +10,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -28,7 +28,8 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
-typedef int8_t vb __attribute__((vector_size(W)));
+typedef int8_t vb __attribute__((vector_size(W * 2)));
+typedef int16_t vs __attribute__((vector_size(W * 4)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -76,6 +77,7 @@ INLINE vf larger(vf a, vf b) { return b > a ? b : a; }
 #if defined(__AVX512F__)
 INLINE float fold_sum(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE float fold_max(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+INLINE int32_t fold_max(vi v) { return _mm512_reduce_max_epi32((__m512i)v); }
 #else
 INLINE float fold_sum(vf v) {
   float x[W];
@@ -90,6 +92,11 @@ INLINE float fold_max(vf v) {
   for (int width = W / 2; width > 0; width /= 2)
     for (int i = 0; i < width; i++) x[i] = x[i + width] > x[i] ? x[i + width] : x[i];
   return x[0];
+}
+INLINE int32_t fold_max(vi v) {
+  int32_t most = v[0];
+  for (int i = 1; i < W; i++) most = v[i] > most ? v[i] : most;
+  return most;
 }
 #endif
 
@@ -136,6 +143,33 @@ INLINE vf exp2_lanes(vf x) {
 }
 constexpr float kLog2E = 1.44269504088896341f;
 
+// W units of two int16, from bytes.
+INLINE vu widen_bytes(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return (vu)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vb bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  return (vu)__builtin_convertvector(bytes, vs);
+#endif
+}
+// acc + both products of each unit: no sum of the two is as large as 2^31.
+INLINE vi add_dot(vi acc, vu a, vu b) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  return acc + ((vi)(a << 16) >> 16) * ((vi)(b << 16) >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+#endif
+}
+
 INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
 // Round to nearest even, as torch does; NaN stays NaN.
 INLINE vh narrow(vf x) {
@@ -157,12 +191,6 @@ struct Float32 {
   // Units of one row, or of two rows' elements side by side, in the elements' order.
   static INLINE vu pair(const Elem* row, const Elem*) { return load_units(row); }
   static INLINE vf mul_add(vf acc, vu a, vu b) { return fma((vf)a, (vf)b, acc); }
-  // W units of int8 elements, exactly.
-  static INLINE vu widen_bytes(const int8_t* p) {
-    vb bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return (vu)__builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
-  }
   // 2 W elements as two vectors, in whatever order is cheapest; store_two takes the same order.
   static INLINE void load_two(const Elem* p, vf* two) { two[0] = load(p), two[1] = load(p + W); }
   static INLINE void store_two(Elem* p, const vf* two) { store(p, two[0]), store(p + W, two[1]); }
@@ -218,21 +246,6 @@ struct BFloat16 {
 #else
     acc = fma((vf)(a << 16), (vf)(b << 16), acc);
     return fma((vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), acc);
-#endif
-  }
-  // A float32 that is a small integer has nothing in its lower half: its upper half is the same as bfloat16.
-  static INLINE vu widen_bytes(const int8_t* p) {
-#if defined(__AVX512BF16__)
-    const __m512i first = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m512i last = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)));
-    return (vu)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(last), _mm512_cvtepi32_ps(first));
-#else
-    vh bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    const vu pairs = __builtin_convertvector(bytes, vu);
-    const vf even = __builtin_convertvector((vi)(pairs << 24) >> 24, vf);
-    const vf odd = __builtin_convertvector((vi)(pairs << 16) >> 24, vf);
-    return ((vu)even >> 16) | (vu)odd;
 #endif
   }
 };
