@@ -23,25 +23,47 @@ def _against(value: float, oracle: float) -> str:
     return f"{value:.1f} ({value / oracle - 1:+.0%})"
 
 
+FIGURES = ("TTFT of cold requests, mean ms", "TTFT, p99 ms", "ITL of others, p99 ms")
+
+
+def _figures(rows: Sequence[Row]) -> list[float]:
+    ttft, itl = _values(rows, "ttft_ms"), _values(rows, "itl_ms")
+    return [float(np.mean(ttft)), float(np.percentile(ttft, 99)), float(np.percentile(itl, 99))]
+
+
+def _by_cell(rows: Sequence[Row]) -> dict[tuple[int, float], dict[str, list[Row]]]:
+    """(rank, load) -> way -> rows."""
+    found: dict[tuple[int, float], dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault((row["rank"], row["load"]), {}).setdefault(row["way"], []).append(row)
+    return found
+
+
 def cold_start_table(rows: Sequence[Row]) -> str:
     """Each way against the oracle of the same rank and load."""
     found = []
-    for rank, load in dict.fromkeys((row["rank"], row["load"]) for row in rows):
-        here = [row for row in rows if (row["rank"], row["load"]) == (rank, load)]
-        by_way = {way: [row for row in here if row["way"] == way] for way in dict.fromkeys(row["way"] for row in here)}
-        oracle = by_way["oracle"]
+    for (rank, load), by_way in _by_cell(rows).items():
+        oracle = _figures(by_way["oracle"])
         for way, mine in by_way.items():
-            cells = [str(rank), str(load), way]
-            for field, reduce in (("ttft_ms", 0), ("ttft_ms", 99), ("itl_ms", 99)):
-                value, best = (
-                    np.percentile(_values(of, field), reduce) if reduce else np.mean(_values(of, field))
-                    for of in (mine, oracle)
-                )
-                cells.append(_against(float(value), float(best)))
-            found.append(cells)
-    return _table(
-        ["rank", "load", "way", "TTFT of cold requests, mean ms", "TTFT, p99 ms", "ITL of others, p99 ms"], found
-    )
+            pairs = zip(_figures(mine), oracle, strict=True)
+            found.append([str(rank), str(load), way, *(_against(value, best) for value, best in pairs)])
+    return _table(["rank", "load", "way", *FIGURES], found)
+
+
+def summary_table(rows: Sequence[Row]) -> str:
+    """All ranks and loads together: the geometric mean of each way's figures over the oracle's; and how far the
+    oracle's own repetitions lie from each other, which is what one cell is worth."""
+    cells = _by_cell(rows)
+    found = []
+    for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "oracle"):
+        ratios = [np.log(np.divide(_figures(by[way]), _figures(by["oracle"]))) for by in cells.values() if way in by]
+        found.append([way, *(f"{value - 1:+.0%}" for value in np.exp(np.mean(ratios, axis=0)))])
+    own = []
+    for by_way in cells.values():
+        runs = np.array([_figures([row]) for row in by_way["oracle"]])
+        own.append(runs.max(axis=0) / runs.min(axis=0) - 1)
+    found.append(["the oracle, slowest to fastest repetition", *(f"{value:+.0%}" for value in np.mean(own, axis=0))])
+    return _table(["way", *FIGURES], found)
 
 
 def contention_table(rows: Sequence[Row]) -> str:
@@ -99,7 +121,8 @@ def write(quick: Path | None) -> None:
         here = [row for row in rows if row["model"] == model]
         colds, contended = (list(results.of_kind(here, kind)) for kind in ("cold_start", "contention"))
         speed = here[-1]["link_bytes_per_s"] / 1e6
-        text += f"\n## {model}: against everything resident\n\nLink: {speed:.0f} MB/s.\n\n{cold_start_table(colds)}"
+        text += f"\n## {model}: against everything resident\n\nLink: {speed:.0f} MB/s. All cells together:\n\n"
+        text += f"{summary_table(colds)}\n{cold_start_table(colds)}"
         if contended:
             chart = f"cold-start-adapters-{model}.svg"
             text += f"\n## {model}: more adapters than there is room for\n\n![TTFT]({chart})\n\n"

@@ -7,9 +7,9 @@ profile; errors of p50 and p99 TTFT, TPOT and of throughput, and beside them how
 
 The workloads were never used for the fit: the profile chooses its own batches. Loads are shares of the requests per
 second that the live engine reaches when all arrive at once. Live: the engine's own loop without a server. TTFT counts
-from the arrival that was planned. A machine that others share is not always as fast: right before and after the
-profile and every run, a fixed *probe* is timed, and simulated steps are scaled by what it takes now over what it took
-then. The page gives the errors without this, too.
+from the arrival that was planned. A machine that others share is not always as fast as it was beside the profile: right
+before and after the profile and every run, a fixed *probe* is timed. The page says how far it varied, and what becomes
+of the errors if simulated steps are scaled by it.
 """
 
 import argparse
@@ -339,7 +339,7 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
         row |= {"live": live, "simulated": simulated, "simulated_as_profiled": as_profiled, "factor": factor}
         row |= {**asdict(noise), "is_clean": noise.is_clean}
         results.append(arguments.output, {**setup, **row})
-        errors = ", ".join(f"{metric} {simulated[metric] / live[metric] - 1:+.1%}" for metric in METRICS)
+        errors = ", ".join(f"{metric} {as_profiled[metric] / live[metric] - 1:+.1%}" for metric in METRICS)
         console.print(f"{model.name} {name} {load:.0%}, probe x {factor:.2f}: {errors}", highlight=False)
 
 
@@ -354,7 +354,7 @@ def cells(rows: Sequence[results.Row]) -> Iterator[dict[str, Any]]:
         for metric in METRICS:
             live = [row["live"][metric] for row in same]
             typical = statistics.median(live)
-            simulated = statistics.median(row["simulated"][metric] for row in same)
+            simulated = statistics.median(row["simulated_as_profiled"][metric] for row in same)
             yield {
                 "model": model,
                 "workload": name,
@@ -363,13 +363,14 @@ def cells(rows: Sequence[results.Row]) -> Iterator[dict[str, Any]]:
                 "num_runs": len(live),
                 "live": typical,
                 "simulated": simulated,
-                "error": statistics.median(row["simulated"][metric] / row["live"][metric] for row in same) - 1.0,
-                "error_as_profiled": statistics.median(
-                    row.get("simulated_as_profiled", row["simulated"])[metric] / row["live"][metric] for row in same
-                )
-                - 1.0,
+                "error": _error(same, "simulated_as_profiled", metric),
+                "error_scaled": _error(same, "simulated", metric),
                 "spread": max(abs(value / typical - 1.0) for value in live),
             }
+
+
+def _error(same: Sequence[results.Row], simulation: str, metric: str) -> float:
+    return statistics.median(row[simulation][metric] / row["live"][metric] for row in same) - 1.0
 
 
 def render(rows: Sequence[results.Row]) -> str:
@@ -379,7 +380,7 @@ def render(rows: Sequence[results.Row]) -> str:
     if not found:
         return "\n".join([*lines, "No rows yet.", ""])
     errors = sorted(abs(cell["error"]) for cell in found)
-    raw = sorted(abs(cell["error_as_profiled"]) for cell in found)
+    scaled = sorted(abs(cell["error_scaled"]) for cell in found)
     factors = sorted(row.get("factor", 1.0) for row in results.of_kind(rows, "fidelity"))
     spreads = sorted(cell["spread"] for cell in found)
     within = sum(abs(cell["error"]) <= max(0.05, cell["spread"]) for cell in found)
@@ -389,8 +390,8 @@ def render(rows: Sequence[results.Row]) -> str:
         "them was used for the fit. *Error*: simulated over live, minus one, the median of the runs. *Spread*: the",
         "live run farthest from their median; where it is large, no simulator can be exact. This machine is shared:",
         f"beside each run a fixed probe took {factors[0]:.2f} to {factors[-1]:.2f} times what it took beside the",
-        "profile, and simulated steps are scaled by it. As profiled, the median error is "
-        f"{statistics.median(raw):.1%}, the worst {raw[-1]:.1%}.",
+        f"profile. Were simulated steps scaled by it, the median error would be {statistics.median(scaled):.1%}, the worst "
+        f"{scaled[-1]:.1%}.",
         "",
         f"{setup['hardware']['cpu']}, {setup['hardware']['cores']} cores; commit {setup['commit'][:12]}, "
         f"{setup['utc']}.",

@@ -103,25 +103,12 @@ def fastest_peer(rows: Sequence[Row], batch: str, popularity: str) -> tuple[str,
     return (max(found)[1], max(found)[0]) if found else None
 
 
-def lora_tax(rows: Sequence[Row], batch: str, popularity: str) -> float | None:
-    """1 - throughput / own base-only throughput of the same repetition, which ran minutes before or after; the median
-    over repetitions. None if no repetition has both."""
-    speeds: dict[str, dict[int, float]] = {"base": {}, popularity: {}}
-    for row in rows:
-        if row["system"] == POMONA and row["cell"] in (f"{batch}/base", f"{batch}/{popularity}") and row["is_clean"]:
-            speeds[row["cell"].partition("/")[2]][row["repetition"]] = row["output_tokens_per_s"]
-    both = speeds["base"].keys() & speeds[popularity].keys()
-    taxes = [1 - speeds[popularity][repetition] / speeds["base"][repetition] for repetition in both]
-    return statistics.median(taxes) if taxes and popularity != "base" else None
-
-
 def peer_ratios(rows: Sequence[Row]) -> str:
-    """Pomona against the fastest peer on the same cell, against the fastest peer's base-only, and against itself."""
+    """Pomona against the fastest peer on the same cell, and against the fastest peer's base-only."""
     lines = []
     for batch in _batches(rows):
         base_peer = fastest_peer(rows, batch, "base")
         for popularity in POPULARITIES:
-            tax = lora_tax(rows, batch, popularity)
             ours = sample(rows, "output_tokens_per_s", system=POMONA, cell=f"{batch}/{popularity}")
             peer = fastest_peer(rows, batch, popularity)
             if ours is None:
@@ -133,10 +120,9 @@ def peer_ratios(rows: Sequence[Row]) -> str:
                     f"{peer[1]:.0f} ({peer[0]})" if peer else NONE,
                     f"{ours.median / peer[1]:.2f}" if peer else NONE,
                     f"{ours.median / base_peer[1]:.2f}" if base_peer else NONE,
-                    NONE if tax is None else f"{tax:.1%}",
                 ]
             )
-    header = ["", "Pomona tok/s", "fastest peer", "ratio", "to fastest peer's base only", "LoRA tax"]
+    header = ["", "Pomona tok/s", "fastest peer", "ratio", "to fastest peer's base only"]
     return table(header, lines)
 
 

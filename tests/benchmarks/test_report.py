@@ -177,20 +177,19 @@ def test_pages_without_results_say_so(tmp_path):
 
 def test_ratios_are_taken_against_the_fastest_peer_and_against_its_base_only():
     lines = tables.peer_ratios(peer_rows()).splitlines()
-    assert lines[-1] == "| 32 requests, 128 in, 64 out, distinct | 610 | 110 (vllm) | 5.55 | 1.20 | 24.7% |"
+    assert lines[-1] == "| 32 requests, 128 in, 64 out, distinct | 610 | 110 (vllm) | 5.55 | 1.20 |"
 
 
 def test_a_row_nobody_else_was_measured_on_has_no_ratio():
     rows = [peer_row("pomona", "base", 800.0), peer_row("pomona", "distinct", 600.0)]
-    assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 600 | – | – | – | 25.0% |")
+    assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 600 | – | – | – |")
 
 
-def test_the_tax_is_taken_within_a_repetition():
-    speeds = {"base": [800.0, 400.0, 500.0], "distinct": [720.0, 380.0, 490.0]}  # 10, 5 and 2 % slower
-    rows = [peer_row("pomona", name, speed, index) for name, of in speeds.items() for index, speed in enumerate(of)]
-    assert tables.peer_ratios(rows).splitlines()[-1].endswith("| 490 | – | – | – | 5.0% |")
-    disturbed = [*rows[:3], *({**row, "is_clean": False} for row in rows[3:])]
-    assert tables.lora_tax(disturbed, "b32-128-64", "distinct") is None
+def test_the_tax_is_taken_against_the_base_that_ran_in_turns_with_the_job():
+    jobs = [{**job_row("distinct", 800.0, 1.0), "wall_s": 2.0, "base_wall_s": base_s} for base_s in (1.8, 1.9, 1.96)]
+    assert tables.job_taxes(jobs, "distinct") == pytest.approx([0.1, 0.05, 0.02])
+    disturbed = [*jobs[:1], *({**job, "is_clean": False} for job in jobs[1:])]
+    assert tables.job_taxes(disturbed, "distinct") == pytest.approx([0.1])
 
 
 def test_steps_of_earlier_programs_do_not_count(results_folder):
