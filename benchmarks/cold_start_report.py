@@ -58,11 +58,10 @@ def summary_table(rows: Sequence[Row]) -> str:
     for way in dict.fromkeys(row["way"] for row in rows if row["way"] != "oracle"):
         ratios = [np.log(np.divide(_figures(by[way]), _figures(by["oracle"]))) for by in cells.values() if way in by]
         found.append([way, *(f"{value - 1:+.0%}" for value in np.exp(np.mean(ratios, axis=0)))])
-    own = []
-    for by_way in cells.values():
-        runs = np.array([_figures([row]) for row in by_way["oracle"]])
-        own.append(runs.max(axis=0) / runs.min(axis=0) - 1)
-    found.append(["the oracle, slowest to fastest repetition", *(f"{value:+.0%}" for value in np.mean(own, axis=0))])
+    own = [np.array([_figures([row]) for row in by_way["oracle"]]) for by_way in cells.values()]
+    if min(len(runs) for runs in own) > 1:
+        apart = np.mean([runs.max(axis=0) / runs.min(axis=0) - 1 for runs in own], axis=0)
+        found.append(["the oracle, slowest to fastest repetition", *(f"{value:+.0%}" for value in apart)])
     return _table(["way", *FIGURES], found)
 
 
