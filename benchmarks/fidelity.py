@@ -390,8 +390,8 @@ def render(rows: Sequence[results.Row]) -> str:
         "them was used for the fit. *Error*: simulated over live, minus one, the median of the runs. *Spread*: the",
         "live run farthest from their median; where it is large, no simulator can be exact. This machine is shared:",
         f"beside each run a fixed probe took {factors[0]:.2f} to {factors[-1]:.2f} times what it took beside the",
-        f"profile. Were simulated steps scaled by it, the median error would be {statistics.median(scaled):.1%}, the worst "
-        f"{scaled[-1]:.1%}.",
+        "profile. Were simulated steps scaled by it, the median error would be "
+        f"{statistics.median(scaled):.1%}, the worst {scaled[-1]:.1%}.",
         "",
         f"{setup['hardware']['cpu']}, {setup['hardware']['cores']} cores; commit {setup['commit'][:12]}, "
         f"{setup['utc']}.",

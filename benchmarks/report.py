@@ -78,8 +78,9 @@ class Report:
         yield f"\n{tables.noise_text(rows)}\n{tables.versions_table(rows)}"
         for shape in dict.fromkeys(row["shape"] for row in rows):
             here = [row for row in rows if row["shape"] == shape]
-            yield f"\n## {shape}\n\nRatios are of medians. What adapters cost Pomona itself is less than what the machine "
-            yield "varies by from one repetition to the next; it is measured step by step in turns: [engine](engine.md).\n\n"
+            yield f"\n## {shape}\n\nRatios are of medians. What adapters cost Pomona itself is less than what the "
+            yield "machine varies by from one repetition to the next; it is measured step by step in turns: "
+            yield "[engine](engine.md).\n\n"
             yield tables.peer_ratios(here)
             for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in here):
                 title = tables.batch_title(batch)
