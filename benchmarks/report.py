@@ -109,10 +109,10 @@ class Report:
 
     def _engine_sections(self) -> Iterator[str]:
         for shape, rows in self._by_shape("engine", "job"):
+            yield f"\n![Tax]({_chart_name('engine', shape)})\n"
             for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in rows):
                 here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
-                title = f"{shape}: {tables.batch_title(batch)}"
-                yield f"\n## {title}\n\n{tables.noise_text(here)}\n![Tax]({_chart_name('engine', shape)})\n\n"
+                yield f"\n## {shape}: {tables.batch_title(batch)}\n\n{tables.noise_text(here)}\n"
                 yield tables.job_table(here)
 
     def _precision_sections(self) -> Iterator[str]:

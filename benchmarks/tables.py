@@ -228,9 +228,25 @@ def step_table(rows: Sequence[Row]) -> str:
 
 def job_taxes(rows: Sequence[Row], popularity: str) -> list[float]:
     """1 - time of the base / time of the job, of each repetition; of those that nobody disturbed, if there are any."""
+    return [1 - row["base_wall_s"] / row["wall_s"] for row in _clean(rows, popularity)]
+
+
+def _clean(rows: Sequence[Row], popularity: str) -> list[Row]:
     here = [row for row in rows if row["popularity"] == popularity]
-    here = [row for row in here if row["is_clean"]] or here
-    return [1 - row["base_wall_s"] / row["wall_s"] for row in here]
+    return [row for row in here if row["is_clean"]] or here
+
+
+def over_formulas(rows: Sequence[Row], popularity: str) -> float | None:
+    """Extra time of a popularity's jobs over what its extra bytes, then its extra FLOPs, take at the ceilings. None
+    where there is nothing extra."""
+    base = next((row for row in rows if row["popularity"] == "base"), None)
+    here = next(row for row in rows if row["popularity"] == popularity)
+    if base is None or here["flops"] == base["flops"]:
+        return None
+    limits = here["ceilings"]
+    least_s = (here["bytes"] - base["bytes"]) / limits["bytes_per_s"]
+    least_s += (here["flops"] - base["flops"]) / limits["flops_per_s"]
+    return statistics.median(row["wall_s"] - row["base_wall_s"] for row in _clean(rows, popularity)) / least_s
 
 
 def job_table(rows: Sequence[Row]) -> str:
@@ -243,6 +259,7 @@ def job_table(rows: Sequence[Row]) -> str:
         row = next(row for row in rows if row["popularity"] == popularity)
         wall = sample(rows, "wall_s", popularity=popularity)
         assert wall is not None
+        over = over_formulas(rows, popularity)
         lines.append(
             [
                 popularity,
@@ -252,9 +269,11 @@ def job_table(rows: Sequence[Row]) -> str:
                 f"{wall.median / row['floor_s']:.2f}",
                 f"{statistics.median(job_taxes(rows, popularity)):.1%}",
                 f"{1 - base_floor / row['floor_s']:.1%}" if base_floor and popularity != "base" else NONE,
+                NONE if over is None else f"{over:.2f}",
             ]
         )
-    header = ["", "output tok/s", "job s", "floor s", "ratio", "tax", "tax by the formulas"]
+    extra = "extra time / extra bytes and FLOPs in turn"
+    header = ["", "output tok/s", "job s", "floor s", "ratio", "tax", "tax by the formulas", extra]
     return table(header, lines)
 
 

@@ -74,8 +74,7 @@ def slots(rows: list[Row]) -> str:
         "are not in "
         "the files), and the KV that so many slots leave as what the fullest run held. The limit of 1 s on waiting for "
         "pages, Pomona's default (vLLM has none), closes only as many adapters to newcomers as the one whose turn it "
-        "is needs: that nobody starves costs no throughput, and with few slots, where turns then last longer, it "
-        "gains some.\n",
+        "is needs: that nobody starves costs no throughput.\n",
     )
 
 

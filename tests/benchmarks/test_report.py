@@ -67,7 +67,9 @@ def step_row(mix: str, step_ms: float) -> Row:
 
 def job_row(popularity: str, tokens_per_s: float, floor_s: float) -> Row:
     row = peer_row("pomona", popularity, tokens_per_s)
-    return {**row, "kind": "job", "floor_s": floor_s, "base_wall_s": 0.75 * row["wall_s"]}
+    work = {"bytes": 1e10, "flops": 1e12} if popularity == "base" else {"bytes": 1.5e10, "flops": 1.1e12}
+    limits = {"bytes_per_s": 2.5e10, "flops_per_s": 5e11}
+    return {**row, "kind": "job", "floor_s": floor_s, "base_wall_s": 0.75 * row["wall_s"], **work, "ceilings": limits}
 
 
 def server_row() -> Row:
@@ -151,7 +153,7 @@ def test_every_page_can_be_made_from_sample_rows(results_folder):
     assert "| Pomona | 810 [800–820] | 610 [600–620] |" in files["benchmarks/peers.md"]
     assert "| decode 32 | distinct | 100 | 1.00 | 5.00 | 9.00 | 1.80 |" in files["benchmarks/step.md"]
     assert "| `kernels.lora` | 8 | 1.25 |" in files["benchmarks/step.md"]
-    assert "| distinct | 600 | 3.41 | 1.25 | 2.73 | 25.0% | 20.0% |" in files["benchmarks/engine.md"]
+    assert "| distinct | 600 | 3.41 | 1.25 | 2.73 | 25.0% | 20.0% | 2.13 |" in files["benchmarks/engine.md"]
     assert "| lora: decode | 4.0 | 10.0 | 50.0 | 2.50 |" in files["benchmarks/ops.md"]
     ranks = "| 32 sequences | 7.00 | 7.50 | +0.50 | 0.20 | 4.0 | 0.100 | 132 |"
     assert ranks in files["benchmarks/step.md"]
@@ -190,6 +192,13 @@ def test_the_tax_is_taken_against_the_base_that_ran_in_turns_with_the_job():
     assert tables.job_taxes(jobs, "distinct") == pytest.approx([0.1, 0.05, 0.02])
     disturbed = [*jobs[:1], *({**job, "is_clean": False} for job in jobs[1:])]
     assert tables.job_taxes(disturbed, "distinct") == pytest.approx([0.1])
+
+
+def test_extra_time_is_compared_with_extra_bytes_and_then_extra_flops():
+    rows = [job_row("base", 800.0, 1.0), {**job_row("distinct", 800.0, 1.0), "wall_s": 3.0, "base_wall_s": 2.0}]
+    assert tables.over_formulas(rows, "distinct") == pytest.approx(1.0 / (5e9 / 2.5e10 + 1e11 / 5e11))
+    assert tables.over_formulas(rows, "base") is None
+    assert tables.over_formulas(rows[1:], "distinct") is None
 
 
 def test_steps_of_earlier_programs_do_not_count(results_folder):

@@ -5,7 +5,7 @@ whoever reads it.
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, Union
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from pomona.core.errors import ConfigError
 from pomona.metrics.slo import Slo
@@ -96,18 +96,12 @@ class ReplicaSection(_Section):
     enable_prefix_cache: bool = False
     adapter_wait_limit_s: _Seconds = 2.0
 
-    @field_validator("machine")
+    @field_validator("machine", "model")
     @classmethod
-    def _is_machine(cls, name: str | None) -> str | None:
-        if name is not None and name not in MACHINES:
-            raise ValueError(f"{name!r} is not known: must be one of {', '.join(MACHINES)}")
-        return name
-
-    @field_validator("model")
-    @classmethod
-    def _is_model(cls, name: str | None) -> str | None:
-        if name is not None and name not in MODELS:
-            raise ValueError(f"{name!r} is not known: must be one of {', '.join(MODELS)}")
+    def _is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        known = MACHINES if info.field_name == "machine" else MODELS
+        if name is not None and name not in known:
+            raise ValueError(f"{name!r} is not known: must be one of {', '.join(known)}")
         return name
 
     @model_validator(mode="after")
