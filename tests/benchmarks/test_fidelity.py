@@ -11,15 +11,17 @@ LIVE = {"ttft_p50_s": 0.1, "ttft_p99_s": 0.2, "tpot_p50_s": 0.01, "tpot_p99_s": 
 
 def row(load, live, simulated):
     setup = {"hardware": {"cpu": "a cpu", "cores": 2}, "commit": "abc", "utc": "today", "program": "p"}
-    figures = {"live": LIVE | live, "simulated_as_profiled": LIVE | simulated, "simulated": LIVE, "factor": 1.1}
+    figures = {"live": LIVE | live, "simulated": LIVE | simulated}
     return {"kind": "fidelity", "model": "m", "workload": "chat", "load": load, **figures, **setup}
 
 
-def test_errors_are_against_the_median_of_the_live_runs_and_spread_is_the_farthest_of_them():
-    rows = [row(0.3, {"ttft_p50_s": live}, {"ttft_p50_s": 0.11}) for live in (0.09, 0.10, 0.13)]
+def test_medians_over_rounds_are_compared_and_spread_is_the_farthest_of_them():
+    figures = ((0.09, 0.12), (0.10, 0.11), (0.13, 0.099))
+    rows = [row(0.3, {"ttft_p50_s": live}, {"ttft_p50_s": simulated}) for live, simulated in figures]
     cell = next(cell for cell in fidelity.cells(rows) if cell["metric"] == "ttft_p50_s")
     assert cell["error"] == pytest.approx(0.10)
-    assert cell["spread"] == pytest.approx(0.30)
+    assert cell["live_spread"] == pytest.approx(0.30)
+    assert cell["simulated_spread"] == pytest.approx(0.10)
     assert cell["num_runs"] == 3
 
 
@@ -32,8 +34,8 @@ def test_disturbed_runs_count_only_where_there_are_no_others():
 def test_the_page_has_a_line_per_figure_and_says_what_is_worst():
     page = fidelity.render([row(0.3, {}, {}), row(0.9, {}, {"output_tokens_per_s": 80.0})])
     assert page.count("| chat |") == 10
-    assert "| 10 | 0.0% | 20.0% | 0.0% | 0.0% | 9 |" in page
-    assert "| chat | 90% | 1 | throughput | 100.0 tokens/s | 80.0 tokens/s | -20.0% | 0.0% |" in page
+    assert "| 10 | 0.0% | 20.0% | 9 | 9 | 0.0% | 0.0% |" in page
+    assert "| chat | 90% | 1 | throughput | 100.0 tokens/s | 80.0 tokens/s | -20.0% | 0.0% | 0.0% |" in page
     assert "No rows yet" in fidelity.render([])
 
 

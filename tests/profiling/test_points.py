@@ -80,3 +80,26 @@ def test_measuring_a_point_lowers_the_leverage_of_all():
     assert (after <= before * (1 + 1e-6)).all()
     assert after[points.index(chosen)] < 1.0
     assert np.isfinite(after).all()
+
+
+def test_going_back_to_decodes_is_a_sample_of_its_own():
+    meter, _ = make_meter()
+    point = Point(3, 10, 2, 8)
+    works = [sample.work for sample in meter.measure(point, 0)]
+    decodes = [work for work in works if work.num_rows == work.num_decode_rows]
+    assert sorted(work.is_back_to_decodes for work in decodes) == [0, 1, 1]
+    assert all(work.num_decode_rows == 3 for work in decodes)
+
+
+def test_points_are_drawn_in_their_order_and_taken_once():
+    points = candidates(CONFIG, ADAPTERS, 30)
+    design = Design(points)
+    measured = [points[0].work()]
+    chosen = design.choose(measured, COST, 10.0)
+    drawn = [design.draw(COST, 10.0) for _ in points]
+    assert drawn == [*(point for point in points if point != chosen), None]
+
+
+def test_any_adapters_meet_as_requests_bring_them():
+    groups = {frozenset(point.adapters) for point in candidates(CONFIG, ADAPTERS, 300)}
+    assert len(groups) > len(adapter_groups(ADAPTERS, CONFIG.num_adapter_pages))

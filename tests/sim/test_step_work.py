@@ -71,3 +71,18 @@ def test_a_mix_is_new_when_other_adapters_meet_than_the_last_time_any_did():
     assert [work.num_new_mix_adapters for work in works] == [1, 0, 0, 2, 0, 1]
     assert [work.num_extra_adapters for work in works] == [0, 0, 0, 1, 1, 1]
     assert [work.has_extras for work in works] == [0, 0, 0, 1, 1, 1]
+
+
+def test_decodes_right_after_other_rows_are_told_from_those_after_decodes():
+    meter = WorkMeter(RANKS)
+    steps = [
+        (begun("a", 3),),
+        (decode("a", 3),),
+        (),
+        (decode("a", 4),),
+        (decode("a", 5), begun("b", 3)),
+        (),
+        (decode("a", 6), decode("b", 3)),
+    ]
+    works = [meter.measure(StepPlan(number, seqs)) for number, seqs in enumerate(steps, 1)]
+    assert [work.is_back_to_decodes for work in works] == [0, 1, 0, 0, 0, 0, 1]

@@ -1,6 +1,7 @@
 """``pomona profile``: measures what steps cost on the real engine, and writes it down for ``pomona simulate``."""
 
 import datetime
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def describe(
                 quantity=term.quantity,
                 seconds_each=term.seconds_each,
                 above=term.above,
-                up_to=None if term.up_to == float("inf") else term.up_to,
+                up_to=None if term.up_to == math.inf else term.up_to,
+                beside_rows=None if term.beside_rows == math.inf else term.beside_rows,
             )
             for term in fitted.cost.terms
         ),
@@ -133,5 +135,7 @@ def render(profile: CostProfile) -> Table:
     table.add_row("step", "", f"{1e6 * profile.step_s:.1f}")
     for term in profile.terms:
         bounds = "" if not term.above and term.up_to is None else f"{term.above:g} and {term.up_to or 'any'}"
+        if term.beside_rows is not None:
+            bounds = f"in steps of up to {term.beside_rows:g} rows"
         table.add_row(term.quantity, bounds, f"{1e6 * term.seconds_each:.3f}")
     return table

@@ -8,6 +8,7 @@ depends on chance; adding it raises log det M by log(1 + leverage) (D-optimal de
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pomona.profiling.fit import Floats, design_row, design_terms
 from pomona.profiling.points import Point
@@ -42,11 +43,21 @@ class Design:
             cost: the best prediction so far.
             max_seconds: points predicted to take longer are passed over.
         """
-        seconds = np.array([sum(cost.seconds(work) for work in works) for works in self._works])
-        allowed = self._is_left & (seconds <= max_seconds)
+        seconds = self._seconds(cost)
+        gain = np.log1p(self.leverages(measured, cost)) / np.maximum(seconds, 0.02)
+        return self._take(gain, seconds <= max_seconds)
+
+    def draw(self, cost: LinearCost, max_seconds: float) -> Point | None:
+        """The next point as they were drawn, for what no leverage says: that the form is wrong."""
+        return self._take(-np.arange(len(self._points), dtype=float), self._seconds(cost) <= max_seconds)
+
+    def _seconds(self, cost: LinearCost) -> Floats:
+        return np.array([sum(cost.seconds(work) for work in works) for works in self._works])
+
+    def _take(self, gain: Floats, is_short: NDArray[np.bool_]) -> Point | None:
+        allowed = self._is_left & is_short
         if not allowed.any():
             return None
-        gain = np.log1p(self.leverages(measured, cost)) / np.maximum(seconds, 0.02)
         index = int(np.where(allowed, gain, -np.inf).argmax())
         self._is_left[index] = False
         return self._points[index]

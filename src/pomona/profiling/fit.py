@@ -8,7 +8,7 @@ arXiv 2401.11240, section 4) is decided by cross-validation, not by taste.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,10 @@ _NUM_FOLDS = 8
 _AS_GOOD = 1.02
 """Forms whose error is within this factor of the least predict alike."""
 _KNEES = (4, 8, 16, 32, 64, 128, 256)
-_ROUGH = "roofline, knee at 32 rows"
+_ROUGH = (("roofline, knee at 32 rows", "none"), ("roofline, knee at 32 rows", "sum of ranks"))
 _MOST_OFF = 3.0
 """A step that took so many times what was predicted was another program's."""
+_FEW_ROWS = (8, 16, 32)
 _RAMPS = (0, 1, 4, 16, 64, 256, 1024)
 _ALWAYS = (
     "num_seqs",
@@ -38,6 +39,7 @@ _ALWAYS = (
     "num_extra_adapters",
     "is_new_mix",
     "num_new_mix_adapters",
+    "is_back_to_decodes",
 )
 
 
@@ -88,19 +90,29 @@ def dense_forms() -> dict[str, list[CostTerm]]:
     return forms
 
 
-ADAPTER_FORMS = {
-    "none": _linear(),
-    "sum of ranks": _linear("num_adapter_rows", "num_adapters", "sum_row_ranks", "sum_adapter_ranks"),
-    "largest rank": _linear("num_adapter_rows", "num_adapters", "padded_row_ranks", "sum_adapter_ranks"),
-}
-"""Kernels that give each row its own rank (SGMV) pay for the sum, those that pad (BGMV) for the largest."""
+def _adapter_forms() -> dict[str, list[CostTerm]]:
+    sum_of_ranks = _linear("num_adapter_rows", "num_adapters", "sum_row_ranks", "sum_adapter_ranks")
+    forms = {
+        "none": _linear(),
+        "sum of ranks": sum_of_ranks,
+        "largest rank": _linear("num_adapter_rows", "num_adapters", "padded_row_ranks", "sum_adapter_ranks"),
+    }
+    for rows in _FEW_ROWS:
+        read = CostTerm("sum_adapter_ranks", 1.0, beside_rows=rows)
+        forms[f"sum of ranks, read beside up to {rows} rows"] = [*sum_of_ranks, read]
+    return forms
+
+
+ADAPTER_FORMS = _adapter_forms()
+"""Kernels that give each row its own rank (SGMV) pay for the sum, those that pad (BGMV) for the largest. Where many
+rows are computed, reading adapters may cost less than where few are."""
 
 
 def design_terms() -> list[CostTerm]:
     """What points are chosen to tell apart: the terms of all forms together that are not alike."""
-    return [*_linear(*_ALWAYS), CostTerm("num_rows", 1.0, up_to=32), CostTerm("num_rows", 1.0, above=32)] + [
-        term for term in ADAPTER_FORMS["sum of ranks"] if term.quantity != "num_adapter_rows"
-    ]
+    rows = [CostTerm("num_rows", 1.0, up_to=32), CostTerm("num_rows", 1.0, above=32)]
+    adapters = ADAPTER_FORMS[f"sum of ranks, read beside up to {_FEW_ROWS[1]} rows"]
+    return [*_linear(*_ALWAYS), *rows, *(term for term in adapters if term.quantity != "num_adapter_rows")]
 
 
 def design_row(work: StepWork, terms: Sequence[CostTerm]) -> Floats:
@@ -120,7 +132,7 @@ def fit(samples: Sequence[Sample], *, is_rough: bool = False) -> Fit:
     for (dense, dense_terms), (adapters, adapter_terms) in itertools.product(
         dense_forms().items(), ADAPTER_FORMS.items()
     ):
-        if has_adapters == (adapters == "none") or (is_rough and (dense != _ROUGH or adapters == "largest rank")):
+        if has_adapters == (adapters == "none") or (is_rough and (dense, adapters) not in _ROUGH):
             continue
         terms = _linear(*_ALWAYS) + dense_terms + adapter_terms
         errors = _held_out_errors(samples, terms)
@@ -140,7 +152,7 @@ def fit_terms(samples: Sequence[Sample], terms: Sequence[CostTerm]) -> LinearCos
     rows = np.stack([design_row(sample.work, terms) for sample in samples])
     coefficients = _fit(rows, np.array([sample.seconds for sample in samples]))
     kept = tuple(
-        CostTerm(term.quantity, float(seconds), term.above, term.up_to)
+        replace(term, seconds_each=float(seconds))
         for term, seconds in zip(terms, coefficients[1:], strict=True)
         if seconds > 0.0
     )
@@ -165,8 +177,9 @@ def _held_out_errors(samples: Sequence[Sample], terms: Sequence[CostTerm]) -> Fl
 def _fit(rows: Floats, seconds: Floats) -> Floats:
     """Non-negative least relative squares; then again with samples that lie far off counting less (Huber): a machine
     that does something else for a moment makes a step longer and never shorter, and should not decide what grows with
-    what. Such moments are part of what steps take all the same, so at the end all of it grows by what samples take on
-    average over what was predicted: waiting and throughput follow from the mean of steps, not from the typical one."""
+    what. That is what steps typically take. Waiting and throughput follow from what they take on average, slow moments
+    included, so at last the least squares relative to that prediction are taken of all samples but those that are
+    hardly the program's own."""
     relative = rows / seconds[:, None]
     ones = np.ones(len(seconds))
     coefficients = non_negative_least_squares(relative, ones)
@@ -175,9 +188,14 @@ def _fit(rows: Floats, seconds: Floats) -> Floats:
         limit = max(2.0 * float(np.median(residuals)), 1e-6)
         weights = np.sqrt(np.minimum(1.0, limit / np.maximum(residuals, 1e-12)))
         coefficients = non_negative_least_squares(relative * weights[:, None], weights)
-    taken = 1.0 / np.maximum(relative @ coefficients, 1e-12)
-    own = taken[taken < _MOST_OFF]
-    return coefficients * (float(own.mean()) if len(own) else 1.0)
+    for _ in range(2):
+        typical = np.maximum(rows @ coefficients, 1e-9)
+        is_own = seconds < _MOST_OFF * typical
+        if not is_own.any():
+            break
+        weights = 1.0 / typical[is_own]
+        coefficients = non_negative_least_squares(rows[is_own] * weights[:, None], seconds[is_own] * weights)
+    return coefficients
 
 
 def non_negative_least_squares(matrix: Floats, target: Floats) -> Floats:

@@ -12,7 +12,7 @@ from pomona.core.plan import StepPlan, StepResult
 from pomona.core.request import Request, SamplingParams
 from pomona.engine.engine import Engine
 from pomona.profiling.fit import Sample
-from pomona.profiling.points import NUM_DECODE_STEPS, NUM_PROMPT_STEPS, Point
+from pomona.profiling.points import NUM_DECODE_STEPS, NUM_FIRST_STEPS, NUM_PROMPT_STEPS, Point
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.step_work import StepWork, WorkMeter
 
@@ -68,27 +68,30 @@ class PointMeter:
                 executor.with_extras.add(info.adapter_id)
 
     def measure(self, point: Point, point_index: int) -> list[Sample]:
-        """Samples of the point: of reaching it, of its decodes, of the decodes right after prompts, whose mix of
-        adapters is new again, and of the prompts beside them."""
+        """Samples of the point: of reaching it, of its decodes, of going back to them after prompts, with the mix of
+        adapters new again, and of the prompts beside them."""
         num_output = point.num_output_tokens(self.config.max_num_batched_tokens)
         decoding = [
             self._add(point.num_context_tokens - 1, num_output, point.adapter_of(index))
             for index in range(point.num_decodes)
         ]
         samples = list(self._until_all_decode(set(decoding)))
+        first: list[list[tuple[StepWork, float]]] = []
+        prompts: list[tuple[StepWork, float]] = []
+        decode_s = 0.0
         if decoding:
-            samples.append(self._step())
-            samples.append(_mean([self._step() for _ in range(NUM_DECODE_STEPS)]))
+            first.append(self._steps(NUM_FIRST_STEPS))
+            samples.append(_mean(self._steps(NUM_DECODE_STEPS)))
+            decode_s = samples[-1][1]
         if point.num_prompts:
-            prompts, after = [], []
             for index in range(NUM_PROMPT_STEPS):
                 # Each a little different, the last as the point says: what a size costs at its first time is part of
                 # what it costs in service, where few come twice.
                 share = 1.0 if index == NUM_PROMPT_STEPS - 1 else self._chance.uniform(0.7, 1.0)
                 prompts.append(self._prompt_step(point, max(2, round(share * point.num_prompt_tokens))))
-                after.extend([self._step()] if decoding else [])
-            samples.extend([_mean(after)] if after else [])
-            samples.extend(prompts)
+                first.extend([self._steps(NUM_FIRST_STEPS)] if decoding else [])
+        back = [_all_at_first(steps, decode_s) for steps in first]
+        samples += [_mean(some) for some in (back[:1], back[1:]) if some] + prompts
         for request_id in decoding:
             self._engine.abort(request_id)
         self._rest()
@@ -151,6 +154,9 @@ class PointMeter:
         self._engine.step(time.monotonic())
         return self._executor.last_work, time.perf_counter() - start_s - self._executor.last_metering_s
 
+    def _steps(self, count: int) -> list[tuple[StepWork, float]]:
+        return [self._step() for _ in range(count)]
+
     def _rest(self) -> None:
         while self._engine.has_work:
             self._engine.step(time.monotonic())
@@ -169,6 +175,11 @@ class PointMeter:
             )
         )
         return request_id
+
+
+def _all_at_first(steps: list[tuple[StepWork, float]], later_s: float) -> tuple[StepWork, float]:
+    """The first of some steps, with all that they took longer than those that followed."""
+    return steps[0][0], max(later_s + sum(seconds - later_s for _, seconds in steps), 0.5 * later_s)
 
 
 def _mean(steps: list[tuple[StepWork, float]]) -> tuple[StepWork, float]:

@@ -17,8 +17,10 @@ from pomona.core.request import SamplingParams
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.step_work import StepWork, WorkMeter
 
-NUM_DECODE_STEPS = 5
-"""Decode steps timed at a point; the context grows by one in each."""
+NUM_FIRST_STEPS = 3
+"""Decode steps after prompts that may take longer than those that follow."""
+NUM_DECODE_STEPS = 10
+"""Decode steps timed at a point after those; the context grows by one in each."""
 NUM_PROMPT_STEPS = 3
 """Steps with prompts timed at a point: shorter ones, then the point's own."""
 _SAMPLING = SamplingParams()
@@ -47,7 +49,8 @@ class Point:
         """Tokens a decoding sequence may have yielded by the end: while the others get to their context, and in the
         steps that are timed."""
         num_reach_steps = 2 * -(-self.num_decodes * self.num_context_tokens // max_num_batched_tokens)
-        return num_reach_steps + NUM_DECODE_STEPS + 2 * NUM_PROMPT_STEPS + 5
+        num_decode_steps = NUM_FIRST_STEPS + NUM_DECODE_STEPS
+        return num_reach_steps + num_decode_steps + (1 + NUM_FIRST_STEPS) * NUM_PROMPT_STEPS + 5
 
     def work(self) -> StepWork:
         """What the step with decodes and prompts has to do."""
@@ -69,8 +72,10 @@ class Point:
         """Of every step it takes: reaching the context, decoding, and decoding beside the prompts."""
         decode = Point(self.num_decodes, self.num_context_tokens, 0, 0, self.adapters).work()
         reach = Point(0, 0, self.num_decodes, self.num_context_tokens, self.adapters).work()
-        steps = [reach, *[decode] * NUM_DECODE_STEPS] if self.num_decodes else []
-        return steps + [self.work()] * (NUM_PROMPT_STEPS if self.num_prompts else 0)
+        if not self.num_decodes:
+            return [self.work()] * NUM_PROMPT_STEPS
+        steps = [reach, *[decode] * (NUM_FIRST_STEPS + NUM_DECODE_STEPS)]
+        return steps + [*[decode] * NUM_FIRST_STEPS, self.work()] * (NUM_PROMPT_STEPS if self.num_prompts else 0)
 
 
 def _scheduled(name: str, num_computed: int, num_new: int, adapter: AdapterInfo | None) -> ScheduledSeq:
@@ -97,19 +102,27 @@ def candidates(
     for _ in range(20 * num_points):
         if len(points) == num_points:
             break
-        point = _draw(config, groups, chance)
+        point = _draw(config, adapters, groups, chance)
         if _fits(point, config):
             points[point] = None
     return list(points)
 
 
-def _draw(config: SchedulerConfig, groups: Sequence[tuple[AdapterInfo, ...]], chance: random.Random) -> Point:
+def _draw(
+    config: SchedulerConfig,
+    registered: Sequence[AdapterInfo],
+    groups: Sequence[tuple[AdapterInfo, ...]],
+    chance: random.Random,
+) -> Point:
     kind = chance.choice(("decodes", "prompts", "both"))
     num_decodes = _log_uniform(chance, 1, config.max_num_seqs) if kind != "prompts" else 0
     context = _log_uniform(chance, 16, config.max_model_len) if num_decodes else 0
     num_prompts = _log_uniform(chance, 1, 32) if kind != "decodes" else 0
     num_prompt_tokens = _log_uniform(chance, 16, config.max_num_batched_tokens) // num_prompts + 2 if num_prompts else 0
     adapters = chance.choice(groups)
+    if registered and chance.random() < 0.5:  # any, as requests bring them
+        num_adapters = _log_uniform(chance, 1, min(len(registered), max(num_decodes, num_prompts)))
+        adapters = _first_that_fit(chance.sample(registered, num_adapters), config.num_adapter_pages)
     is_cold = bool(adapters) and kind == "prompts" and chance.random() < 0.3
     return Point(num_decodes, context, num_prompts, num_prompt_tokens, adapters, is_cold)
 
@@ -137,9 +150,9 @@ def adapter_groups(adapters: Sequence[AdapterInfo], num_pages: int) -> list[tupl
     return list(dict.fromkeys(_first_that_fit(group, num_pages) for group in groups))
 
 
-def _first_that_fit(group: tuple[AdapterInfo, ...], num_pages: int) -> tuple[AdapterInfo, ...]:
+def _first_that_fit(group: Sequence[AdapterInfo], num_pages: int) -> tuple[AdapterInfo, ...]:
     ends = itertools.accumulate(info.num_pages for info in group)
-    return group[: sum(end <= num_pages for end in ends)]
+    return tuple(group)[: sum(end <= num_pages for end in ends)]
 
 
 def _fits(point: Point, config: SchedulerConfig) -> bool:

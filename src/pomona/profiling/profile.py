@@ -96,7 +96,14 @@ def run_profile(
                 break
             left_s = limits.max_seconds - elapsed_s
             works = [sample.work for sample in samples]
-            chosen = design.choose(works, current.cost, left_s / 2) if left_s > 0 else None
+            # Every other point is drawn: leverage is of a form, which may be wrong where it says that all is known.
+            is_drawn = num_points % 2 == 0
+            chosen = None
+            if left_s > 0:
+                longest_s = left_s / 2
+                chosen = (
+                    design.draw(current.cost, longest_s) if is_drawn else design.choose(works, current.cost, longest_s)
+                )
             if chosen is None:
                 reason = f"{limits.max_seconds:g} s"
                 break

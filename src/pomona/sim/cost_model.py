@@ -44,9 +44,13 @@ class CostTerm:
     """What does not exceed this is free."""
     up_to: float = math.inf
     """What exceeds this is free."""
+    beside_rows: float = math.inf
+    """It is free in steps of more rows than this: what is read while that many are computed costs no time."""
 
     def amount(self, work: StepWork) -> float:
         """The quantity between the bounds."""
+        if work.num_rows > self.beside_rows:
+            return 0.0
         value: float = getattr(work, self.quantity)
         return min(value, self.up_to) - self.above if value > self.above else 0.0
 

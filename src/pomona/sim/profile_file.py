@@ -1,5 +1,6 @@
 """CostProfile: a replica's measured speed and size, as a file. Written by ``pomona profile``, read by simulations."""
 
+import math
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,6 +24,7 @@ class TermEntry(_Part):
     seconds_each: float = Field(ge=0, le=1e6)
     above: float = Field(default=0.0, ge=0)
     up_to: float | None = Field(default=None, gt=0)
+    beside_rows: float | None = Field(default=None, gt=0)
 
     @field_validator("quantity")
     @classmethod
@@ -93,7 +95,13 @@ class CostProfile(_Part):
     def cost_model(self) -> LinearCost:
         """The fitted model."""
         terms = (
-            CostTerm(term.quantity, term.seconds_each, term.above, float("inf") if term.up_to is None else term.up_to)
+            CostTerm(
+                term.quantity,
+                term.seconds_each,
+                term.above,
+                math.inf if term.up_to is None else term.up_to,
+                math.inf if term.beside_rows is None else term.beside_rows,
+            )
             for term in self.terms
         )
         return LinearCost(self.step_s, tuple(terms))

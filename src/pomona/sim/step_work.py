@@ -46,6 +46,9 @@ class StepWork:
     anew what depends on which adapters meet."""
     is_new_mix: int = 0
     """1 if so."""
+    is_back_to_decodes: int = 0
+    """1 if it has decode rows only and the last step had others, which have driven out of the caches what decodes
+    read."""
     num_loads: int = 0
     """Adapters copied to the device before the step."""
     num_loaded_pages: int = 0
@@ -83,6 +86,7 @@ class WorkMeter:
         self._lora_ranks = lora_ranks
         self._with_extras = with_extras
         self._mix: tuple[AdapterId, ...] = ()
+        self._had_prefill_rows = False
         self._adapter_of: dict[RequestId, AdapterId | None] = {}
 
     def measure(self, plan: StepPlan) -> StepWork:
@@ -112,6 +116,9 @@ class WorkMeter:
         mix = tuple(rows_of)
         is_new_mix = bool(mix) and mix != self._mix
         self._mix = mix or self._mix
+        is_back_to_decodes = self._had_prefill_rows and num_rows == num_decode_rows > 0
+        if num_rows:
+            self._had_prefill_rows = num_rows > num_decode_rows
         num_extra = sum(adapter_id in self._with_extras for adapter_id in mix)
         ranks = [(rows, self._lora_ranks[adapter_id]) for adapter_id, rows in rows_of.items()]
         return StepWork(
@@ -131,6 +138,7 @@ class WorkMeter:
             has_extras=int(num_extra > 0),
             num_new_mix_adapters=len(mix) if is_new_mix else 0,
             is_new_mix=int(is_new_mix),
+            is_back_to_decodes=int(is_back_to_decodes),
             num_loads=len(plan.adapter_loads),
             num_loaded_pages=sum(len(load.page_ids) for load in plan.adapter_loads),
         )
