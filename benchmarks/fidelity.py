@@ -2,13 +2,13 @@
 profile; errors of p50 and p99 TTFT, TPOT and of throughput, and beside them how far equal live runs lie apart.
 
     python -m benchmarks.fidelity                              # both models, three rounds; about 25 minutes
-    python -m benchmarks.fidelity --model pippin --max-seconds 110   # as much as fits; the next call goes on
+    python -m benchmarks.fidelity --model pippin --repeats 1   # a round of one
     python -m benchmarks.fidelity --report                     # docs/benchmarks/fidelity.md from the rows
 
 The workloads were never used for the fit: the profile chooses its own batches. Loads are shares of the requests per
 second that the live engine reaches when all arrive at once. Live: the engine's own loop without a server. TTFT counts
 from the arrival that was planned. A machine that others share is not always equally fast: every round takes a profile
-anew and then runs every workload once, and medians over rounds are compared.
+anew, stops it for a while to run each workload once, and simulates them with it; medians over rounds are compared.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ from pomona.core.output import RequestOutput
 from pomona.core.request import Request, SamplingParams
 from pomona.engine.engine import Engine
 from pomona.metrics.timeline import RequestTimeline
-from pomona.profiling.profile import ProfileLimits
+from pomona.profiling.profile import ProfileLimits, ProfileProgress
 from pomona.sim.clock import EventHeap
 from pomona.sim.cost_model import CostModel
 from pomona.sim.executor import SimExecutor
@@ -126,6 +126,8 @@ class Bench:
         self.model = model
         self.parts, self.executor, self.adapters = build_metered(self.config)
         assert len(self.adapters) == len(startup_adapters(self.config))
+        self.capacities: dict[str, float] = {}
+        """Requests per second of each workload; the caller fills it."""
         self._num_runs = 0
         self.executor.lora_ranks.update({info.adapter_id: info.lora_rank for info in self.adapters})
         gc.collect()
@@ -133,10 +135,10 @@ class Bench:
         # Down from a full batch, so that steps of every number of rows have been recorded.
         self.live(generate(spec("chat", len(self.adapters), AllAtOnce(), self.config.max_num_seqs)))
 
-    def profile(self, console: Console) -> CostProfile:
-        """Measure."""
-        limits = ProfileLimits(max_points=400, max_seconds=self.model.profile_s)
-        outcome = measure(self.parts, self.executor, self.adapters, limits, console)
+    def profile(self, console: Console, on_progress: Callable[[ProfileProgress], None]) -> CostProfile:
+        """Measure, for so long that it is not over before all runs beside it are."""
+        limits = ProfileLimits(max_points=400, max_seconds=self.model.profile_s, min_seconds=self.model.profile_s)
+        outcome = measure(self.parts, self.executor, self.adapters, limits, console, on_progress)
         return describe(self.config, self.parts, self.adapters, outcome)
 
     def requests(self, wanted: Sequence[WorkloadRequest]) -> list[tuple[Request, AdapterInfo | None]]:
@@ -248,16 +250,51 @@ def figures(timelines: Any) -> dict[str, float]:
 
 
 def capacity(bench: Bench, name: str) -> float:
-    """Requests per second when all arrive at once; the second time counts."""
+    """Requests per second when all arrive at once: the median of three times, after a first."""
     wanted = generate(spec(name, len(bench.adapters), AllAtOnce(), _CAPACITY_REQUESTS))
     num_tokens = sum(request.num_output_tokens for request in wanted)
     bench.live(wanted)
-    return _CAPACITY_REQUESTS * bench.live(wanted)["output_tokens_per_s"] / num_tokens
+    reached = statistics.median(bench.live(wanted)["output_tokens_per_s"] for _ in range(3))
+    return _CAPACITY_REQUESTS * reached / num_tokens
+
+
+def run_round(bench: Bench, console: Console, *, accept_noise: bool) -> Iterator[dict[str, Any]]:
+    """A round's rows: the profile, and of every workload at every load a live run and its simulation."""
+    model = bench.model
+    todo = list(itertools.product(WORKLOADS, LOADS))
+    runs: list[tuple[list[WorkloadRequest], dict[str, Any]]] = []
+
+    def run_next() -> None:
+        name, load = todo[len(runs)]
+        rate = load * bench.capacities[name]
+        num_requests = max(20, min(model.max_requests, round(rate * model.run_s)))
+        wanted = generate(spec(name, len(bench.adapters), arrivals_of(name, rate), num_requests))
+        if not accept_noise:
+            meter.wait_until_quiet()
+        with meter.Meter() as clock:
+            live = bench.live(wanted)
+        noise = clock.disturbance
+        row = {"kind": "fidelity", "workload": name, "load": load, "rate_rps": rate, "num_requests": num_requests}
+        runs.append((wanted, row | {"live": live, **asdict(noise), "is_clean": noise.is_clean}))
+
+    def on_progress(progress: ProfileProgress) -> None:
+        if len(runs) < len(todo) and progress.elapsed_s > (len(runs) + 0.5) / len(todo) * model.profile_s:
+            run_next()
+
+    profile = bench.profile(console, on_progress)
+    while len(runs) < len(todo):
+        run_next()
+    yield {"kind": "profile", "profile": profile.to_json()}
+    console.print(f"{model.name}: held-out error of steps p50 {profile.error.p50:.1%}, p90 {profile.error.p90:.1%}")
+    for wanted, row in runs:
+        simulated = bench.simulated(wanted, profile.cost_model)
+        errors = ", ".join(f"{metric} {simulated[metric] / row['live'][metric] - 1:+.1%}" for metric in METRICS)
+        console.print(f"{model.name} {row['workload']} {row['load']:.0%}: {errors}", highlight=False)
+        yield row | {"simulated": simulated}
 
 
 def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> None:
-    """Everything of a model that the rows do not have yet."""
-    start_s = time.monotonic()
+    """The rounds of a model that the rows do not have yet."""
     setup = results.setup(model=model.name)
     done = [
         row
@@ -265,45 +302,18 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
         if (row["model"], row["program"]) == (model.name, setup["program"])
     ]
     bench = Bench(model)
-    profiles = {
-        row["round"]: CostProfile.from_json(row["profile"], "a row") for row in results.of_kind(done, "profile")
-    }
-    capacities = {row["workload"]: row["capacity_rps"] for row in results.of_kind(done, "capacity")}
-    counts = {name: 0 for name in itertools.product(WORKLOADS, LOADS)}
-    for row in results.of_kind(done, "fidelity"):
-        counts[row["workload"], row["load"]] += row["is_clean"]
-    for number, (name, load) in itertools.product(range(arguments.repeats), counts):
-        if counts[name, load] > number:
-            continue
-        if time.monotonic() - start_s > arguments.max_seconds - model.run_s:
-            return
-        if not arguments.accept_noise:
-            meter.wait_until_quiet()
-        if number not in profiles:
-            with meter.Meter() as clock:
-                profile = profiles[number] = bench.profile(console)
-            row = {"kind": "profile", "round": number, "profile": profile.to_json(), **asdict(clock.disturbance)}
-            results.append(arguments.output, {**setup, **row})
-            console.print(
-                f"{model.name}: held-out error of steps p50 {profile.error.p50:.1%}, p90 {profile.error.p90:.1%}"
-            )
-        if name not in capacities:
-            capacities[name] = capacity(bench, name)
-            results.append(
-                arguments.output, {**setup, "kind": "capacity", "workload": name, "capacity_rps": capacities[name]}
-            )
-        rate = load * capacities[name]
-        num_requests = max(20, min(model.max_requests, round(rate * model.run_s)))
-        wanted = generate(spec(name, len(bench.adapters), arrivals_of(name, rate), num_requests))
-        with meter.Meter() as clock:
-            live = bench.live(wanted)
-        simulated = bench.simulated(wanted, profiles[number].cost_model)
-        row = {"kind": "fidelity", "workload": name, "load": load, "rate_rps": rate, "num_requests": num_requests}
-        noise = clock.disturbance
-        row |= {"round": number, "live": live, "simulated": simulated, **asdict(noise), "is_clean": noise.is_clean}
-        results.append(arguments.output, {**setup, **row})
-        errors = ", ".join(f"{metric} {simulated[metric] / live[metric] - 1:+.1%}" for metric in METRICS)
-        console.print(f"{model.name} {name} {load:.0%}: {errors}", highlight=False)
+    for row in results.of_kind(done, "capacity"):
+        bench.capacities[row["workload"]] = row["capacity_rps"]
+    for name in WORKLOADS:
+        if name not in bench.capacities:
+            if not arguments.accept_noise:
+                meter.wait_until_quiet()
+            found = bench.capacities[name] = capacity(bench, name)
+            results.append(arguments.output, {**setup, "kind": "capacity", "workload": name, "capacity_rps": found})
+    num_done = len(list(results.of_kind(done, "profile")))
+    for number in range(num_done, arguments.repeats):
+        for row in run_round(bench, console, accept_noise=arguments.accept_noise):
+            results.append(arguments.output, {**setup, **row, "round": number})
 
 
 def cells(rows: Sequence[results.Row]) -> Iterator[dict[str, Any]]:
@@ -347,10 +357,10 @@ def render(rows: Sequence[results.Row]) -> str:
     setup = rows[-1]
     lines += [
         "The same workloads on the live engine in real time and on the simulator with this machine's profile; none of",
-        "them was used for the fit. Every round takes a profile anew, then runs every workload; *live* and *simulated*",
-        "are medians over rounds, *error* is simulated over live, minus one. *Spreads*: the round farthest from the",
-        "median, of live runs and of simulations with each round's profile. This machine is shared with others: where",
-        "equal runs or equal profiles lie far apart, no simulator can be exact.",
+        "them was used for the fit. Every round takes a profile anew and stops it now and then to run each workload",
+        "once; *live* and *simulated* are medians over rounds, *error* is simulated over live, minus one. *Spreads*:",
+        "the round farthest from the median, of live runs and of simulations with each round's profile. This machine",
+        "is shared with others: where equal runs or equal profiles lie far apart, no simulator can be exact.",
         "",
         f"{setup['hardware']['cpu']}, {setup['hardware']['cores']} cores; commit {setup['commit'][:12]}, "
         f"{setup['utc']}.",
@@ -396,7 +406,6 @@ def _model_section(model: str, rows: Sequence[results.Row], found: Sequence[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=models(), action="append", help="repeatable; default: both")
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="begin nothing that ends later")
     parser.add_argument("--report", action="store_true", help="only write the page from the newest rows")
     results.add_arguments(parser, "fidelity", repeats=3)
     arguments = results.parse(parser, "fidelity")

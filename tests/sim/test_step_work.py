@@ -40,6 +40,7 @@ def test_a_mixed_batch_is_counted():
         max_rank=64,
         num_new_mix_adapters=2,
         is_new_mix=1,
+        is_afresh=1,
         num_loads=1,
         num_loaded_pages=2,
     )
@@ -86,3 +87,16 @@ def test_decodes_right_after_other_rows_are_told_from_those_after_decodes():
     ]
     works = [meter.measure(StepPlan(number, seqs)) for number, seqs in enumerate(steps, 1)]
     assert [work.is_back_to_decodes for work in works] == [0, 1, 0, 0, 0, 0, 1]
+
+
+def test_a_step_is_afresh_when_no_sequence_goes_on():
+    meter = WorkMeter(RANKS)
+    plans = [
+        StepPlan(1, (begun("a", 3),)),
+        StepPlan(2, (decode("a", 3), begun("b", 2))),
+        StepPlan(3, (begun("c", 3),), released=(RequestId("a"),)),
+        StepPlan(4, (), released=(RequestId("b"), RequestId("c"))),
+        StepPlan(5, (begun("d", 3),)),
+        StepPlan(6, (begun("e", 3),), released=(RequestId("d"),)),
+    ]
+    assert [meter.measure(plan).is_afresh for plan in plans] == [1, 0, 0, 0, 1, 1]

@@ -2,6 +2,7 @@
 
 import datetime
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -61,8 +62,9 @@ def measure(
     adapters: tuple[AdapterInfo, ...],
     limits: ProfileLimits,
     console: Console,
+    on_progress: Callable[[ProfileProgress], None] = lambda progress: None,
 ) -> ProfileOutcome:
-    """Run the profile under a progress bar."""
+    """Run the profile under a progress bar; ``on_progress`` is called after every point, and takes no time of it."""
     meter = PointMeter(parts.engine, executor, adapters, parts.info.vocab_size)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[news]}"))
     with Progress(*columns, console=console) as bar:
@@ -76,6 +78,7 @@ def measure(
                 f"{len(point.adapters)} adapters"
             )
             bar.update(task, completed=progress.num_points, news=news)
+            on_progress(progress)
 
         return run_profile(meter, candidates(parts.engine.config, adapters), limits, report)
 

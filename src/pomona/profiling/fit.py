@@ -40,6 +40,7 @@ _ALWAYS = (
     "is_new_mix",
     "num_new_mix_adapters",
     "is_back_to_decodes",
+    "is_afresh",
 )
 
 

@@ -16,6 +16,10 @@ from pomona.profiling.points import NUM_DECODE_STEPS, NUM_FIRST_STEPS, NUM_PROMP
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.step_work import StepWork, WorkMeter
 
+_IDLE_S = 0.02
+"""The engine is idle so long before it begins afresh, as it is between requests when there are few: threads have gone
+to sleep, and others have used the caches."""
+
 
 class MeteredExecutor:
     """Hands plans on, and knows what the latest one had to do."""
@@ -71,6 +75,7 @@ class PointMeter:
         """Samples of the point: of reaching it, of its decodes, of going back to them after prompts, with the mix of
         adapters new again, and of the prompts beside them."""
         num_output = point.num_output_tokens(self.config.max_num_batched_tokens)
+        time.sleep(_IDLE_S)
         decoding = [
             self._add(point.num_context_tokens - 1, num_output, point.adapter_of(index))
             for index in range(point.num_decodes)
@@ -130,6 +135,7 @@ class PointMeter:
                 self._engine.register_adapter(info)
         if point.num_decodes == 0:
             self._change_mix(point)
+            time.sleep(_IDLE_S)
         for index in range(point.num_prompts):
             self._add(num_prompt_tokens, 1, point.adapter_of(index))
         return self._step()

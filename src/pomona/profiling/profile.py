@@ -73,7 +73,7 @@ def run_profile(
         meter: measures.
         points: what may be measured.
         limits: when to stop at the latest.
-        report: called after every point.
+        report: called after every point; the time it takes does not count.
     """
     start_s = time.monotonic()
     design = Design(points)
@@ -90,7 +90,9 @@ def run_profile(
         else:
             current = fit(samples, is_rough=True)
             errors.append(_expected_error(design, samples, current))
+            report_s = time.monotonic()
             report(ProfileProgress(num_points, len(samples), elapsed_s, errors[-1], point))
+            start_s += time.monotonic() - report_s
             if elapsed_s >= limits.min_seconds and _has_settled(errors, num_points):
                 reason = "predictions no longer get better"
                 break
@@ -99,11 +101,10 @@ def run_profile(
             # Every other point is drawn: leverage is of a form, which may be wrong where it says that all is known.
             is_drawn = num_points % 2 == 0
             chosen = None
-            if left_s > 0:
-                longest_s = left_s / 2
-                chosen = (
-                    design.draw(current.cost, longest_s) if is_drawn else design.choose(works, current.cost, longest_s)
-                )
+            if left_s > 0 and is_drawn:
+                chosen = design.draw(current.cost, left_s / 2)
+            elif left_s > 0:
+                chosen = design.choose(works, current.cost, left_s / 2)
             if chosen is None:
                 reason = f"{limits.max_seconds:g} s"
                 break

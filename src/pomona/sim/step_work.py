@@ -49,6 +49,8 @@ class StepWork:
     is_back_to_decodes: int = 0
     """1 if it has decode rows only and the last step had others, which have driven out of the caches what decodes
     read."""
+    is_afresh: int = 0
+    """1 if no sequence goes on from the last step: the replica has most likely been idle."""
     num_loads: int = 0
     """Adapters copied to the device before the step."""
     num_loaded_pages: int = 0
@@ -94,6 +96,7 @@ class WorkMeter:
         adapter_of = self._adapter_of
         for request_id in plan.released:
             adapter_of.pop(request_id, None)
+        is_afresh = not adapter_of
         num_rows = num_decode_rows = num_sampled = 0
         num_decode_kv_tokens = num_prefill_kv_tokens = num_prefill_pairs = 0
         rows_of: dict[AdapterId, int] = {}
@@ -139,6 +142,7 @@ class WorkMeter:
             num_new_mix_adapters=len(mix) if is_new_mix else 0,
             is_new_mix=int(is_new_mix),
             is_back_to_decodes=int(is_back_to_decodes),
+            is_afresh=int(is_afresh and num_rows > 0),
             num_loads=len(plan.adapter_loads),
             num_loaded_pages=sum(len(load.page_ids) for load in plan.adapter_loads),
         )
