@@ -6,14 +6,17 @@ profile; errors of p50 and p99 TTFT, TPOT and of throughput, and beside them how
     python -m benchmarks.fidelity --report                     # docs/benchmarks/fidelity.md from the rows
 
 The workloads were never used for the fit: the profile chooses its own batches. Loads are shares of the requests per
-second that the live engine reaches when all arrive at once. Live: the engine's own loop without a server. TTFT counts
-from the arrival that was planned. A machine that others share is not always equally fast: every round takes a profile
-anew, stops it for a while to run each workload once, and simulates them with it; medians over rounds are compared.
+second that the live engine reaches when all arrive at once. Live: the engine's own loop in real time, without a server;
+TTFT counts from the arrival that was planned. A machine that others share is not always equally fast, so a second
+engine is profiled in turns with the live one: after every point the live run's clock goes on for a while. All points of
+a round make its profile; those measured beside a run say how much slower or faster than on average decodes and prompts
+were meanwhile. Medians over rounds are compared.
 """
 
 import argparse
 import gc
 import itertools
+import math
 import random
 import statistics
 import time
@@ -27,21 +30,25 @@ from rich.console import Console
 from benchmarks import assets, meter, results, workload
 from benchmarks.shapes import SHAPES
 from pomona.bench.percentiles import percentile
-from pomona.cli.build import startup_adapters
+from pomona.cli.build import engine_builder, startup_adapters
 from pomona.cli.config import AppConfig, load_config
-from pomona.cli.profile import build_metered, describe, measure
+from pomona.cli.profile import build_metered, describe
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import RequestId
 from pomona.core.output import RequestOutput
 from pomona.core.request import Request, SamplingParams
 from pomona.engine.engine import Engine
 from pomona.metrics.timeline import RequestTimeline
-from pomona.profiling.profile import ProfileLimits, ProfileProgress
+from pomona.profiling.fit import Sample
+from pomona.profiling.measure import PointMeter
+from pomona.profiling.points import candidates
+from pomona.profiling.profile import ProfileLimits, ProfileProgress, run_profile
 from pomona.sim.clock import EventHeap
 from pomona.sim.cost_model import CostModel
 from pomona.sim.executor import SimExecutor
 from pomona.sim.profile_file import CostProfile
 from pomona.sim.replica import SimReplica
+from pomona.sim.step_work import StepWork
 from pomona.workload.arrivals import AllAtOnce, Arrivals, GammaArrivals, PoissonArrivals
 from pomona.workload.lengths import LognormalLength, UniformLength
 from pomona.workload.popularity import GroupPopularity, ZipfPopularity
@@ -52,6 +59,16 @@ WORKLOADS = ("chat", "bursts", "documents")
 METRICS = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "output_tokens_per_s")
 PAGE = results.ROOT / "docs" / "benchmarks" / "fidelity.md"
 _CAPACITY_REQUESTS = 32
+_LIVE_PER_PROFILE = 2.0
+"""Live seconds per second of profiling beside them,"""
+_SHORTEST_TURN_S = 0.1
+"""of at least so many."""
+_CANDIDATES = 2000
+_LONGEST_S = 3600.0
+_MOST_OFF = 3.0
+"""A step that took so many times what was predicted was another program's."""
+_FEWEST_BESIDE = 8
+"""Samples that a factor is taken of, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +77,6 @@ class Model:
 
     name: str
     settings: dict[str, Any]
-    profile_s: float
     run_s: float
     """Length of a run at most, as arrivals go."""
     max_requests: int
@@ -75,8 +91,8 @@ def models() -> dict[str, Model]:
     large = {"kv_cache_bytes": 512 << 20, "max_num_seqs": 32, "model": str(root / "model")}
     large["adapters_dir"] = (str(root / "adapters"),)
     return {
-        "pippin": Model("pippin", common | small, profile_s=60.0, run_s=10.0, max_requests=2000),
-        "smollm2-135m": Model("smollm2-135m", common | large, profile_s=75.0, run_s=25.0, max_requests=400),
+        "pippin": Model("pippin", common | small, run_s=10.0, max_requests=2000),
+        "smollm2-135m": Model("smollm2-135m", common | large, run_s=25.0, max_requests=400),
     }
 
 
@@ -112,8 +128,35 @@ def arrivals_of(name: str, rate_per_s: float) -> Arrivals:
     return GammaArrivals(rate_per_s, 3.0) if name == "bursts" else PoissonArrivals(rate_per_s)
 
 
+@dataclass(frozen=True, slots=True)
+class ScaledCost:
+    """Another cost at a time when decodes, and steps with prompts, take so many times what it says."""
+
+    cost: CostModel
+    decodes: float
+    prompts: float
+
+    def seconds(self, work: StepWork) -> float:
+        """The other's times a factor."""
+        return self.cost.seconds(work) * (self.decodes if work.num_prefill_rows == 0 else self.prompts)
+
+
+def scaled(cost: CostModel, beside: Sequence[Sample]) -> ScaledCost:
+    """The cost at the time of some samples."""
+    factors = []
+    for is_decodes in (True, False):
+        taken = [
+            sample.seconds / cost.seconds(sample.work)
+            for sample in beside
+            if (sample.work.num_prefill_rows == 0) == is_decodes
+        ]
+        own = [factor for factor in taken if factor < _MOST_OFF]
+        factors.append(statistics.fmean(own) if len(own) >= _FEWEST_BESIDE else 1.0)
+    return ScaledCost(cost, *factors)
+
+
 class Bench:
-    """A live engine with its adapters, and its simulation.
+    """A live engine with its adapters, another like it to be profiled, and their simulation.
 
     Args:
         model: which.
@@ -124,22 +167,25 @@ class Bench:
             assets.make(SHAPES[model.name])
         self.config: AppConfig = load_config(model.settings)
         self.model = model
-        self.parts, self.executor, self.adapters = build_metered(self.config)
-        assert len(self.adapters) == len(startup_adapters(self.config))
+        self.parts = engine_builder(self.config)()
+        staged = [self.parts.adapter_host.stage(source.source) for source in startup_adapters(self.config)]
+        self.adapters = tuple({info.adapter_id: info for info in staged}.values())
+        self.profiled, executor, adapters = build_metered(self.config)
+        self.meter = PointMeter(self.profiled.engine, executor, adapters, self.profiled.info.vocab_size)
         self.capacities: dict[str, float] = {}
         """Requests per second of each workload; the caller fills it."""
         self._num_runs = 0
-        self.executor.lora_ranks.update({info.adapter_id: info.lora_rank for info in self.adapters})
         gc.collect()
         gc.freeze()  # as an engine's process does
         # Down from a full batch, so that steps of every number of rows have been recorded.
         self.live(generate(spec("chat", len(self.adapters), AllAtOnce(), self.config.max_num_seqs)))
 
-    def profile(self, console: Console, on_progress: Callable[[ProfileProgress], None]) -> CostProfile:
-        """Measure, for so long that it is not over before all runs beside it are."""
-        limits = ProfileLimits(max_points=400, max_seconds=self.model.profile_s, min_seconds=self.model.profile_s)
-        outcome = measure(self.parts, self.executor, self.adapters, limits, console, on_progress)
-        return describe(self.config, self.parts, self.adapters, outcome)
+    def profile(self, report: Callable[[ProfileProgress], bool]) -> tuple[CostProfile, tuple[Sample, ...]]:
+        """Measure until told that it is enough."""
+        points = candidates(self.profiled.engine.config, self.adapters, _CANDIDATES)
+        limits = ProfileLimits(max_points=_CANDIDATES, max_seconds=_LONGEST_S, min_seconds=_LONGEST_S)
+        outcome = run_profile(self.meter, points, limits, report)
+        return describe(self.config, self.profiled, self.adapters, outcome), outcome.samples
 
     def requests(self, wanted: Sequence[WorkloadRequest]) -> list[tuple[Request, AdapterInfo | None]]:
         """Requests with tokens: random prompts, answers of exactly the length asked for."""
@@ -163,8 +209,8 @@ class Bench:
             )
         return found
 
-    def live(self, wanted: Sequence[WorkloadRequest]) -> dict[str, float]:
-        """Figures of the live engine; every adapter is copied to the device anew."""
+    def start(self, wanted: Sequence[WorkloadRequest]) -> "LiveRun":
+        """A run that has not begun; every adapter will be copied to the device anew."""
         engine = self.parts.engine
         for info in self.adapters:
             engine.retire_adapter(info.adapter_id)
@@ -173,19 +219,23 @@ class Bench:
         engine.take_drained()
         for info in self.adapters:
             engine.register_adapter(info)
-        self.executor.is_metering = False
-        found = run_live(engine, [request for request, _ in self.requests(wanted)])
-        self.executor.is_metering = True
-        return found
+        return LiveRun(engine, [request for request, _ in self.requests(wanted)])
+
+    def live(self, wanted: Sequence[WorkloadRequest]) -> dict[str, float]:
+        """Figures of a run from beginning to end."""
+        run = self.start(wanted)
+        run.go_on()
+        return run.figures()
 
     def simulated(self, wanted: Sequence[WorkloadRequest], cost: CostModel) -> dict[str, float]:
         """The same figures from the simulator."""
         heap = EventHeap()
         timelines: dict[RequestId, RequestTimeline] = {}
         ranks = {info.adapter_id: info.lora_rank for info in self.adapters}
+        extras = {info.adapter_id for info in self.adapters if info.has_extras}
         replica = SimReplica(
             self.parts.engine.config,
-            SimExecutor(cost, ranks, with_extras=self.executor.with_extras),
+            SimExecutor(cost, ranks, with_extras=extras),
             heap,
             lambda outputs: note(timelines, outputs, heap.now_s),
             _refuse,
@@ -211,27 +261,51 @@ def note(timelines: dict[RequestId, RequestTimeline], outputs: Sequence[RequestO
             timeline.end(now_s, output.finish_reason)
 
 
-def run_live(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:
-    """Turn the engine in real time as the driver does: what has arrived, then a step. What came out is looked at when
-    all is over."""
-    timelines = {request.request_id: RequestTimeline(request.arrival_s) for request in requests}
-    coming = iter(requests)
-    following = next(coming, None)
-    came_out: list[tuple[list[RequestOutput], float]] = []
-    start_s = time.perf_counter()
-    while following is not None or engine.has_work:
-        now_s = time.perf_counter() - start_s
-        while following is not None and following.arrival_s <= now_s:
-            engine.add(following)
-            following = next(coming, None)
-        if engine.has_work:
-            outputs = engine.step(start_s + now_s)
-            came_out.append((outputs, time.perf_counter() - start_s))
-        elif following is not None:
-            time.sleep(max(0.0, following.arrival_s - now_s - 1e-4))
-    for outputs, out_s in came_out:
-        note(timelines, outputs, out_s)
-    return figures(timelines.values())
+class LiveRun:
+    """An engine turned in real time as the driver does: what has arrived, then a step. What came out is looked at when
+    all is over. Its clock can be stopped between two steps.
+
+    Args:
+        engine: with nothing to do.
+        requests: in the order of their arrival; times count from the beginning.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self.clock_s = 0.0
+        self._engine = engine
+        self._requests = requests
+        self._num_added = 0
+        self._came_out: list[tuple[list[RequestOutput], float]] = []
+
+    @property
+    def is_over(self) -> bool:
+        """True when every request has ended."""
+        return self._num_added == len(self._requests) and not self._engine.has_work
+
+    def go_on(self, seconds: float = math.inf) -> None:
+        """To the end of the step in which so many seconds have passed, or to the end of all."""
+        start_s = time.perf_counter() - self.clock_s
+        end_s = self.clock_s + seconds
+        engine, requests = self._engine, self._requests
+        while self.clock_s < end_s and not self.is_over:
+            now_s = time.perf_counter() - start_s
+            while self._num_added < len(requests) and requests[self._num_added].arrival_s <= now_s:
+                engine.add(requests[self._num_added])
+                self._num_added += 1
+            if engine.has_work:
+                outputs = engine.step(start_s + now_s)
+                self._came_out.append((outputs, time.perf_counter() - start_s))
+            elif self._num_added < len(requests):
+                until_s = min(requests[self._num_added].arrival_s - 1e-4, end_s)
+                time.sleep(max(0.0, until_s - now_s))
+            self.clock_s = time.perf_counter() - start_s
+
+    def figures(self) -> dict[str, float]:
+        """Of the whole run; see ``figures``."""
+        timelines = {request.request_id: RequestTimeline(request.arrival_s) for request in self._requests}
+        for outputs, out_s in self._came_out:
+            note(timelines, outputs, out_s)
+        return figures(timelines.values())
 
 
 def figures(timelines: Any) -> dict[str, float]:
@@ -258,39 +332,67 @@ def capacity(bench: Bench, name: str) -> float:
     return _CAPACITY_REQUESTS * reached / num_tokens
 
 
+@dataclass
+class Beside:
+    """A live run, and which of the profile's samples were measured beside it."""
+
+    row: dict[str, Any]
+    wanted: list[WorkloadRequest]
+    live: LiveRun
+    clock: meter.Meter
+    first_sample: int
+    last_sample: int = 0
+
+
 def run_round(bench: Bench, console: Console, *, accept_noise: bool) -> Iterator[dict[str, Any]]:
     """A round's rows: the profile, and of every workload at every load a live run and its simulation."""
-    model = bench.model
     todo = list(itertools.product(WORKLOADS, LOADS))
-    runs: list[tuple[list[WorkloadRequest], dict[str, Any]]] = []
+    runs: list[Beside] = []
+    last_s = 0.0
 
-    def run_next() -> None:
+    def begin(first_sample: int) -> None:
         name, load = todo[len(runs)]
         rate = load * bench.capacities[name]
-        num_requests = max(20, min(model.max_requests, round(rate * model.run_s)))
+        num_requests = max(20, min(bench.model.max_requests, round(rate * bench.model.run_s)))
         wanted = generate(spec(name, len(bench.adapters), arrivals_of(name, rate), num_requests))
         if not accept_noise:
             meter.wait_until_quiet()
-        with meter.Meter() as clock:
-            live = bench.live(wanted)
-        noise = clock.disturbance
         row = {"kind": "fidelity", "workload": name, "load": load, "rate_rps": rate, "num_requests": num_requests}
-        runs.append((wanted, row | {"live": live, **asdict(noise), "is_clean": noise.is_clean}))
+        runs.append(Beside(row, wanted, bench.start(wanted), meter.Meter(), first_sample))
+        runs[-1].clock.__enter__()
 
-    def on_progress(progress: ProfileProgress) -> None:
-        if len(runs) < len(todo) and progress.elapsed_s > (len(runs) + 0.5) / len(todo) * model.profile_s:
-            run_next()
+    def report(progress: ProfileProgress) -> bool:
+        nonlocal last_s
+        if not runs:
+            begin(progress.num_samples)
+        run = runs[-1]
+        run.live.go_on(_LIVE_PER_PROFILE * max(_SHORTEST_TURN_S, progress.elapsed_s - last_s))
+        last_s = progress.elapsed_s
+        if run.live.is_over:
+            run.clock.__exit__(None, None, None)
+            run.last_sample = progress.num_samples
+            if len(runs) == len(todo):
+                return True
+            begin(progress.num_samples)
+        return False
 
-    profile = bench.profile(console, on_progress)
-    while len(runs) < len(todo):
-        run_next()
+    profile, samples = bench.profile(report)
     yield {"kind": "profile", "profile": profile.to_json()}
-    console.print(f"{model.name}: held-out error of steps p50 {profile.error.p50:.1%}, p90 {profile.error.p90:.1%}")
-    for wanted, row in runs:
-        simulated = bench.simulated(wanted, profile.cost_model)
-        errors = ", ".join(f"{metric} {simulated[metric] / row['live'][metric] - 1:+.1%}" for metric in METRICS)
-        console.print(f"{model.name} {row['workload']} {row['load']:.0%}: {errors}", highlight=False)
-        yield row | {"simulated": simulated}
+    console.print(
+        f"{bench.model.name}: error of held-out steps p50 {profile.error.p50:.1%}, p90 {profile.error.p90:.1%}"
+    )
+    for run in runs:
+        cost = scaled(profile.cost_model, samples[run.first_sample : run.last_sample])
+        live, simulated = run.live.figures(), bench.simulated(run.wanted, cost)
+        errors = ", ".join(f"{metric} {simulated[metric] / live[metric] - 1:+.1%}" for metric in METRICS)
+        console.print(
+            f"{bench.model.name} {run.row['workload']} {run.row['load']:.0%}, decodes x {cost.decodes:.2f}, prompts x "
+            f"{cost.prompts:.2f}: {errors}",
+            highlight=False,
+        )
+        noise = run.clock.disturbance
+        factors = {"decodes_factor": cost.decodes, "prompts_factor": cost.prompts}
+        yield run.row | factors | {"live": live, "simulated": simulated, **asdict(noise), "is_clean": noise.is_clean}
 
 
 def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> None:
@@ -357,10 +459,13 @@ def render(rows: Sequence[results.Row]) -> str:
     setup = rows[-1]
     lines += [
         "The same workloads on the live engine in real time and on the simulator with this machine's profile; none of",
-        "them was used for the fit. Every round takes a profile anew and stops it now and then to run each workload",
-        "once; *live* and *simulated* are medians over rounds, *error* is simulated over live, minus one. *Spreads*:",
-        "the round farthest from the median, of live runs and of simulations with each round's profile. This machine",
-        "is shared with others: where equal runs or equal profiles lie far apart, no simulator can be exact.",
+        "them was used for the fit. Every round takes a profile anew, in turns with the live runs, so that both meet",
+        "the same machine: it is shared with others, and its memory may be half as fast again for seconds. What was",
+        "measured beside a run scales the profile for it (*factors*: least to largest over all runs). *Live* and",
+        "*simulated* are medians over rounds, *error* is simulated over live, minus one, *spread* the round farthest",
+        "from the median.",
+        "",
+        f"Factors: decodes {_range(rows, 'decodes_factor')}, steps with prompts {_range(rows, 'prompts_factor')}.",
         "",
         f"{setup['hardware']['cpu']}, {setup['hardware']['cores']} cores; commit {setup['commit'][:12]}, "
         f"{setup['utc']}.",
@@ -374,6 +479,11 @@ def render(rows: Sequence[results.Row]) -> str:
     for model in dict.fromkeys(cell["model"] for cell in found):
         lines += _model_section(model, rows, [cell for cell in found if cell["model"] == model])
     return "\n".join(lines)
+
+
+def _range(rows: Sequence[results.Row], name: str) -> str:
+    factors = [row[name] for row in results.of_kind(rows, "fidelity")]
+    return f"{min(factors):.2f} to {max(factors):.2f}"
 
 
 def _model_section(model: str, rows: Sequence[results.Row], found: Sequence[dict[str, Any]]) -> list[str]:
@@ -413,7 +523,7 @@ def main() -> None:
     if not arguments.report:
         chosen = [models()[name] for name in arguments.model or models()]
         if arguments.quick:
-            chosen = [replace(models()["pippin"], profile_s=5.0, run_s=1.0)]
+            chosen = [replace(models()["pippin"], run_s=1.0)]
         for model in chosen:
             run_model(model, arguments, console)
         return

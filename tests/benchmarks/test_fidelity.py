@@ -1,7 +1,12 @@
+import time
+
 import pytest
 
 from benchmarks import fidelity
 from pomona.engine.engine import Engine
+from pomona.profiling.fit import Sample
+from pomona.sim.cost_model import PerTokenCost
+from pomona.sim.step_work import StepWork
 from pomona.workload.arrivals import AllAtOnce, PoissonArrivals
 from pomona.workload.spec import generate
 from support.engine import FakeExecutor, make_config, make_request
@@ -11,7 +16,7 @@ LIVE = {"ttft_p50_s": 0.1, "ttft_p99_s": 0.2, "tpot_p50_s": 0.01, "tpot_p99_s": 
 
 def row(load, live, simulated):
     setup = {"hardware": {"cpu": "a cpu", "cores": 2}, "commit": "abc", "utc": "today", "program": "p"}
-    figures = {"live": LIVE | live, "simulated": LIVE | simulated}
+    figures = {"live": LIVE | live, "simulated": LIVE | simulated, "decodes_factor": 0.9, "prompts_factor": 1.2}
     return {"kind": "fidelity", "model": "m", "workload": "chat", "load": load, **figures, **setup}
 
 
@@ -50,7 +55,16 @@ def test_the_live_loop_serves_what_has_arrived_and_measures_from_the_arrival():
     config = make_config()
     engine = Engine(config, FakeExecutor(config))
     requests = [make_request(f"r{number}", arrival_s=0.01 * number, max_tokens=3) for number in range(5)]
-    found = fidelity.run_live(engine, requests)
+    start_s = time.perf_counter()
+    run = fidelity.LiveRun(engine, requests)
+    run.go_on(0.015)
+    assert not run.is_over
+    stopped_s = run.clock_s
+    time.sleep(0.1)
+    run.go_on()
+    assert run.is_over
+    assert stopped_s < run.clock_s <= time.perf_counter() - start_s - 0.1
+    found = run.figures()
     assert set(found) == set(fidelity.METRICS)
     assert 0 < found["ttft_p50_s"] <= found["ttft_p99_s"]
     assert found["output_tokens_per_s"] <= 15 / 0.04
@@ -60,3 +74,12 @@ def test_the_live_loop_serves_what_has_arrived_and_measures_from_the_arrival():
 def test_bursts_are_bursty():
     assert isinstance(fidelity.arrivals_of("chat", 3.0), PoissonArrivals)
     assert fidelity.arrivals_of("bursts", 3.0).cv == 3.0
+
+
+def test_samples_beside_a_run_scale_decodes_and_prompts_apart():
+    cost = PerTokenCost(step_s=0.0, row_s=1.0)
+    decodes, prompts = StepWork(num_rows=2, num_decode_rows=2), StepWork(num_rows=10)
+    beside = [Sample(decodes, 3.0, 0)] * 10 + [Sample(prompts, 8.0, 0)] * 10 + [Sample(prompts, 500.0, 0)]
+    found = fidelity.scaled(cost, beside)
+    assert (found.seconds(decodes), found.seconds(prompts)) == (3.0, 8.0)
+    assert fidelity.scaled(cost, beside[8:10]).seconds(decodes) == 2.0  # too few to go by

@@ -2,7 +2,6 @@
 
 import datetime
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -62,15 +61,14 @@ def measure(
     adapters: tuple[AdapterInfo, ...],
     limits: ProfileLimits,
     console: Console,
-    on_progress: Callable[[ProfileProgress], None] = lambda progress: None,
 ) -> ProfileOutcome:
-    """Run the profile under a progress bar; ``on_progress`` is called after every point, and takes no time of it."""
+    """Run the profile under a progress bar."""
     meter = PointMeter(parts.engine, executor, adapters, parts.info.vocab_size)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[news]}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("profile", total=limits.max_points, news="warming up")
 
-        def report(progress: ProfileProgress) -> None:
+        def report(progress: ProfileProgress) -> bool:
             point = progress.point
             news = (
                 f"expected error {progress.expected_error or 0:.1%}; {point.num_decodes} decodes at "
@@ -78,7 +76,7 @@ def measure(
                 f"{len(point.adapters)} adapters"
             )
             bar.update(task, completed=progress.num_points, news=news)
-            on_progress(progress)
+            return False
 
         return run_profile(meter, candidates(parts.engine.config, adapters), limits, report)
 

@@ -32,15 +32,11 @@ class MeteredExecutor:
         self.last_work = StepWork()
         self.last_metering_s = 0.0
         """What finding that out took."""
-        self.is_metering = True
-        """False: plans are handed on and nothing else. To be changed only while no request is under way."""
         self._executor = executor
         self._meter = WorkMeter(self.lora_ranks, self.with_extras)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Carry the plan out."""
-        if not self.is_metering:
-            return self._executor.execute(plan)
         start_s = time.perf_counter()
         self.last_work = self._meter.measure(plan)
         self.last_metering_s = time.perf_counter() - start_s

@@ -65,7 +65,7 @@ class ProfileOutcome:
 
 
 def run_profile(
-    meter: PointMeter, points: Sequence[Point], limits: ProfileLimits, report: Callable[[ProfileProgress], None]
+    meter: PointMeter, points: Sequence[Point], limits: ProfileLimits, report: Callable[[ProfileProgress], bool]
 ) -> ProfileOutcome:
     """Measure until the expected error no longer falls, or a limit is reached.
 
@@ -73,7 +73,7 @@ def run_profile(
         meter: measures.
         points: what may be measured.
         limits: when to stop at the latest.
-        report: called after every point; the time it takes does not count.
+        report: called after every point; True if that is enough. The time it takes does not count.
     """
     start_s = time.monotonic()
     design = Design(points)
@@ -91,8 +91,11 @@ def run_profile(
             current = fit(samples, is_rough=True)
             errors.append(_expected_error(design, samples, current))
             report_s = time.monotonic()
-            report(ProfileProgress(num_points, len(samples), elapsed_s, errors[-1], point))
+            is_enough = report(ProfileProgress(num_points, len(samples), elapsed_s, errors[-1], point))
             start_s += time.monotonic() - report_s
+            if is_enough:
+                reason = "enough"
+                break
             if elapsed_s >= limits.min_seconds and _has_settled(errors, num_points):
                 reason = "predictions no longer get better"
                 break
