@@ -8,7 +8,7 @@ profile; errors of p50 and p99 TTFT, TPOT and of throughput, and beside them how
 The workloads were never used for the fit: the profile chooses its own batches. Loads are shares of the requests per
 second that the live engine reaches when all arrive at once. Live: the engine's own loop in real time, without a server;
 TTFT counts from the arrival that was planned. A machine that others share is not always equally fast, so a second
-engine is profiled in turns with the live one: after every point the live run's clock goes on for a while. All points of
+engine is profiled in turns with the live one, whose clock goes on for a while after every few points. All points of
 a round make its profile; those measured beside a run say how much slower or faster than on average decodes and prompts
 were meanwhile. Medians over rounds are compared.
 """
@@ -60,9 +60,9 @@ METRICS = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "output_token
 PAGE = results.ROOT / "docs" / "benchmarks" / "fidelity.md"
 _CAPACITY_REQUESTS = 32
 _LIVE_PER_PROFILE = 2.0
-"""Live seconds per second of profiling beside them,"""
-_SHORTEST_TURN_S = 0.1
-"""of at least so many."""
+"""Live seconds per second of profiling beside them."""
+_TURN_S = 0.5
+"""Of profiling, at least: what comes back finds the other's things in the caches."""
 _CANDIDATES = 2000
 _LONGEST_S = 3600.0
 _MOST_OFF = 3.0
@@ -365,8 +365,10 @@ def run_round(bench: Bench, console: Console, *, accept_noise: bool) -> Iterator
         nonlocal last_s
         if not runs:
             begin(progress.num_samples)
+        if progress.elapsed_s - last_s < _TURN_S:
+            return False
         run = runs[-1]
-        run.live.go_on(_LIVE_PER_PROFILE * max(_SHORTEST_TURN_S, progress.elapsed_s - last_s))
+        run.live.go_on(_LIVE_PER_PROFILE * (progress.elapsed_s - last_s))
         last_s = progress.elapsed_s
         if run.live.is_over:
             run.clock.__exit__(None, None, None)
