@@ -98,9 +98,12 @@ def _median_s(call: Callable[[], object]) -> float:
     return statistics.median(times_s)
 
 
-def between(first: Ceilings, last: Ceilings) -> Ceilings:
-    """Their mean: ceilings of what ran between two measurements."""
-    return Ceilings((first.flops_per_s + last.flops_per_s) / 2, (first.bytes_per_s + last.bytes_per_s) / 2)
+def mean(measured: Sequence[Ceilings]) -> Ceilings:
+    """Ceilings of what ran while these were measured."""
+    return Ceilings(
+        statistics.fmean(limits.flops_per_s for limits in measured),
+        statistics.fmean(limits.bytes_per_s for limits in measured),
+    )
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -7,13 +7,15 @@ Engines without adapters (``base``), with int8 weights (``base int8``) and with 
 process. A popularity's job and the base's run step by step in turns, each on the clock of its own steps: a machine that
 is slower for a minute is slower for both, so the tax, 1 - base's time / job's time, is not a difference between two
 moments. ``base`` itself is measured the same way, against a second engine like it: what it shows is the method's error.
-Steps that overlap (CUDA) cannot take turns; there, whole jobs do.
+Floors are of the same minutes: now and then between steps, what memory and arithmetic give is measured (on a GPU, the
+kept ceilings count). Steps that overlap (CUDA) cannot take turns; there, whole jobs do.
 """
 
 import argparse
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +33,10 @@ from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import RequestId
 from pomona.core.request import Request, SamplingParams
 from pomona.driver.loop import EngineParts
+
+
+_FIRST_LOOKS, _ROUNDS_PER_LOOK = (1, 2), 12
+"""Rounds with prompts are long, others short."""
 
 
 @dataclass
@@ -114,15 +120,20 @@ class RunningJob:
         }
 
 
-def run_in_turns(jobs: Sequence[RunningJob]) -> None:
-    """Run jobs to their ends, a step of each at a time; the first of a round is the last of the next."""
+def run_in_turns(jobs: Sequence[RunningJob], look: Callable[[], None] = lambda: None) -> None:
+    """Run jobs to their ends, a step of each at a time; the first of a round is the last of the next. ``look`` is
+    called before some rounds."""
     if any(job.loaded.overlaps_steps for job in jobs):
         for job in jobs:
             while job.step():
                 pass
         return
     order = list(jobs)
-    while any([job.step() for job in order]):
+    for number in itertools.count():
+        if number in _FIRST_LOOKS or number % _ROUNDS_PER_LOOK == 0:
+            look()
+        if not any([job.step() for job in order]):
+            return
         order.reverse()
 
 
@@ -175,10 +186,18 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
     if arguments.popularity:
         todo = [(engine, cell) for engine, cell in todo if cell.popularity in arguments.popularity]
 
+    probe = None if base.parts.info.device.startswith("cuda") else ceilings.Probe(is_quick=arguments.quick)
+    looks: list[Ceilings] = []
+
+    def look() -> None:
+        if probe is not None:
+            looks.append(probe.measure())
+
     def run(engine: LoadedEngine, cell: Cell, num_output_tokens: int) -> tuple[RunningJob, RunningJob]:
         ours = RunningJob(engine, content["cells"][cell.name], num_output_tokens)
         theirs = RunningJob(base, content["cells"][alone.name], num_output_tokens)
-        run_in_turns((ours, theirs))
+        looks.clear()
+        run_in_turns((ours, theirs), look)
         return ours, theirs
 
     setup = results.setup(settings=settings)
@@ -196,7 +215,8 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
                     ours, theirs = run(engine, cell, cell.num_output_tokens)
                 noise = clock.disturbance
                 base_wall_s = theirs.result()["wall_s"]
-                row = row_of(shape, cell, ours.result(), base_wall_s, limits, is_int8=engine is int8)
+                beside = ceilings.mean(looks) if looks else limits
+                row = row_of(shape, cell, ours.result(), base_wall_s, beside, is_int8=engine is int8)
                 row |= {"repetition": repetition, **asdict(noise), "is_clean": noise.is_clean}
                 results.append(arguments.output, {**setup, **row})
                 console.print(

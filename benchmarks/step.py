@@ -255,7 +255,7 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, console: Console
                     else:
                         times_s, context = bench.prefill(mix, seed=repeat), float(NUM_PROMPT_TOKENS)
                 noise = clock.disturbance
-                limits = ceilings.between(before, probe.measure())
+                limits = ceilings.mean((before, probe.measure()))
                 row = row_of(shape, phase, mix, times_s, context, limits)
                 row |= {"repetition": repeat, **asdict(noise), "is_clean": noise.is_clean}
                 results.append(arguments.output, {**setup, **row})

@@ -243,32 +243,36 @@ def over_formulas(rows: Sequence[Row], popularity: str) -> float | None:
     here = next(row for row in rows if row["popularity"] == popularity)
     if base is None or here["flops"] == base["flops"]:
         return None
-    limits = here["ceilings"]
-    least_s = (here["bytes"] - base["bytes"]) / limits["bytes_per_s"]
-    least_s += (here["flops"] - base["flops"]) / limits["flops_per_s"]
-    return statistics.median(row["wall_s"] - row["base_wall_s"] for row in _clean(rows, popularity)) / least_s
+    return statistics.median(
+        (row["wall_s"] - row["base_wall_s"])
+        / (
+            (here["bytes"] - base["bytes"]) / row["ceilings"]["bytes_per_s"]
+            + (here["flops"] - base["flops"]) / row["ceilings"]["flops_per_s"]
+        )
+        for row in _clean(rows, popularity)
+    )
 
 
 def job_table(rows: Sequence[Row]) -> str:
     """Jobs of one shape, with the tax on throughput (of `base`, against its like) and what the formulas make of it."""
     lines = []
-    base_floor = next((row["floor_s"] for row in rows if row["popularity"] == "base"), None)
+    base_floor = sample(rows, "floor_s", popularity="base")
     for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
         one = sample(rows, "output_tokens_per_s", popularity=popularity)
-        assert one is not None
-        row = next(row for row in rows if row["popularity"] == popularity)
         wall = sample(rows, "wall_s", popularity=popularity)
-        assert wall is not None
+        floor = sample(rows, "floor_s", popularity=popularity)
+        times_floor = sample(rows, "times_floor", popularity=popularity)
+        assert one and wall and floor and times_floor
         over = over_formulas(rows, popularity)
         lines.append(
             [
                 popularity,
                 one.text(),
                 f"{wall.median:.2f}",
-                f"{row['floor_s']:.2f}",
-                f"{wall.median / row['floor_s']:.2f}",
+                f"{floor.median:.2f}",
+                f"{times_floor.median:.2f}",
                 f"{statistics.median(job_taxes(rows, popularity)):.1%}",
-                f"{1 - base_floor / row['floor_s']:.1%}" if base_floor and popularity != "base" else NONE,
+                f"{1 - base_floor.median / floor.median:.1%}" if base_floor and popularity != "base" else NONE,
                 NONE if over is None else f"{over:.2f}",
             ]
         )

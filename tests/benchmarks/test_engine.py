@@ -30,6 +30,12 @@ def test_each_is_first_every_other_round_and_the_longer_one_goes_on_alone():
     assert "".join(steps) == "abbabb"
 
 
+def test_ceilings_are_looked_at_before_the_long_first_rounds_and_now_and_then():
+    steps = []
+    engine.run_in_turns([NotedJob("a", 14, steps)], lambda: steps.append("|"))
+    assert "".join(steps) == "|a|a|" + "a" * 10 + "|aa"
+
+
 def test_steps_that_overlap_take_no_turns():
     steps = []
     engine.run_in_turns([NotedJob("a", 2, steps, overlaps_steps=True), NotedJob("b", 2, steps)])
