@@ -34,7 +34,6 @@ from pomona.core.ids import RequestId
 from pomona.core.request import Request, SamplingParams
 from pomona.driver.loop import EngineParts
 
-
 _FIRST_LOOKS, _ROUNDS_PER_LOOK = (1, 2), 12
 """Rounds with prompts are long, others short."""
 
@@ -128,6 +127,7 @@ def run_in_turns(jobs: Sequence[RunningJob], look: Callable[[], None] = lambda: 
             while job.step():
                 pass
         return
+    order = list(jobs)
     order = list(jobs)
     for number in itertools.count():
         if number in _FIRST_LOOKS or number % _ROUNDS_PER_LOOK == 0:

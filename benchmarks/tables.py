@@ -253,26 +253,29 @@ def over_formulas(rows: Sequence[Row], popularity: str) -> float | None:
     )
 
 
+def median_of(rows: Sequence[Row], popularity: str, key: str) -> float:
+    """Of a popularity's clean jobs, or of all if none is."""
+    return float(statistics.median(row[key] for row in _clean(rows, popularity)))
+
+
 def job_table(rows: Sequence[Row]) -> str:
     """Jobs of one shape, with the tax on throughput (of `base`, against its like) and what the formulas make of it."""
     lines = []
-    base_floor = sample(rows, "floor_s", popularity="base")
+    base_floor = median_of(rows, "base", "floor_s") if any(row["popularity"] == "base" for row in rows) else None
     for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
         one = sample(rows, "output_tokens_per_s", popularity=popularity)
-        wall = sample(rows, "wall_s", popularity=popularity)
-        floor = sample(rows, "floor_s", popularity=popularity)
-        times_floor = sample(rows, "times_floor", popularity=popularity)
-        assert one and wall and floor and times_floor
+        assert one is not None
+        floor = median_of(rows, popularity, "floor_s")
         over = over_formulas(rows, popularity)
         lines.append(
             [
                 popularity,
                 one.text(),
-                f"{wall.median:.2f}",
-                f"{floor.median:.2f}",
-                f"{times_floor.median:.2f}",
+                f"{median_of(rows, popularity, 'wall_s'):.2f}",
+                f"{floor:.2f}",
+                f"{median_of(rows, popularity, 'times_floor'):.2f}",
                 f"{statistics.median(job_taxes(rows, popularity)):.1%}",
-                f"{1 - base_floor.median / floor.median:.1%}" if base_floor and popularity != "base" else NONE,
+                f"{1 - base_floor / floor:.1%}" if base_floor and popularity != "base" else NONE,
                 NONE if over is None else f"{over:.2f}",
             ]
         )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import engine, workload
+from benchmarks import assets, engine, workload
 from benchmarks.shapes import SHAPES
 
 
@@ -44,6 +44,7 @@ def test_steps_that_overlap_take_no_turns():
 
 @pytest.mark.usefixtures("tiny_cache")
 def test_a_job_in_turns_yields_what_it_yields_alone_on_a_clock_of_its_own_steps():
+    assets.make(SHAPES["tiny"])
     content = json.loads(workload.write(SHAPES["tiny"]).read_text())
     base = engine.load_engine(content, 0, {"num_threads": 1})
     loaded = engine.load_engine(content, workload.NUM_ADAPTERS, {"num_threads": 1})

@@ -69,7 +69,8 @@ def job_row(popularity: str, tokens_per_s: float, floor_s: float) -> Row:
     row = peer_row("pomona", popularity, tokens_per_s)
     work = {"bytes": 1e10, "flops": 1e12} if popularity == "base" else {"bytes": 1.5e10, "flops": 1.1e12}
     limits = {"bytes_per_s": 2.5e10, "flops_per_s": 5e11}
-    return {**row, "kind": "job", "floor_s": floor_s, "base_wall_s": 0.75 * row["wall_s"], **work, "ceilings": limits}
+    times = {"floor_s": floor_s, "times_floor": row["wall_s"] / floor_s, "base_wall_s": 0.75 * row["wall_s"]}
+    return {**row, "kind": "job", **times, **work, "ceilings": limits}
 
 
 def server_row() -> Row:
