@@ -10,7 +10,7 @@ second that the live engine reaches when all arrive at once. Live: the engine's 
 TTFT counts from the arrival that was planned. A machine that others share is not always equally fast, so a second
 engine is profiled in turns with the live one, whose clock goes on for a while after every few points. All points of
 a round make its profile; those measured beside a run say how much slower or faster than on average decodes and prompts
-were meanwhile. Medians over rounds are compared.
+were meanwhile. An error is the median over rounds.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pomona.cli.profile import build_metered, describe
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import RequestId
 from pomona.core.output import RequestOutput
-from pomona.core.request import Request, SamplingParams
+from pomona.core.request import FinishReason, Request, SamplingParams
 from pomona.engine.engine import Engine
 from pomona.metrics.timeline import RequestTimeline
 from pomona.profiling.fit import Sample
@@ -275,7 +275,8 @@ class LiveRun:
         self._engine = engine
         self._requests = requests
         self._num_added = 0
-        self._came_out: list[tuple[list[RequestOutput], float]] = []
+        # Nothing that the garbage collector would go through while the run lasts.
+        self._came_out: list[tuple[RequestId, int, FinishReason | None, float]] = []
 
     @property
     def is_over(self) -> bool:
@@ -294,7 +295,10 @@ class LiveRun:
                 self._num_added += 1
             if engine.has_work:
                 outputs = engine.step(start_s + now_s)
-                self._came_out.append((outputs, time.perf_counter() - start_s))
+                out_s = time.perf_counter() - start_s
+                for output in outputs:
+                    what = (output.request_id, len(output.new_token_ids), output.finish_reason, out_s)
+                    self._came_out.append(what)
             elif self._num_added < len(requests):
                 until_s = min(requests[self._num_added].arrival_s - 1e-4, end_s)
                 time.sleep(max(0.0, until_s - now_s))
@@ -303,8 +307,11 @@ class LiveRun:
     def figures(self) -> dict[str, float]:
         """Of the whole run; see ``figures``."""
         timelines = {request.request_id: RequestTimeline(request.arrival_s) for request in self._requests}
-        for outputs, out_s in self._came_out:
-            note(timelines, outputs, out_s)
+        for request_id, num_tokens, finish_reason, out_s in self._came_out:
+            if num_tokens:
+                timelines[request_id].add_tokens(num_tokens, out_s)
+            if finish_reason is not None:
+                timelines[request_id].end(out_s, finish_reason)
         return figures(timelines.values())
 
 
@@ -422,6 +429,7 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
 
 def cells(rows: Sequence[results.Row]) -> Iterator[dict[str, Any]]:
     """One entry per model, workload, load and metric: medians over rounds, and how far rounds lie from them at most.
+    The error is the median of each round's own, because a round's simulation is of the machine as it was then.
     Runs that other programs disturbed count only where there are no others."""
     found = list(results.of_kind(rows, "fidelity"))
     keys = dict.fromkeys((row["model"], row["workload"], row["load"]) for row in found)
@@ -439,7 +447,7 @@ def cells(rows: Sequence[results.Row]) -> Iterator[dict[str, Any]]:
                 "num_runs": len(same),
                 "live": live,
                 "simulated": simulated,
-                "error": simulated / live - 1.0,
+                "error": statistics.median(row["simulated"][metric] / row["live"][metric] for row in same) - 1.0,
                 "live_spread": live_spread,
                 "simulated_spread": simulated_spread,
             }
@@ -464,8 +472,8 @@ def render(rows: Sequence[results.Row]) -> str:
         "them was used for the fit. Every round takes a profile anew, in turns with the live runs, so that both meet",
         "the same machine: it is shared with others, and its memory may be half as fast again for seconds. What was",
         "measured beside a run scales the profile for it (*factors*: least to largest over all runs). *Live* and",
-        "*simulated* are medians over rounds, *error* is simulated over live, minus one, *spread* the round farthest",
-        "from the median.",
+        "*simulated* are medians over rounds, *spread* is how far the farthest round lies from them; *error*: simulated",
+        "over live, minus one, the median of the rounds' own.",
         "",
         f"Factors: decodes {_range(rows, 'decodes_factor')}, steps with prompts {_range(rows, 'prompts_factor')}.",
         "",
