@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pomona.core.errors import ConfigError
-from pomona.sim.profile_file import CostProfile
+from pomona.sim.profile_file import CostProfile, TermEntry
 from pomona.sim.step_work import StepWork
 from support.sim import make_profile
 
@@ -15,6 +15,14 @@ def test_a_profile_survives_its_file():
     assert profile.replica.scheduler_config().num_kv_blocks == 1024
 
 
+def test_what_is_read_beside_few_rows_is_free_beside_many():
+    read = TermEntry(quantity="sum_adapter_ranks", seconds_each=1e-3, beside_rows=8)
+    profile = make_profile().model_copy(update={"terms": (read,)})
+    cost = CostProfile.from_json(profile.to_json(), "p.json").cost_model
+    assert cost.seconds(StepWork(num_rows=8, sum_adapter_ranks=16)) == pytest.approx(cost.step_s + 16e-3)
+    assert cost.seconds(StepWork(num_rows=9, sum_adapter_ranks=16)) == cost.step_s
+
+
 @pytest.mark.parametrize(
     "change, path",
     [
@@ -23,6 +31,7 @@ def test_a_profile_survives_its_file():
         ({"format": 2}, "format"),
         ({"terms": [{"quantity": "num_wishes", "seconds_each": 1.0}]}, "terms.0.quantity"),
         ({"terms": [{"quantity": "num_rows", "seconds_each": -1.0}]}, "terms.0.seconds_each"),
+        ({"terms": [{"quantity": "num_rows", "seconds_each": 1.0, "beside_rows": 0}]}, "terms.0.beside_rows"),
         ({"replica": {"num_kv_blocks": 0}}, "replica.num_kv_blocks"),
     ],
 )
