@@ -254,11 +254,14 @@ def _refuse(request: Request, error: Exception) -> None:
 def note(timelines: dict[RequestId, RequestTimeline], outputs: Sequence[RequestOutput], now_s: float) -> None:
     """Write a step's outputs into the requests' timelines."""
     for output in outputs:
-        timeline = timelines[output.request_id]
-        if output.new_token_ids:
-            timeline.add_tokens(len(output.new_token_ids), now_s)
-        if output.finish_reason is not None:
-            timeline.end(now_s, output.finish_reason)
+        _write(timelines[output.request_id], len(output.new_token_ids), output.finish_reason, now_s)
+
+
+def _write(timeline: RequestTimeline, num_tokens: int, finish_reason: FinishReason | None, now_s: float) -> None:
+    if num_tokens:
+        timeline.add_tokens(num_tokens, now_s)
+    if finish_reason is not None:
+        timeline.end(now_s, finish_reason)
 
 
 class LiveRun:
@@ -308,10 +311,7 @@ class LiveRun:
         """Of the whole run; see ``figures``."""
         timelines = {request.request_id: RequestTimeline(request.arrival_s) for request in self._requests}
         for request_id, num_tokens, finish_reason, out_s in self._came_out:
-            if num_tokens:
-                timelines[request_id].add_tokens(num_tokens, out_s)
-            if finish_reason is not None:
-                timelines[request_id].end(out_s, finish_reason)
+            _write(timelines[request_id], num_tokens, finish_reason, out_s)
         return figures(timelines.values())
 
 
@@ -470,7 +470,7 @@ def render(rows: Sequence[results.Row]) -> str:
     lines += [
         "The same workloads on the live engine in real time and on the simulator with this machine's profile; none of",
         "them was used for the fit. Every round takes a profile anew, in turns with the live runs, so that both meet",
-        "the same machine: it is shared with others, and its memory may be half as fast again for seconds. What was",
+        "the same machine: it is shared with others, and not always equally fast. What was",
         "measured beside a run scales the profile for it (*factors*: least to largest over all runs). *Live* and",
         "*simulated* are medians over rounds, *spread* is how far the farthest round lies from them; *error* is the",
         "median of the rounds' own, simulated over live.",
