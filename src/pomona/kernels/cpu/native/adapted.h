@@ -37,9 +37,9 @@ void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_cal
   const pomona::LongRuns long_runs = plan_long_runs<T>(work, shares.num_long);
   if (shares.num_long > 0) base.long_runs = &long_runs;
   const auto in_turn = [&](int64_t num_items, int threads, const auto& product) {
-    const auto shrink = [&](int64_t item) { work.shrink(item, item + shares.threads); };
+    const auto shrink = [&](int64_t item) { work.shrink(item); };
     const auto run_few = [&](int64_t item) { few.run(item); };
-    for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_pairs * work.rank_tiles, shrink},
+    for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_pairs * work.rank_parts, shrink},
               Kind{num_items, product}, Kind{few.num_items(), run_few});
   };
   base.scales ? gemm_int8<T>(base, num_threads, in_turn) : gemm<T>(base, num_threads, in_turn);

@@ -39,13 +39,14 @@ struct PageFetch {
     }
   }
 
-  // The part of a slot's share in all of them, over so many steps.
-  Ahead share(int64_t slot, int64_t num_slots, int64_t num_steps) const {
-    if (num_pages == 0) return {};
-    const int64_t slots_per_page = max64(1, num_slots / num_pages), page = slot / slots_per_page;
-    if (page >= num_pages) return {};
-    const int64_t lines = ceil_div(num_lines, slots_per_page), first = slot % slots_per_page * lines;
-    return {pages[page] + first * 64, pages[page] + min64(first + lines, num_lines) * 64, ceil_div(lines, num_steps)};
+  // A slot's share in the lines of all of them, over so many steps.
+  AheadPages share(int64_t slot, int64_t num_slots, int64_t num_steps) const {
+    const int64_t all = num_pages * num_lines, lines = ceil_div(all, num_slots), first = slot * lines;
+    if (first >= all) return {};
+    const int64_t within = first % num_lines;
+    AheadPages share{pages + first / num_lines, num_lines, min64(lines, all - first), ceil_div(lines, num_steps)};
+    share.turn(within);
+    return share;
   }
 };
 

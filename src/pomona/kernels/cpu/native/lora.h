@@ -1,9 +1,8 @@
 // The adapters' part of a projection: shrink (x * A^T), expand (v * B), for rows of many adapters. Included by isa.cpp.
 //
 // Work is shared in items of (run of rows of one segment, slice, tile of rank rows or of columns): one long segment
-// makes as many items as many short ones. Each rank row is read once per run of rows, and fetched while the item before
-// it is computed: an adapter's pages lie anywhere, so the processor's own prefetching sees too little of each. Sums run
-// in one fixed order per element, so a row's result does not depend on what shares its batch.
+// makes as many items as many short ones. Each rank row is read from memory once per run of rows. Sums run in one fixed
+// order per element, so a row's result does not depend on what shares its batch.
 #pragma once
 #include "lora_pages.h"
 #include "vec.h"
@@ -11,7 +10,7 @@
 
 namespace {
 
-constexpr int kRankTile = 8;
+constexpr int kRankTile = 8, kRankPart = 16;  // ranks that are summed at once, and in one item
 constexpr int64_t kMaxRank = 1024;
 constexpr int kFewRows = 8;  // blocks of up to so many rows are short runs (lora_short.h)
 #if defined(__AVX512F__)
@@ -23,12 +22,6 @@ constexpr int kShrinkRows = 1, kExpandRows = 1, kExpandVectors = 4;
 #endif
 
 constexpr int64_t kColumnStep = kExpandVectors * W;  // columns that are summed at once
-
-// Rank rows of a segment, as addresses, one after the other in memory only by chance.
-struct RankRows {
-  const char* const* rows;
-  int64_t num_rows;
-};
 
 // Floats as units: rounded to the dtype, an odd number filled up with a zero.
 template <class T>
@@ -50,25 +43,22 @@ INLINE void put_rank_tile(float* v, int64_t num_ranks, uint32_t* units) {
   memcpy(units, rounded, kRankTile * sizeof *rounded);
 }
 
-// MR rows by 8 rank rows, summed over the input features. Meanwhile, if asked, what comes next is fetched: the rows'
-// own later parts, then the rows of the following tile.
-template <class T, int MR, bool kIsFetching>
+// MR rows by 8 rank rows, summed over the input features. Meanwhile the rows after them are fetched: rows are short, so
+// the processor's own prefetching begins anew with each of them.
+template <class T, int MR>
 INLINE void shrink_tile(int64_t in_features, const typename T::Elem* x, int64_t x_stride, const char* const* rank_rows,
-                        RankRows next, float (*sums)[kRankTile]) {
-  constexpr int64_t kBytes = W * 4, kAhead = 5 * 64;
+                        float (*sums)[kRankTile]) {
+  constexpr int64_t kBytes = W * 4;
   const int64_t num_bytes = in_features * sizeof(typename T::Elem);
   vf totals[MR][kRankTile] = {};
   int64_t at = 0;
   for (; at + kBytes <= num_bytes; at += kBytes) {
-    if (kIsFetching && at + kAhead < num_bytes) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kRankTile; j++) prefetch(rank_rows[j] + at + kAhead);
-    } else if (kIsFetching) {
-      for (int64_t j = 0; j < next.num_rows; j++) prefetch(next.rows[j] + at + kAhead - num_bytes);
-    }
     vu row[MR];
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) row[m] = load_units(reinterpret_cast<const char*>(x + m * x_stride) + at);
+    for (int m = 0; m < MR; m++) {
+      prefetch_near(reinterpret_cast<const char*>(x + (MR + m) * x_stride) + at);
+      row[m] = load_units(reinterpret_cast<const char*>(x + m * x_stride) + at);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kRankTile; j++) {
       const vu weights = load_units(rank_rows[j] + at);
@@ -170,61 +160,49 @@ struct Lora {
   const pomona::LoraCall& call;
   const pomona::LoraSite& site;
   const pomona::LoraStep& step;
-  int64_t num_pairs, rank_tiles, column_tile, column_tiles;  // pairs: (run of rows, slice)
+  int64_t num_pairs, rank_parts, column_tile, column_tiles;  // pairs: (run of rows, slice)
   uint32_t* v_units;  // [num_slices, num_tokens, row_units], if both halves are done here; else call.v has floats
 
-  int64_t row_units() const { return rank_tiles * kRankTile / T::kPerUnit; }
+  int64_t row_units() const { return ceil_div(step.max_rank, kRankTile) * kRankTile / T::kPerUnit; }
   int64_t rank_of(int64_t slice, int64_t segment) const { return call.ranks[slice * step.num_segments + segment]; }
 
-  struct ShrinkItem {
-    const pomona::RowBlock* block;
-    int64_t slice, first_rank, num_ranks;
-  };
-
-  ShrinkItem shrink_item(int64_t item) const {
-    const int64_t pair = item / rank_tiles, first_rank = item % rank_tiles * kRankTile;
-    const pomona::RowBlock* block = step.blocks + pair / site.num_slices;
-    const int64_t slice = pair % site.num_slices;
-    return {block, slice, first_rank, max64(0, min64(kRankTile, rank_of(slice, block->segment) - first_rank))};
-  }
-
-  void find_shrink_rows(const ShrinkItem& it, const char** rows) const {
-    find_rows<T>(site, step, site.a[it.slice], site.a_page_stride[it.slice], site.in_features, it.block->segment,
-                 it.first_rank, it.num_ranks, rows);
-  }
-
-  // `following` is the item that this thread will most likely take next.
-  void shrink(int64_t item, int64_t following) const {
-    const ShrinkItem it = shrink_item(item);
-    if (it.num_ranks == 0) return;
-    const char *rows[kRankTile], *next_rows[kRankTile];
-    find_shrink_rows(it, rows);
-    for (int64_t j = it.num_ranks; j < kRankTile; j++) rows[j] = rows[0];  // computed and not kept
-    RankRows next{next_rows, 0};
-    if (following < num_pairs * rank_tiles) {
-      const ShrinkItem after = shrink_item(following);
-      find_shrink_rows(after, next_rows);
-      next.num_rows = after.num_ranks;
-    }
-    for (int64_t r = 0; r < it.block->num_rows;) {
-      const int64_t row = it.block->start + r, left = it.block->num_rows - r;
-      const Elem* x = static_cast<const Elem*>(call.x) + row * call.x_stride;
+  // Some ranks of one slice for a block's rows.
+  void shrink(int64_t item) const {
+    const int64_t pair = item / rank_parts, first_rank = item % rank_parts * kRankPart, slice = pair % site.num_slices;
+    const pomona::RowBlock& block = step.blocks[pair / site.num_slices];
+    const int64_t num_ranks = min64(kRankPart, rank_of(slice, block.segment) - first_rank);
+    if (num_ranks <= 0) return;
+    const char* rows[kRankPart];
+    find_rows<T>(site, step, site.a[slice], site.a_page_stride[slice], site.in_features, block.segment, first_rank,
+                 num_ranks, rows);
+    for (int64_t j = num_ranks; j < kRankPart; j++) rows[j] = rows[0];  // computed and not kept
+    for (int64_t r = 0; r < block.num_rows;) {
+      const int64_t row = block.start + r, left = block.num_rows - r;
       const int num_rows = static_cast<int>(min64(kShrinkRows, left));
-      float sums[kShrinkRows + W / kRankTile][kRankTile] = {};  // and what put_rank_tile reads past the last
-      if (num_rows == 3)
-        shrink_tile<T, kShrinkRows, false>(site.in_features, x, call.x_stride, rows, next, sums);
-      else if (num_rows == 2)
-        shrink_tile<T, kShrinkRows == 3 ? 2 : 1, true>(site.in_features, x, call.x_stride, rows, next, sums);
-      else
-        shrink_tile<T, 1, true>(site.in_features, x, call.x_stride, rows, next, sums);
-      for (int m = 0; m < num_rows; m++) {
-        const int64_t at = it.slice * step.num_tokens + row + m;
-        if (v_units)
-          put_rank_tile<T>(sums[m], it.num_ranks, v_units + at * row_units() + it.first_rank / T::kPerUnit);
-        else
-          memcpy(call.v + at * step.max_rank + it.first_rank, sums[m], it.num_ranks * 4);
+      for (int64_t j = 0; j < num_ranks; j += kRankTile) {
+        const int64_t n = min64(kRankTile, num_ranks - j);
+        float sums[kShrinkRows + W / kRankTile][kRankTile] = {};  // and what put_rank_tile reads past the last
+        shrink_rows(num_rows, static_cast<const Elem*>(call.x) + row * call.x_stride, rows + j, sums);
+        for (int m = 0; m < num_rows; m++) {
+          const int64_t at = slice * step.num_tokens + row + m;
+          if (v_units)
+            put_rank_tile<T>(sums[m], n, v_units + at * row_units() + (first_rank + j) / T::kPerUnit);
+          else
+            memcpy(call.v + at * step.max_rank + first_rank + j, sums[m], n * 4);
+        }
       }
       r += num_rows;
+    }
+  }
+
+  void shrink_rows(int num_rows, const Elem* x, const char* const* rank_rows, float (*sums)[kRankTile]) const {
+    static_assert(kShrinkRows <= 3);
+    switch (num_rows) {
+      case 1: return shrink_tile<T, 1>(site.in_features, x, call.x_stride, rank_rows, sums);
+#if defined(__AVX512F__)
+      case 2: return shrink_tile<T, 2>(site.in_features, x, call.x_stride, rank_rows, sums);
+      case 3: return shrink_tile<T, 3>(site.in_features, x, call.x_stride, rank_rows, sums);
+#endif
     }
   }
 
@@ -323,7 +301,7 @@ Lora<T> long_work(const pomona::LoraCall& call, const Shares& shares, uint32_t* 
       max64(1, min64(ceil_div(8 * shares.threads, max64(1, num_pairs)), ceil_div(widest, 4 * kColumnStep)));
   const int64_t column_tile =
       shares.threads == 1 ? widest : ceil_div(ceil_div(widest, cuts), kColumnStep) * kColumnStep;
-  return {call, site, *call.step, num_pairs, ceil_div(call.step->max_rank, kRankTile), column_tile,
+  return {call, site, *call.step, num_pairs, ceil_div(call.step->max_rank, kRankPart), column_tile,
           ceil_div(widest, max64(1, column_tile)), v_units};
 }
 

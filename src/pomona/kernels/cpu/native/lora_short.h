@@ -239,9 +239,9 @@ void lora(const pomona::LoraCall& call, int num_threads, int phases) {
   if (shares.is_idle) return;
   const Lora<T> work = long_work<T>(call, shares, phases == 3 ? new_v<T>(call) : nullptr);
   const ShortRuns<T> few{work, shares};
-  const int64_t num_shrinks = phases & 1 ? work.num_pairs * work.rank_tiles : 0;
+  const int64_t num_shrinks = phases & 1 ? work.num_pairs * work.rank_parts : 0;
   const auto shrink = [&](int64_t item) {
-    item < num_shrinks ? work.shrink(item, item + shares.threads) : few.run(item - num_shrinks);
+    item < num_shrinks ? work.shrink(item) : few.run(item - num_shrinks);
   };
   const auto expand = [&](int64_t item) { work.expand(item); };
   const int64_t num_expands = phases & 2 ? work.num_pairs * work.column_tiles : 0;

@@ -41,6 +41,24 @@ struct Ahead {
   }
 };
 
+// Likewise, pages that lie anywhere.
+struct AheadPages {
+  const char* const* page = nullptr;  // the next one
+  int64_t lines_per_page = 0, lines_left = 0, lines_per_step = 0;
+  const char *at = nullptr, *end = nullptr;
+
+  bool is_any() const { return at < end; }
+  INLINE void step() {
+    for (int64_t i = 0; i < lines_per_step && at < end; i++, at += 64) prefetch(at);
+    if (at >= end && lines_left > 0) turn(0);
+  }
+  void turn(int64_t first_line) {
+    const int64_t lines = min64(lines_per_page - first_line, lines_left);
+    at = *page++ + first_line * 64, end = at + lines * 64;
+    lines_left -= lines;
+  }
+};
+
 // What becomes of a tile's sums: they are C.
 struct KeepSums {
   INLINE void operator()(TileC c, int m, int v, vf sum) const { store_floats(c.sums + m * c.stride + v * W, sum); }
@@ -49,7 +67,7 @@ struct KeepSums {
 // MR rows by NG groups; finish(C, row, vector, sum) at the end. Each sum runs over k in order from the given C or zero:
 // the same for every MR and NG.
 template <class T, int MR, int NG, bool kIsFetching, class F>
-INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside, F finish) {
+INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, AheadPages beside, F finish) {
   constexpr int NV = NG * kGroupVectors;
   vf sums[MR][NV];
 #pragma GCC unroll 8
@@ -78,7 +96,7 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
 // Not inlined: eight copies of a long loop are enough; and eight more that fetch nothing, which is seen in the others.
 template <class T, int NG, bool kIsFetching, class F>
 __attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead,
-                                         Ahead beside, F finish) {
+                                         AheadPages beside, F finish) {
   static_assert(kTileRows <= 8);
   switch (num_rows) {
     case 1: return tile<T, 1, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
@@ -97,7 +115,7 @@ __attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA 
   __builtin_unreachable();
 }
 template <class T, int NG>
-INLINE void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahead beside = {}) {
+INLINE void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, AheadPages beside = {}) {
   if (ahead.is_any() || beside.is_any())
     tile_rows<T, NG, true>(num_rows, num_units, a, b, c, ahead, beside, KeepSums{});
   else

@@ -61,6 +61,7 @@ INLINE vu load_units_part(const void* p, int64_t num_bytes) {
   return v;
 }
 INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
