@@ -27,7 +27,7 @@ void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_cal
   const Shares shares = share_blocks(lora_call, num_threads, true);
   pomona::GemmCall base = gemm_call;
   if (shares.is_idle) return base.scales ? gemm_int8<T>(base, num_threads) : gemm<T>(base, num_threads);
-  base.adapters = &lora_call;
+  base.adapters = &lora_call, base.is_block_shared = shares.num_cuts > 1;
   if (shares.num_long > 0 && !can_fuse(*lora_call.site)) {
     base.scales ? gemm_int8<T>(base, num_threads) : gemm<T>(base, num_threads);
     return lora<T>(lora_call, num_threads, 3);

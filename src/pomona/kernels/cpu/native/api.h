@@ -85,6 +85,7 @@ struct GemmCall {
   int32_t is_out_float;         // out is float32 whatever the dtype
   const LoraCall* adapters;     // whose part is added to out, now or right after; null: none
   const LongRuns* long_runs;    // the rows to which it is added now; null: none
+  int32_t is_block_shared;      // several threads add theirs to the rows of a block
 };
 
 struct GatherCall {

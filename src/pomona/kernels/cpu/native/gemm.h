@@ -16,36 +16,57 @@ constexpr int64_t kMostFetchingRows = 64;  // with more, reading an adapter is l
 constexpr int64_t kFewBytes = 16384;       // of a group's weights
 constexpr int64_t kUnitsPerPass = 2048;  // 3 groups of that many units are 384 KiB: they stay in a core's L2 cache
 
-// Pages of adapters that are wanted next, fetched beside a product that computes longer than it reads.
+// Pages of adapters that are wanted next, fetched beside a product that computes longer than it reads: each by the
+// thread that will want it.
 struct PageFetch {
-  const char** pages = nullptr;
-  int64_t num_pages = 0, num_lines = 0;  // lines of each page
+  const char** pages = nullptr;    // those of the first thread, then of the next
+  int64_t* first_page = nullptr;   // [num_threads + 1]
+  int64_t num_threads, num_lines;  // lines of each page
 
-  PageFetch(const pomona::GemmCall& call, int64_t element_bytes) {
+  PageFetch(const pomona::GemmCall& call, int64_t element_bytes, int threads) : num_threads(threads) {
     if (call.adapters == nullptr || call.num_rows == 1 || call.num_rows > kMostFetchingRows) return;
     const pomona::LoraCall& lora = *call.adapters;
     const pomona::LoraStep& step = *lora.step;
     const SitePages site(*lora.site, element_bytes);
     num_lines = ceil_div(site.num_bytes, 64);
-    const int64_t most_pages = step.num_segments * step.max_pages;
-    pages = static_cast<const char**>(pomona::scratch(pomona::kPages, most_pages * sizeof(char*)));
-    for (int64_t segment = 0; segment < step.num_segments; segment++) {
-      int64_t most_ranks = 0;
-      for (int64_t slice = 0; slice < lora.site->num_slices; slice++)
-        most_ranks = max64(most_ranks, lora.ranks[slice * step.num_segments + segment]);
-      const int64_t first = segment * step.max_pages;
-      for (int64_t page = first; (page - first) * lora.site->rows_per_page < most_ranks; page++)
-        pages[num_pages++] = shifted(step, page, site.first_byte + step.page_tables[page] * site.page_bytes);
+    const int64_t most_pages = step.num_blocks * step.max_pages;
+    first_page = static_cast<int64_t*>(
+        pomona::scratch(pomona::kPages, (num_threads + 1) * sizeof(int64_t) + most_pages * sizeof(char*)));
+    pages = reinterpret_cast<const char**>(first_page + num_threads + 1);
+    int64_t num_pages = 0;
+    for (int64_t thread = 0; thread < num_threads; thread++) {
+      first_page[thread] = num_pages;
+      const bool is_shared = call.is_block_shared;
+      const int64_t first_block = is_shared ? 0 : thread, block_step = is_shared ? 1 : num_threads;
+      const int64_t first_page_of_block = is_shared ? thread : 0, page_step = is_shared ? num_threads : 1;
+      int32_t last_segment = -1;
+      for (int64_t block = first_block; block < step.num_blocks; block += block_step) {
+        const int32_t segment = step.blocks[block].segment;
+        if (segment == last_segment) continue;
+        last_segment = segment;
+        int64_t most_ranks = 0;
+        for (int64_t slice = 0; slice < lora.site->num_slices; slice++)
+          most_ranks = max64(most_ranks, lora.ranks[slice * step.num_segments + segment]);
+        for (int64_t i = first_page_of_block; i * lora.site->rows_per_page < most_ranks; i += page_step) {
+          const int64_t page = segment * step.max_pages + i;
+          pages[num_pages++] = shifted(step, page, site.first_byte + step.page_tables[page] * site.page_bytes);
+        }
+      }
     }
+    first_page[num_threads] = num_pages;
   }
 
-  // A slot's share in the lines of all of them, over so many steps.
-  AheadPages share(int64_t slot, int64_t num_slots, int64_t num_steps) const {
-    const int64_t all = num_pages * num_lines, lines = ceil_div(all, num_slots), first = slot * lines;
+  // A tile's share in the lines of its thread's pages, over so many steps. Threads take columns in turn.
+  AheadPages share(int64_t column, int64_t num_columns, int64_t tile, int64_t num_tiles, int64_t num_steps) const {
+    if (pages == nullptr) return {};
+    const int64_t thread = column % num_threads;
+    const int64_t all = (first_page[thread + 1] - first_page[thread]) * num_lines;
+    const int64_t lines = ceil_div(all, ceil_div(num_columns - thread, num_threads) * num_tiles);
+    const int64_t first = (column / num_threads * num_tiles + tile) * lines;
     if (first >= all) return {};
-    const int64_t within = first % num_lines;
-    AheadPages share{pages + first / num_lines, num_lines, min64(lines, all - first), ceil_div(lines, num_steps)};
-    share.turn(within);
+    AheadPages share{pages + first_page[thread] + first / num_lines, num_lines, min64(lines, all - first),
+                     ceil_div(lines, num_steps)};
+    share.turn(first % num_lines);
     return share;
   }
 };
@@ -228,7 +249,7 @@ struct Gemm {
                          TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
                          TileC{some_sums, stride, unit > 0},
                          is_fetching ? Ahead{next + fetched * 64, next + next_lines * 64, lines_per_step} : Ahead{},
-                         beside.share(group / NG * num_tiles + r / kTileRows, num_columns * num_tiles, units));
+                         beside.share(group / NG, num_columns, r / kTileRows, num_tiles, units));
         if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }
@@ -238,7 +259,7 @@ struct Gemm {
 // share(num_items, num_threads, f) runs f(item) for all items, whatever else it does.
 template <class T, class S>
 void gemm(const pomona::GemmCall& call, int num_threads, const S& share) {
-  const Gemm<T> gemm{GemmWork<T>(call), PageFetch(call, sizeof(typename T::Elem))};
+  const Gemm<T> gemm{GemmWork<T>(call), PageFetch(call, sizeof(typename T::Elem), num_threads)};
   gemm.work.run(gemm.work.num_units * kGroup * 4, num_threads, gemm, share);
 }
 

@@ -1,4 +1,5 @@
-// How a kernel's items are shared among threads: whoever is free takes the next one. Included by isa.cpp only.
+// How a kernel's items are shared among threads: each has its own, and takes those of others when none of its own is
+// left. So it can fetch into its cache what it will want: threads need not share one. Included by isa.cpp only.
 #pragma once
 #include <sched.h>
 
@@ -7,19 +8,35 @@
 
 namespace {
 
+constexpr int kMostQueues = 64;  // with more threads, some share theirs
+
 template <class F>
 struct Items {
+  struct alignas(64) Queue {
+    int64_t next;  // how many of the items queue, queue + num_queues, and so on have been taken
+  };
   const F* run;
   int64_t num_items;
-  int64_t next;
-  int64_t num_done;
+  int num_queues;
+  int64_t num_done = 0;
+  Queue queues[kMostQueues];
 
-  void take() {
+  Items(const F& f, int64_t num, int num_threads)
+      : run(&f), num_items(num), num_queues(num_threads < kMostQueues ? num_threads : kMostQueues) {
+    for (int queue = 0; queue < num_queues; queue++) queues[queue].next = 0;
+  }
+
+  void take(int thread) {
     int64_t taken = 0;
-    for (;; taken++) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= num_items) break;
-      (*run)(item);
+    for (int i = 0; i < num_queues; i++) {
+      const int queue = (thread + i) % num_queues;
+      int64_t* next = &queues[queue].next;
+      while (queue + __atomic_load_n(next, __ATOMIC_RELAXED) * num_queues < num_items) {
+        const int64_t item = queue + __atomic_fetch_add(next, 1, __ATOMIC_RELAXED) * num_queues;
+        if (item >= num_items) break;
+        (*run)(item);
+        taken++;
+      }
     }
     if (taken) __atomic_fetch_add(&num_done, taken, __ATOMIC_RELEASE);
   }
@@ -37,14 +54,14 @@ struct Items {
 // f(item) for every item, on up to num_threads threads.
 template <class F>
 void for_items(int64_t num_items, int num_threads, const F& f) {
-  if (num_threads <= 1 || num_items <= 1) {
+  const int threads = static_cast<int>(min64(num_threads, num_items));
+  if (threads <= 1) {
     for (int64_t item = 0; item < num_items; item++) f(item);
     return;
   }
-  Items<F> items{&f, num_items, 0, 0};
+  Items<F> items(f, num_items, threads);
   pomona::run_threads(
-      static_cast<int>(min64(num_threads, num_items)), [](void* state, int) { static_cast<Items<F>*>(state)->take(); },
-      &items);
+      threads, [](void* state, int thread) { static_cast<Items<F>*>(state)->take(thread); }, &items);
 }
 
 // Items of one kind, of which there may be none.
@@ -69,19 +86,19 @@ void for_kinds(int num_threads, Kind<F> first, Kind<G> second, Kind<H> third) {
     Items<F> first;
     Items<G> second;
     Items<H> third;
-  } all{{&first.run, first.num_items, 0, 0},
-        {&second.run, second.num_items, 0, 0},
-        {&third.run, third.num_items, 0, 0}};
+  } all{{first.run, first.num_items, num_threads},
+        {second.run, second.num_items, num_threads},
+        {third.run, third.num_items, num_threads}};
   pomona::run_threads(
       num_threads,
-      [](void* state, int) {
+      [](void* state, int thread) {
         All* all = static_cast<All*>(state);
-        all->first.take();
+        all->first.take(thread);
         all->first.wait();
-        all->second.take();
+        all->second.take(thread);
         if (all->third.num_items == 0) return;
         all->second.wait();
-        all->third.take();
+        all->third.take(thread);
       },
       &all);
 }
