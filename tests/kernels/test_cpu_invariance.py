@@ -91,7 +91,7 @@ def test_a_product_with_adapters_is_the_product_and_then_the_adapters(
         for use_bias in (bias, None):
             base = packed_linear(x[:num_rows], packed, use_bias)
             expected = adapters.apply(x[:num_rows], base, segments)
-            for num_threads in (1, 2):
+            for num_threads in (1, 2, 5):
                 out = _on_threads(
                     num_threads,
                     lambda args=(x[:num_rows], packed, use_bias, adapters.slices, of_segments, batch): adapted_linear(
@@ -99,6 +99,19 @@ def test_a_product_with_adapters_is_the_product_and_then_the_adapters(
                     ),
                 )
                 torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_more_threads_than_a_kernel_has_queues_do_every_item_once() -> None:
+    adapters = make_adapters([[16], [3], [40]], in_features=64, widths=[4000], dtype=torch.bfloat16)
+    weight, x = torch.randn(4000, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    segments = [Segment(row, row + 1, row % 3) for row in range(64)]
+    batch, ranks = adapters.batch(segments)
+
+    def run() -> Tensor:
+        return adapted_linear(x, packed, None, adapters.slices, ranks, batch)
+
+    packed = pack(weight)
+    assert torch.equal(_on_threads(70, run), _on_threads(1, run))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
