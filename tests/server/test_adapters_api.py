@@ -268,7 +268,8 @@ async def test_mixed_load_replace_unload_and_requests_leave_nothing_behind(serve
             if response.status_code == 404:
                 await asyncio.sleep(0.002)
             else:
-                assert response.json()["choices"][0]["text"] in expected.values(), response.text
+                assert response.status_code == 200, response.text
+                assert response.json()["choices"][0]["text"] in expected.values()
 
     async def drop(name: str) -> None:
         for _ in range(10):

@@ -23,8 +23,10 @@ struct FusedColumns {
   float scalings[NG];
   uint32_t* panel;                                 // [NG][row_units][16]
   int32_t segment = -1;
+  int64_t columns_ahead;  // to those of this thread's next item: rows of B are fetched there, too far apart to foresee
 
-  FusedColumns(const pomona::GemmCall& gemm, int64_t first_group) : call(*gemm.adapters), runs(*gemm.long_runs) {
+  FusedColumns(const pomona::GemmCall& gemm, int64_t first_group, int64_t groups_ahead)
+      : call(*gemm.adapters), runs(*gemm.long_runs), columns_ahead(groups_ahead * kGroup) {
     panel = static_cast<uint32_t*>(pomona::scratch(pomona::kAdapterPanel, NG * panel_stride() * 4));
     int64_t slice = 0, column = first_group * kGroup;
     while (column >= call.site->out_features[slice]) column -= call.site->out_features[slice++];
@@ -42,8 +44,12 @@ struct FusedColumns {
     const char* rows[kMaxRank + 1];
     for (int g = 0; g < NG; g++) {
       const int64_t slice = slices[g], at = slice * call.step->num_segments + segment, lora_rank = call.ranks[at];
-      if (g == 0 || slice != slices[g - 1])
+      if (g == 0 || slice != slices[g - 1]) {
         find_b_rows<T>(*call.site, *call.step, slice, segment, 0, lora_rank, rows);
+        for (int64_t j = 0; j < lora_rank; j++)
+          for (int64_t i = 0; i < NG * kGroup * static_cast<int64_t>(sizeof(Elem)); i += 64)
+            prefetch(rows[j] + (columns[g] + columns_ahead) * sizeof(Elem) + i);
+      }
       num_units[g] = ceil_div(lora_rank, T::kPerUnit);
       scalings[g] = call.scalings[at];
       for (int64_t k = 0; k < num_units[g]; k++)

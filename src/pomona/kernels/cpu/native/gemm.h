@@ -167,9 +167,10 @@ struct GemmWork {
   }
 
   template <int NG, class F>
-  void run_columns(const F& f, int64_t row, int64_t num_rows, int64_t group, const char* next) const {
+  void run_columns(const F& f, int64_t row, int64_t num_rows, int64_t group, int64_t groups_ahead,
+                   const char* next) const {
     if (call.long_runs == nullptr) return f.template run<NG>(row, num_rows, group, next, nullptr);
-    FusedColumns<T, NG> fused(call, group);
+    FusedColumns<T, NG> fused(call, group, groups_ahead);
     f.template run<NG>(row, num_rows, group, next, &fused);
   }
 
@@ -188,8 +189,8 @@ struct GemmWork {
       const char* next = ahead + NG <= num_groups && row == 0 && !is_foreseen
                              ? static_cast<const char*>(call.packed) + ahead * group_bytes
                              : nullptr;
-      if (group + NG <= num_groups) return run_columns<NG>(f, row, num_rows, group, next);
-      for (int64_t last = group; last < num_groups; last++) run_columns<1>(f, row, num_rows, last, nullptr);
+      if (group + NG <= num_groups) return run_columns<NG>(f, row, num_rows, group, NG * num_threads, next);
+      for (int64_t last = group; last < num_groups; last++) run_columns<1>(f, row, num_rows, last, 0, nullptr);
     });
   }
 
