@@ -13,26 +13,26 @@ constexpr int kMostQueues = 64;  // with more threads, some share theirs
 template <class F>
 struct Items {
   struct alignas(64) Queue {
-    int64_t next;  // how many of the items queue, queue + num_queues, and so on have been taken
+    int64_t num_taken;  // of the items queue, queue + num_queues, and so on
   };
   const F* run;
   int64_t num_items;
-  int num_queues;
+  int num_queues;  // no more than there are threads, which each begin with one
   int64_t num_done = 0;
   Queue queues[kMostQueues];
 
   Items(const F& f, int64_t num, int num_threads)
       : run(&f), num_items(num), num_queues(num_threads < kMostQueues ? num_threads : kMostQueues) {
-    for (int queue = 0; queue < num_queues; queue++) queues[queue].next = 0;
+    for (int queue = 0; queue < num_queues; queue++) queues[queue].num_taken = 0;
   }
 
   void take(int thread) {
     int64_t taken = 0;
     for (int i = 0; i < num_queues; i++) {
       const int queue = (thread + i) % num_queues;
-      int64_t* next = &queues[queue].next;
-      while (queue + __atomic_load_n(next, __ATOMIC_RELAXED) * num_queues < num_items) {
-        const int64_t item = queue + __atomic_fetch_add(next, 1, __ATOMIC_RELAXED) * num_queues;
+      int64_t* num_taken = &queues[queue].num_taken;
+      while (queue + __atomic_load_n(num_taken, __ATOMIC_RELAXED) * num_queues < num_items) {
+        const int64_t item = queue + __atomic_fetch_add(num_taken, 1, __ATOMIC_RELAXED) * num_queues;
         if (item >= num_items) break;
         (*run)(item);
         taken++;
