@@ -8,14 +8,16 @@ if it fails, installation goes on and torch does the work (``python -m pomona.ke
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 NATIVE = "src/pomona/kernels/cpu/native"
 HEADERS = (
-    *("adapted", "api", "attention", "fixed_point", "fused", "gemm", "gemm_int8", "lora", "lora_pages", "lora_short"),
-    *("rows", "tile", "transpose", "vec", "work"),
+    *("adapted", "amx", "api", "attention", "fixed_point", "fused", "gemm", "gemm_int8", "lora", "lora_pages"),
+    *("lora_short", "rows", "tile", "tile_registers", "transpose", "vec", "work"),
 )
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # gcc 12 takes its own intrinsics' undefined lanes for mistakes of ours.
@@ -25,6 +27,9 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISAS = {"plain": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
+    ISAS["amx"] = [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+OPTIONAL = {"amx": "POMONA_AMX"}
+"""What older compilers cannot compile: the others are told by a macro that it is there."""
 
 
 class BuildKernels(build_ext):
@@ -45,18 +50,35 @@ class BuildKernels(build_ext):
 
     def _build(self, ext: Extension) -> None:
         common = {"output_dir": self.build_temp, "extra_postargs": FLAGS, "depends": ext.depends}
-        objects = self.compiler.compile([f"{NATIVE}/api.cpp", f"{NATIVE}/threads.cpp"], **common)
-        for name, flags in ISAS.items():
-            objects += self.compiler.compile(
-                [f"{NATIVE}/isa.cpp"],
-                output_dir=os.path.join(self.build_temp, name),
-                macros=[("POMONA_KERNELS", f"kernels_{name}")],
-                extra_postargs=[*FLAGS, *flags],
-                depends=ext.depends,
-            )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            of_isas = dict(zip(ISAS, pool.map(lambda name: self._compile_isa(name, ext), ISAS), strict=True))
+        missing = [name for name, made in of_isas.items() if not made]
+        if missing:
+            sys.stderr.write(f"pomona: this compiler cannot make the kernels for {missing}; going on without them\n")
+        macros = [(macro, None) for name, macro in OPTIONAL.items() if of_isas.get(name)]
+        sources = [f"{NATIVE}/api.cpp", f"{NATIVE}/threads.cpp"]
+        objects = self.compiler.compile(sources, macros=macros, **common) + [
+            o for made in of_isas.values() for o in made
+        ]
         path = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(path))
         self.compiler.link_shared_object(objects, path, target_lang="c++")
+
+    def _compile_isa(self, name: str, ext: Extension) -> list[str]:
+        """The objects of an instruction set; none if it is optional and the compiler cannot make them."""
+        try:
+            objects: list[str] = self.compiler.compile(
+                [f"{NATIVE}/isa.cpp"],
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[("POMONA_KERNELS", f"kernels_{name}")],
+                extra_postargs=[*FLAGS, *ISAS[name]],
+                depends=ext.depends,
+            )
+        except CompileError:
+            if name not in OPTIONAL:
+                raise
+            return []
+        return objects
 
     def get_outputs(self) -> list[str]:
         """Only what was really built."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ISAS = ("plain", "avx2", "avx512", "avx512bf16")
+ISAS = ("plain", "avx2", "avx512", "avx512bf16", "amx")
 """Instruction sets, worst first; the index is the number the library uses."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -23,7 +23,7 @@ MAX_SLICES = 4
 MAX_HEAD_DIM = 256
 MAX_RANK = 1024
 
-_ABI = 7
+_ABI = 8
 
 
 class LoraSite(Structure):
@@ -160,6 +160,11 @@ def library() -> CDLL:
 def available_isas() -> tuple[str, ...]:
     """Instruction sets that this processor can run, worst first; empty if the kernels are not available."""
     return ISAS[: library().pomona_best_isa() + 1] if is_available() else ()
+
+
+def uses_tiles(dtype: int) -> bool:
+    """True if products of a dtype, as the kernels number them, are made by tile registers (AMX)."""
+    return dtype == DTYPES[torch.bfloat16] and ISAS[library().pomona_isa()] == "amx"
 
 
 @contextmanager

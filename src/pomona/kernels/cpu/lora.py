@@ -20,6 +20,8 @@ from pomona.kernels.reference import lora as reference
 _ROWS_PER_ITEM, _ROWS_PER_SHORT_ITEM = 36, 8
 """Rows of a segment that one thread takes at a time: multiples of the kernels' register blocks; of a short segment no
 more than make a short run (kFewRows, native/lora.h)."""
+_ROWS_PER_TILED_ITEM, _ROWS_PER_SHORT_TILED_ITEM = 128, 32
+"""The same where tile registers do the work: an item's first cost is laying the rank rows out as columns."""
 _MOST_SHORT_ROWS = 64
 """Segments of more rows go the long way (native/lora.h): for fewer, what is shared with the product is not worth it."""
 
@@ -44,6 +46,7 @@ class _Step:
 
     struct: binding.LoraStep
     address: int
+    dtype: int
     blocks: NDArray[np.int32]
     """[num_blocks, 4]: segment, first row, rows, padding; longest first. Owned here, the struct only points to it."""
 
@@ -87,10 +90,13 @@ def _site_of(slices: LoraSlices) -> _Site | None:
     return site
 
 
-def _plan_step(batch: LoraBatch, num_tokens: int) -> _Step:
+def _plan_step(batch: LoraBatch, num_tokens: int, dtype: int) -> _Step:
+    is_tiled = binding.uses_tiles(dtype)
+    long_rows = _ROWS_PER_TILED_ITEM if is_tiled else _ROWS_PER_ITEM
+    short_rows = _ROWS_PER_SHORT_TILED_ITEM if is_tiled else _ROWS_PER_SHORT_ITEM
     rows = np.array(batch.host_rows, dtype=np.int32).reshape(-1, 2)
     lengths = rows[:, 1] - rows[:, 0]
-    sizes = np.where(lengths > _MOST_SHORT_ROWS, _ROWS_PER_ITEM, _ROWS_PER_SHORT_ITEM)
+    sizes = np.where(lengths > _MOST_SHORT_ROWS, long_rows, short_rows)
     counts = -(-lengths // sizes)
     segments = np.repeat(np.arange(len(rows)), counts)
     within = (np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)) * sizes[segments]
@@ -114,14 +120,14 @@ def _plan_step(batch: LoraBatch, num_tokens: int) -> _Step:
         page_tables=tables.data_ptr(),
         page_shifts=None if shifts is None else shifts.data_ptr(),
     )
-    return _Step(struct, binding.address_of(struct), blocks)
+    return _Step(struct, binding.address_of(struct), dtype, blocks)
 
 
-def _step_of(batch: LoraBatch, num_tokens: int) -> _Step:
+def _step_of(batch: LoraBatch, num_tokens: int, dtype: int) -> _Step:
     """The batch's plan, made at its first use and kept with it."""
     step: _Step | None = batch.__dict__.get("_cpu_step")
     if step is None:
-        step = batch.__dict__["_cpu_step"] = _plan_step(batch, num_tokens)
+        step = batch.__dict__["_cpu_step"] = _plan_step(batch, num_tokens, dtype)
     assert step.struct.num_tokens == num_tokens
     return step
 
@@ -160,7 +166,7 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
     assert in_features == site.in_features
     assert out.shape == (num_tokens, site.out_features)
     assert binding.DTYPES.get(x.dtype) == binding.DTYPES.get(out.dtype) == site.dtype
-    step = _step_of(batch, num_tokens)
+    step = _step_of(batch, num_tokens, site.dtype)
     binding.library().pomona_lora(
         *(site.dtype, torch.get_num_threads(), _BOTH, site.address, step.address, known.ranks, known.scalings),
         *(x.data_ptr(), x.stride(0), out.data_ptr(), out_strides[0], None),
@@ -185,7 +191,7 @@ def adapted_linear(
     if num_tokens:
         binding.library().pomona_adapted_gemm(
             *linear.gemm_arguments(out, x, packed, bias),
-            *(site.address, _step_of(batch, num_tokens).address, known.ranks, known.scalings),
+            *(site.address, _step_of(batch, num_tokens, site.dtype).address, known.ranks, known.scalings),
         )
     return out
 
@@ -199,7 +205,7 @@ def lora_shrink(x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
     num_tokens, in_features = x.shape
     assert in_features == site.in_features
     assert binding.DTYPES.get(x.dtype) == site.dtype
-    step, known = _step_of(batch, num_tokens), _ranks_of(ranks)
+    step, known = _step_of(batch, num_tokens, site.dtype), _ranks_of(ranks)
     v = torch.empty((site.num_slices, num_tokens, batch.max_rank), dtype=torch.float32)
     binding.library().pomona_lora(
         *(site.dtype, torch.get_num_threads(), _SHRINK, site.address, step.address, known.ranks, known.scalings),
@@ -220,7 +226,7 @@ def lora_expand(v: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatc
     assert v.shape == (site.num_slices, num_tokens, batch.max_rank)
     assert binding.DTYPES.get(out.dtype) == site.dtype
     assert out.shape[1] == site.out_features
-    step, known = _step_of(batch, num_tokens), _ranks_of(ranks)
+    step, known = _step_of(batch, num_tokens, site.dtype), _ranks_of(ranks)
     binding.library().pomona_lora(
         *(site.dtype, torch.get_num_threads(), _EXPAND, site.address, step.address, known.ranks, known.scalings),
         *(None, 0, out.data_ptr(), out.stride(0), v.data_ptr()),
@@ -243,7 +249,9 @@ def can_shift_pages(pool: Tensor) -> bool:
 def refresh(recorded: LoraBatch, batch: LoraBatch) -> None:
     """Put ``batch`` in place of ``recorded`` for native calls that were recorded with it."""
     step: _Step = recorded.__dict__["_cpu_step"]
-    ctypes.memmove(step.address, _step_of(batch, step.struct.num_tokens).address, ctypes.sizeof(step.struct))
+    ctypes.memmove(
+        step.address, _step_of(batch, step.struct.num_tokens, step.dtype).address, ctypes.sizeof(step.struct)
+    )
 
 
 def addresses(ranks: Sequence[LoraRanks]) -> Iterator[int]:

@@ -24,7 +24,7 @@ pomona::LongRuns plan_long_runs(const Lora<T>& work, int64_t num_long) {
 
 template <class T>
 void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_call, int num_threads) {
-  const Shares shares = share_blocks(lora_call, num_threads, true);
+  const Shares shares = share_blocks(lora_call, num_threads, !kUsesTiles<T>);
   pomona::GemmCall base = gemm_call;
   if (shares.is_idle) return base.scales ? gemm_int8<T>(base, num_threads) : gemm<T>(base, num_threads);
   base.adapters = &lora_call, base.is_block_shared = shares.num_cuts > 1;

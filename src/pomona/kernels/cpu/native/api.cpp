@@ -1,5 +1,10 @@
 // The C ABI that binding.py loads: picks the instruction set, copies arguments into call structures, checks nothing.
 // Calls can be recorded while they run, and a whole recording run again in one call (kernels/cpu/recording.py).
+#if defined(POMONA_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include <variant>
 #include <vector>
 
@@ -11,13 +16,30 @@ namespace {
 
 using namespace pomona;
 
+#if defined(POMONA_AMX)
+// Whether there are tile registers, and the system lets this process use them.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBFloat16 | kTile)) != (kBFloat16 | kTile))
+    return false;
+  constexpr long kAskForFeature = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
+}
+#endif
+
 Isa best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? kAvx512Bf16 : kAvx512;
+        __builtin_cpu_supports("avx512dq")) {
+      if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return kAvx512;
+#if defined(POMONA_AMX)
+      if (has_amx()) return kAmx;
+#endif
+      return kAvx512Bf16;
+    }
     return kAvx2;
   }
 #endif
@@ -30,6 +52,9 @@ const Kernels* kernels_of(int isa) {
     case kAvx2: return kernels_avx2();
     case kAvx512: return kernels_avx512();
     case kAvx512Bf16: return kernels_avx512bf16();
+#if defined(POMONA_AMX)
+    case kAmx: return kernels_amx();
+#endif
   }
 #endif
   return kernels_plain();
@@ -89,7 +114,7 @@ void perform(const T& task) {
 }  // namespace
 
 // Changes whenever a signature or structure does: binding.py refuses a library of another number.
-EXPORT int pomona_abi() { return 7; }
+EXPORT int pomona_abi() { return 8; }
 
 EXPORT int pomona_best_isa() { return best_isa(); }
 

@@ -144,13 +144,14 @@ struct Kernels {
   void (*greedy)(const GreedyCall&, int num_threads);
 };
 
-enum Isa : int32_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kNumIsas = 4 };
+enum Isa : int32_t { kPlain = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4, kNumIsas = 5 };
 
 // Defined by isa.cpp, once per instruction set that the compiler and the architecture have.
 const Kernels* kernels_plain();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512bf16();
+const Kernels* kernels_amx();  // if compiled with POMONA_AMX: not all compilers can
 
 // threads.cpp
 using Body = void (*)(void* state, int thread);

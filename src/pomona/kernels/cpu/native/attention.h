@@ -8,7 +8,7 @@
 // rows computed with it or on how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting:
 // Flash-Decoding.)
 #pragma once
-#include "tile.h"
+#include "amx.h"
 #include "transpose.h"
 #include "work.h"
 
@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kTokenTile = 64;
 constexpr int64_t kChunk = 512;
 constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
-static_assert(kChunk % kTokenTile == 0 && kTokenTile % kGroup == 0);
+static_assert(kChunk % kTokenTile == 0 && kTokenTile % kGroup == 0 && kTokenTile % (2 * kStepUnits) == 0);
 
 // Running softmax of some rows: maxima, sums of exponentials, weighted sums of values (in the order of load_two).
 struct Softmax {
@@ -32,6 +32,8 @@ struct Tile {
 template <class T>
 struct Attention {
   using Elem = typename T::Elem;
+  static constexpr int kRows = ProductSize<T>::kRows;
+  static constexpr int64_t kTokensPerStep = ProductSize<T>::kUnits * T::kPerUnit;
   const pomona::AttentionCall& call;
   int64_t group, num_units, value_width;  // query heads per kv head; units of head_dim; head_dim padded
   int64_t heads_per_item, max_rows;       // kv heads; rows times heads, at most
@@ -91,7 +93,8 @@ struct Attention {
   void find_tokens(const void* cache, int64_t block_stride, const int32_t* table, const Tile& tile,
                    const Elem** rows) const {
     const Elem* zeros = static_cast<const Elem*>(pomona::zeros(call.num_kv_heads * call.head_dim * sizeof(Elem)));
-    const int64_t token = call.num_kv_heads * call.head_dim, end = ceil_div(tile.high, kGroup) * kGroup;
+    const int64_t end = ceil_div(tile.high, max64(kGroup, kTokensPerStep)) * max64(kGroup, kTokensPerStep);
+    const int64_t token = call.num_kv_heads * call.head_dim;
     for (int64_t t = 0; t < tile.low; t++) rows[t] = zeros;
     for (int64_t t = tile.high; t < end; t++) rows[t] = zeros;
     int64_t block = (tile.begin + tile.low) / call.block_size, offset = (tile.begin + tile.low) % call.block_size;
@@ -229,26 +232,37 @@ struct Attention {
         const Softmax part{softmax.maxima + row, softmax.totals + row, softmax.values + row * value_width};
         load_keys(keys, tile.high, it.first_head + h, s.keys);
         weigh(it, tile, s.query + row * num_units, s, part, blocks);
-        const int64_t first = tile.low / T::kPerUnit, last = ceil_div(tile.high, T::kPerUnit);
-        load_values(values, first, last, it.first_head + h, s.values);
+        // In whole steps: what is added together does not depend on where reading begins or ends.
+        constexpr int64_t kUnits = ProductSize<T>::kUnits;
+        const int64_t first = tile.low / kTokensPerStep * kUnits;
+        load_values(values, first, ceil_div(tile.high, kTokensPerStep) * kUnits, it.first_head + h, s.values);
         for_row_tiles(it, tile, [&](int64_t row, int64_t num_rows, int64_t seen) {
-          product<T>(num_rows, value_width / kGroup, ceil_div(seen, T::kPerUnit) - first,
-                     TileA{reinterpret_cast<const char*>(s.weights + row * (kTokenTile / T::kPerUnit) + first),
-                           kTokenTile * int64_t{sizeof(Elem)}},
-                     TileB{s.values, kGroup, value_width},
-                     TileC{part.values + row * value_width, value_width, true},
-                     [&](int64_t steps) { return blocks.take(steps); });
+          multiply(num_rows, value_width / kGroup, ceil_div(seen, kTokensPerStep) * kUnits - first,
+                   TileA{reinterpret_cast<const char*>(s.weights + row * (kTokenTile / T::kPerUnit) + first),
+                         kTokenTile * int64_t{sizeof(Elem)}},
+                   TileB{s.values, kGroup, value_width}, TileC{part.values + row * value_width, value_width, true},
+                   blocks);
         });
       }
     }
+  }
+
+  INLINE static void multiply(int64_t num_rows, int64_t num_groups, int64_t num_units, TileA a, TileB b, TileC c,
+                              NextBlocks& blocks) {
+    const auto next_ahead = [&](int64_t steps) { return blocks.take(steps); };
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesTiles<T>)
+      return tile_product(static_cast<int>(num_rows), num_groups, {a, b, num_units, num_units * 4}, c, next_ahead);
+#endif
+    product<T>(num_rows, num_groups, num_units, a, b, c, next_ahead);
   }
 
   // f(first row, number of rows, end of the tile's positions that they see) for rows that see any.
   template <class F>
   INLINE void for_row_tiles(const Item& it, const Tile& tile, const F& f) const {
     const int64_t rows = it.rows_per_head();
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      const int64_t num_rows = min64(kTileRows, rows - row);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t num_rows = min64(kRows, rows - row);
       const int64_t newest = it.block.first_position + (row + num_rows - 1) / group - tile.begin;
       if (newest >= tile.low) f(row, num_rows, min64(newest + 1, tile.high));
     }
@@ -258,10 +272,9 @@ struct Attention {
   void weigh(const Item& it, const Tile& tile, const uint32_t* query, const Space& s, const Softmax& softmax,
              NextBlocks& blocks) const {
     for_row_tiles(it, tile, [&](int64_t row, int64_t num_rows, int64_t seen) {
-      product<T>(num_rows, ceil_div(seen, kGroup), num_units,
-                 TileA{reinterpret_cast<const char*>(query + row * num_units), num_units * 4},
-                 TileB{s.keys, kGroup, kTokenTile}, TileC{s.scores + row * kTokenTile, kTokenTile, false},
-                 [&](int64_t steps) { return blocks.take(steps); });
+      multiply(num_rows, ceil_div(seen, kGroup), num_units,
+               TileA{reinterpret_cast<const char*>(query + row * num_units), num_units * 4},
+               TileB{s.keys, kGroup, kTokenTile}, TileC{s.scores + row * kTokenTile, kTokenTile, false}, blocks);
     });
     for (int64_t r = 0; r < it.block.num_rows; r++) {
       const int64_t newest = it.block.first_position + r - tile.begin;

@@ -133,7 +133,7 @@ struct ByteGemm {
 template <class T, class S>
 void gemm_int8(const pomona::GemmCall& call, int num_threads, const S& share) {
   const ByteGemm<T> gemm(call, num_threads);
-  gemm.work.run(gemm.num_units * kByteStep, num_threads, gemm, share);
+  gemm.work.template run<kTileGroups, 1>(gemm.num_units * kByteStep, num_threads, gemm, share);
 }
 
 template <class T>

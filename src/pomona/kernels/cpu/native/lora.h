@@ -4,8 +4,9 @@
 // makes as many items as many short ones. Each rank row is read from memory once per run of rows. Sums run in one fixed
 // order per element, so a row's result does not depend on what shares its batch.
 #pragma once
+#include "amx.h"
 #include "lora_pages.h"
-#include "vec.h"
+#include "transpose.h"
 #include "work.h"
 
 namespace {
@@ -154,6 +155,13 @@ void find_b_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, int
   if (n % T::kPerUnit) rows[n] = static_cast<const char*>(pomona::zeros(widest * sizeof(typename T::Elem)));
 }
 
+// Units of a row of v: of whole tiles of ranks, the rest zeros.
+template <class T>
+int64_t row_units_of(const pomona::LoraStep& step) {
+  constexpr int64_t kUnits = kUsesTiles<T> ? kStepUnits : kRankTile / T::kPerUnit;
+  return ceil_div(step.max_rank, kUnits * T::kPerUnit) * kUnits;
+}
+
 template <class T>
 struct Lora {
   using Elem = typename T::Elem;
@@ -163,7 +171,7 @@ struct Lora {
   int64_t num_pairs, rank_parts, column_tile, column_tiles;  // pairs: (run of rows, slice)
   uint32_t* v_units;  // [num_slices, num_tokens, row_units], if both halves are done here; else call.v has floats
 
-  int64_t row_units() const { return ceil_div(step.max_rank, kRankTile) * kRankTile / T::kPerUnit; }
+  int64_t row_units() const { return row_units_of<T>(step); }
   int64_t rank_of(int64_t slice, int64_t segment) const { return call.ranks[slice * step.num_segments + segment]; }
 
   // Some ranks of one slice for a block's rows.
@@ -175,6 +183,9 @@ struct Lora {
     const char* rows[kRankPart];
     find_rows<T>(site, step, site.a[slice], site.a_page_stride[slice], site.in_features, block.segment, first_rank,
                  num_ranks, rows);
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesTiles<T>) return shrink_tiles(block, slice, first_rank, num_ranks, rows);
+#endif
     for (int64_t j = num_ranks; j < kRankPart; j++) rows[j] = rows[0];  // computed and not kept
     for (int64_t r = 0; r < block.num_rows;) {
       const int64_t row = block.start + r, left = block.num_rows - r;
@@ -194,6 +205,50 @@ struct Lora {
       r += num_rows;
     }
   }
+
+#if defined(__AMX_BF16__)
+  // The same by tile registers: rank rows become columns. v is scaled here: what it becomes is added to the product's
+  // own sums, before these are rounded.
+  void shrink_tiles(const pomona::RowBlock& block, int64_t slice, int64_t first_rank, int64_t num_ranks,
+                    const char** rows) const {
+    const int64_t num_bytes = site.in_features * sizeof(Elem), whole = num_bytes / 64 * 64;
+    const int64_t num_units = ceil_div(num_bytes, 64) * kStepUnits;
+    const char* zeros = static_cast<const char*>(pomona::zeros(num_bytes));
+    for (int64_t j = num_ranks; j < kRankPart; j++) rows[j] = zeros;
+    auto* columns = static_cast<uint32_t*>(pomona::scratch(pomona::kAdapterPanel, num_units * kRankPart * 4));
+    for (int64_t at = 0; at < whole; at += 64) transpose_units(rows, at, columns + at / 4 * kRankPart, kRankPart);
+    if (whole < num_bytes) {
+      char rest[kRankPart][64] = {};
+      const char* rest_rows[kRankPart];
+      for (int j = 0; j < kRankPart; j++) {
+        memcpy(rest[j], rows[j] + whole, num_bytes - whole);
+        rest_rows[j] = rest[j];
+      }
+      transpose_units(rest_rows, 0, columns + whole / 4 * kRankPart, kRankPart);
+    }
+    const vf scaling = splat(v_units ? call.scalings[slice * step.num_segments + block.segment] : 1.0f);
+    const bool is_half = first_rank % (2 * kRankPart) == 0 && first_rank + num_ranks == rank_of(slice, block.segment);
+    for (int64_t r = 0; r < block.num_rows; r += kMostTileRows) {
+      const int num_rows = static_cast<int>(min64(kMostTileRows, block.num_rows - r));
+      const char* x = reinterpret_cast<const char*>(static_cast<const Elem*>(call.x) +
+                                                    (block.start + r) * call.x_stride);
+      const TileA inputs{x, call.x_stride * static_cast<int64_t>(sizeof(Elem))};
+      alignas(64) float sums[kMostTileRows][kRankPart];
+      tile_product<1>(num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(num_bytes, 4), num_bytes}, nullptr,
+                      {sums[0], kRankPart, false});
+      for (int m = 0; m < num_rows; m++) {
+        const int64_t at = slice * step.num_tokens + block.start + r + m;
+        if (v_units == nullptr) {
+          memcpy(call.v + at * step.max_rank + first_rank, sums[m], num_ranks * 4);
+          continue;
+        }
+        auto* v = reinterpret_cast<Elem*>(v_units + at * row_units()) + first_rank;
+        T::store(v, scaling * load_floats(sums[m]));
+        if (is_half) memset(v + kRankPart, 0, kRankPart * sizeof(Elem));
+      }
+    }
+  }
+#endif
 
   void shrink_rows(int num_rows, const Elem* x, const char* const* rank_rows, float (*sums)[kRankTile]) const {
     static_assert(kShrinkRows <= 3);
@@ -216,7 +271,8 @@ struct Lora {
     const int64_t num_units = ceil_div(lora_rank, T::kPerUnit);
     const char* rows[kMaxRank + 1];
     find_b_rows<T>(site, step, slice, block.segment, 0, lora_rank, rows);
-    const float scaling = call.scalings[slice * step.num_segments + block.segment];
+    const bool is_scaled = kUsesTiles<T> && v_units;
+    const float scaling = is_scaled ? 1.0f : call.scalings[slice * step.num_segments + block.segment];
     auto* b = static_cast<uint32_t*>(pomona::scratch(pomona::kRows, num_units * (kColumnStep + block.num_rows) * 4));
     const int64_t first_row = slice * step.num_tokens + block.start;
     uint32_t* v = b + num_units * kColumnStep;
@@ -264,7 +320,7 @@ struct Shares {
   bool is_idle;
 };
 
-inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool has_both_halves) {
+inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool has_short_runs) {
   const pomona::LoraSite& site = *call.site;
   const pomona::LoraStep& step = *call.step;
   int64_t num_ranks = 0, most_ranks = 0;  // of all segments, of one
@@ -280,7 +336,7 @@ inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool h
   const int64_t cycles = step.max_rank * features * (step.num_blocks / 4 + num_rows * 3 / (2 * W) + 1);
   const int threads = threads_for(num_threads, cycles);
   int64_t num_long = step.num_blocks;
-  if (has_both_halves)
+  if (has_short_runs)
     while (num_long > 0 && step.blocks[num_long - 1].num_rows <= kFewRows) num_long--;
   const int64_t num_short = step.num_blocks - num_long;
   const bool is_cut = threads > 1 && (num_short < 2 * threads || 2 * most_ranks * threads > 3 * num_ranks);
@@ -308,9 +364,8 @@ Lora<T> long_work(const pomona::LoraCall& call, const Shares& shares, uint32_t* 
 // Room for v as units, for all rows.
 template <class T>
 uint32_t* new_v(const pomona::LoraCall& call) {
-  const int64_t row_units = ceil_div(call.step->max_rank, kRankTile) * kRankTile / T::kPerUnit;
   const int64_t num_rows = call.site->num_slices * call.step->num_tokens;
-  return static_cast<uint32_t*>(pomona::scratch(pomona::kShrunk, num_rows * row_units * 4));
+  return static_cast<uint32_t*>(pomona::scratch(pomona::kShrunk, num_rows * row_units_of<T>(*call.step) * 4));
 }
 
 }  // namespace

@@ -235,7 +235,7 @@ struct ShortRuns {
 // phases: 1 shrink, 2 expand, with v in between; 3 both.
 template <class T>
 void lora(const pomona::LoraCall& call, int num_threads, int phases) {
-  const Shares shares = share_blocks(call, num_threads, phases == 3);
+  const Shares shares = share_blocks(call, num_threads, phases == 3 && !kUsesTiles<T>);
   if (shares.is_idle) return;
   const Lora<T> work = long_work<T>(call, shares, phases == 3 ? new_v<T>(call) : nullptr);
   const ShortRuns<T> few{work, shares};

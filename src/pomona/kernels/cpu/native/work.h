@@ -4,7 +4,7 @@
 #include <sched.h>
 
 #include "api.h"
-#include "vec.h"
+#include "tile_registers.h"
 
 namespace {
 
@@ -56,12 +56,18 @@ template <class F>
 void for_items(int64_t num_items, int num_threads, const F& f) {
   const int threads = static_cast<int>(min64(num_threads, num_items));
   if (threads <= 1) {
+    const TileRegisters registers;
     for (int64_t item = 0; item < num_items; item++) f(item);
     return;
   }
   Items<F> items(f, num_items, threads);
   pomona::run_threads(
-      threads, [](void* state, int thread) { static_cast<Items<F>*>(state)->take(thread); }, &items);
+      threads,
+      [](void* state, int thread) {
+        const TileRegisters registers;
+        static_cast<Items<F>*>(state)->take(thread);
+      },
+      &items);
 }
 
 // Items of one kind, of which there may be none.
@@ -77,6 +83,7 @@ Kind(int64_t, const F&) -> Kind<F>;
 template <class F, class G, class H>
 void for_kinds(int num_threads, Kind<F> first, Kind<G> second, Kind<H> third) {
   if (num_threads <= 1) {
+    const TileRegisters registers;
     for (int64_t item = 0; item < first.num_items; item++) first.run(item);
     for (int64_t item = 0; item < second.num_items; item++) second.run(item);
     for (int64_t item = 0; item < third.num_items; item++) third.run(item);
@@ -92,6 +99,7 @@ void for_kinds(int num_threads, Kind<F> first, Kind<G> second, Kind<H> third) {
   pomona::run_threads(
       num_threads,
       [](void* state, int thread) {
+        const TileRegisters registers;
         All* all = static_cast<All*>(state);
         all->first.take(thread);
         all->first.wait();

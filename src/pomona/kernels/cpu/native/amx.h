@@ -1,0 +1,157 @@
+// The product of tile.h by tile registers: C[rows, columns] (+)= A[rows, k] * B[k, columns], bfloat16. Included by isa.cpp.
+//
+// An instruction adds 16 units at once, evens and odds apart and then both to the sum: in this order for any number of
+// rows, and add_row adds in the same.
+#pragma once
+#include "tile.h"
+#include "tile_registers.h"
+
+namespace {
+
+// What a product is made by: tile registers where the machine has them.
+#if defined(__AMX_BF16__)
+template <class T>
+constexpr bool kUsesTiles = T::kPerUnit == 2;
+#else
+constexpr int kStepUnits = 1, kMostTileRows = kTileRows;
+template <class T>
+constexpr bool kUsesTiles = false;
+#endif
+
+// Rows and groups of columns that are summed at once; units of one step of k, after which something else is fetched.
+template <class T>
+struct ProductSize {
+  static constexpr int kRows = kUsesTiles<T> ? kMostTileRows : kTileRows;
+  static constexpr int kGroups = kUsesTiles<T> ? 2 : kTileGroups;
+  static constexpr int kUnits = kUsesTiles<T> ? kStepUnits : 1;
+};
+
+#if defined(__AMX_BF16__)
+
+// The factors of a product, over so many units of k; a row of A has no more bytes than that.
+struct Factors {
+  TileA a;
+  TileB b;
+  int64_t num_units, a_bytes;
+};
+
+// One step of k: MT tiles of rows by NG groups.
+template <int MT, int NG>
+INLINE void multiply_step(const char* a, int64_t a_stride, const uint32_t* b, int64_t group_stride, int64_t step_bytes) {
+  _tile_loadd(4, a, a_stride);
+  _tile_loadd(6, b, step_bytes);
+  if (MT == 2) _tile_loadd(5, a + 16 * a_stride, a_stride);
+  _tile_dpbf16ps(0, 4, 6);
+  if (MT == 2) _tile_dpbf16ps(2, 5, 6);
+  if (NG >= 2) {
+    _tile_loadd(7, b + group_stride, step_bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if (MT == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  if (MT == 1 && NG == 4) {
+    _tile_loadd(6, b + 2 * group_stride, step_bytes);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, b + 3 * group_stride, step_bytes);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+}
+
+// The units after the last whole step, through copies that zeros fill up.
+template <int MT, int NG>
+__attribute__((noinline)) void multiply_rest(int num_rows, const char* a, int64_t a_stride, const uint32_t* b,
+                                             TileB of_b, int64_t num_units, int64_t a_bytes) {
+  alignas(64) char rows[MT * 16][64] = {}, columns[NG][kStepUnits][64] = {};
+  for (int m = 0; m < num_rows; m++) memcpy(rows[m], a + m * a_stride, a_bytes);
+  for (int g = 0; g < NG; g++)
+    for (int64_t k = 0; k < num_units; k++) memcpy(columns[g][k], b + g * of_b.group_stride + k * of_b.step, 64);
+  __asm__ volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
+  multiply_step<MT, NG>(rows[0], 64, reinterpret_cast<const uint32_t*>(columns), kStepUnits * kGroup, 64);
+}
+
+template <int MT, int NG>
+INLINE void multiply_all(int num_rows, const Factors& factors, Ahead ahead, AheadPages beside) {
+  const char* a = factors.a.rows;
+  const uint32_t* b = factors.b.units;
+  const int64_t group_stride = factors.b.group_stride, step = factors.b.step;
+  int64_t unit = 0;
+  for (; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
+    ahead.step(), beside.step();
+    multiply_step<MT, NG>(a + unit * 4, factors.a.stride_bytes, b + unit * step, group_stride, step * 4);
+  }
+  if (unit < factors.num_units)
+    multiply_rest<MT, NG>(num_rows, a + unit * 4, factors.a.stride_bytes, b + unit * step, factors.b,
+                          factors.num_units - unit, factors.a_bytes - unit * 4);
+}
+
+template <int MT, int NG>
+INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* more, TileC c, Ahead ahead,
+                           AheadPages beside) {
+  char *sums = reinterpret_cast<char*>(c.sums), *low = sums + 16 * c.stride * 4;
+  const int64_t stride = c.stride * 4;
+  configure_tiles(num_rows);
+  __asm__ volatile("" ::: "memory");
+  if (c.is_added_to) {
+    _tile_loadd(0, sums, stride);
+    if (NG >= 2) _tile_loadd(1, sums + 64, stride);
+    if (MT == 2) _tile_loadd(2, low, stride);
+    if (MT == 2 && NG >= 2) _tile_loadd(3, low + 64, stride);
+    if (MT == 1 && NG == 4) _tile_loadd(2, sums + 128, stride);
+    if (MT == 1 && NG == 4) _tile_loadd(3, sums + 192, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  multiply_all<MT, NG>(num_rows, factors, ahead, beside);
+  if (more) multiply_all<MT, NG>(num_rows, *more, {}, {});
+  _tile_stored(0, sums, stride);
+  if (NG >= 2) _tile_stored(1, sums + 64, stride);
+  if (MT == 2) _tile_stored(2, low, stride);
+  if (MT == 2 && NG >= 2) _tile_stored(3, low + 64, stride);
+  if (MT == 1 && NG == 4) _tile_stored(2, sums + 128, stride);
+  if (MT == 1 && NG == 4) _tile_stored(3, sums + 192, stride);
+}
+
+// Up to 32 rows by one or two groups, up to 16 by four; then the same rows and columns of more factors, if any.
+template <int NG>
+__attribute__((noinline)) void tile_product(int num_rows, const Factors& factors, const Factors* more, TileC c,
+                                            Ahead ahead = {}, AheadPages beside = {}) {
+  if (NG == 4 || num_rows <= 16)
+    multiply_tiles<1, NG>(num_rows, factors, more, c, ahead, beside);
+  else
+    multiply_tiles<2, NG>(num_rows, factors, more, c, ahead, beside);
+}
+
+// Any number of groups.
+template <class F>
+INLINE void tile_product(int num_rows, int64_t num_groups, const Factors& factors, TileC c, const F& next_ahead) {
+  const int64_t num_steps = max64(1, factors.num_units / kStepUnits);
+  Factors some = factors;
+  for (; num_groups >= 2; num_groups -= 2) {
+    tile_product<2>(num_rows, some, nullptr, c, next_ahead(num_steps));
+    some.b.units += 2 * factors.b.group_stride, c.sums += 2 * kGroup;
+  }
+  if (num_groups) tile_product<1>(num_rows, some, nullptr, c, next_ahead(num_steps));
+}
+
+// One row by one group, in the same order.
+INLINE void add_row(const Factors& factors, float* sums) {
+  const char* a = factors.a.rows;
+  vf total = load_floats(sums);
+  for (int64_t unit = 0; unit < factors.num_units; unit += kStepUnits) {
+    vf even = {}, odd = {};
+    const int64_t end = min64(unit + kStepUnits, factors.num_units);
+    for (int64_t k = unit; k < end; k++) {
+      const vu row = splat_unit(a + k * 4), columns = load_units(factors.b.units + k * factors.b.step);
+      even = fma((vf)(row << 16), (vf)(columns << 16), even);
+      odd = fma((vf)(row & 0xffff0000u), (vf)(columns & 0xffff0000u), odd);
+    }
+    total += even + odd;
+  }
+  store_floats(sums, total);
+}
+
+#endif
+
+}  // namespace
