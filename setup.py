@@ -27,7 +27,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISAS = {"plain": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"]}
-    ISAS["amx"] = [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+    ISAS["amx"] = [*ISAS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 OPTIONAL = {"amx": "POMONA_AMX"}
 """What older compilers cannot compile: the others are told by a macro that it is there."""
 

@@ -4,8 +4,8 @@
 // threads that have not gone home: the product, which computes longer than it reads, fetches their adapters' pages into
 // the cache meanwhile. Results are those of one after the other, bit for bit.
 #pragma once
-#include "gemm.h"
 #include "gemm_int8.h"
+#include "gemm_tiles.h"
 #include "lora_short.h"
 
 namespace {
@@ -22,14 +22,19 @@ pomona::LongRuns plan_long_runs(const Lora<T>& work, int64_t num_long) {
   return {segments, work.v_units, step.num_tokens * work.row_units(), work.row_units()};
 }
 
+template <class T, class S = OnlyItems>
+void product(const pomona::GemmCall& call, int num_threads, const S& share = {}) {
+  call.scales ? gemm_int8<T>(call, num_threads, share) : dense<T>(call, num_threads, share);
+}
+
 template <class T>
 void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_call, int num_threads) {
   const Shares shares = share_blocks(lora_call, num_threads, !kUsesTiles<T>);
   pomona::GemmCall base = gemm_call;
-  if (shares.is_idle) return base.scales ? gemm_int8<T>(base, num_threads) : gemm<T>(base, num_threads);
+  if (shares.is_idle) return product<T>(base, num_threads);
   base.adapters = &lora_call, base.is_block_shared = shares.num_cuts > 1;
   if (shares.num_long > 0 && !can_fuse(*lora_call.site)) {
-    base.scales ? gemm_int8<T>(base, num_threads) : gemm<T>(base, num_threads);
+    product<T>(base, num_threads);
     return lora<T>(lora_call, num_threads, 3);
   }
   const Lora<T> work = long_work<T>(lora_call, shares, new_v<T>(lora_call));
@@ -42,7 +47,7 @@ void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_cal
     for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_pairs * work.rank_parts, shrink},
               Kind{num_items, product}, Kind{few.num_items(), run_few});
   };
-  base.scales ? gemm_int8<T>(base, num_threads, in_turn) : gemm<T>(base, num_threads, in_turn);
+  product<T>(base, num_threads, in_turn);
 }
 
 }  // namespace

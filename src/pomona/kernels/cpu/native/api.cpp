@@ -20,9 +20,8 @@ using namespace pomona;
 // Whether there are tile registers, and the system lets this process use them.
 bool has_amx() {
   unsigned eax, ebx, ecx, edx;
-  constexpr unsigned kBFloat16 = 1u << 22, kTile = 1u << 24;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & (kBFloat16 | kTile)) != (kBFloat16 | kTile))
-    return false;
+  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, int8
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kAll) != kAll) return false;
   constexpr long kAskForFeature = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
 }

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int kFewestTileRows = 4;  // for fewer, giving the registers other sizes is not worth it
-
 // Whole groups of columns belong to one slice.
 INLINE bool can_fuse(const pomona::LoraSite& site) {
   for (int64_t slice = 0; slice < site.num_slices; slice++)
@@ -61,50 +59,8 @@ struct FusedColumns {
           const vu units = T::pair(row, other);
           memcpy(panel + g * panel_stride() + k * kGroup + i, &units, sizeof units);
         }
-      const int64_t whole_units = ceil_div(num_units[g], kStepUnits) * kStepUnits;
-      memset(panel + g * panel_stride() + num_units[g] * kGroup, 0, (whole_units - num_units[g]) * kGroup * 4);
     }
   }
-
-#if defined(__AMX_BF16__)
-  // Whether these rows and all columns are of one slice of one adapter, which is kept if so.
-  bool is_one_adapter(int64_t row, int num_rows) {
-    const int32_t first = runs.segments[row];
-    if (first < 0 || slices[0] != slices[NG - 1]) return false;
-    for (int m = 1; m < num_rows; m++)
-      if (runs.segments[row + m] != first) return false;
-    keep(first);
-    return num_units[0] > 0;
-  }
-
-  // Shrunk inputs, from a row on, and the kept columns from the g-th group on.
-  Factors factors(int64_t row, int g) const {
-    const uint32_t* v = runs.v + slices[g] * runs.slice_units + row * runs.row_units;
-    const int64_t units = ceil_div(num_units[g], kStepUnits) * kStepUnits;
-    return {{reinterpret_cast<const char*>(v), runs.row_units * 4},
-            {panel + g * panel_stride(), panel_stride(), kGroup},
-            units,
-            units * 4};
-  }
-
-  // Adds v * B to the sums of rows of several adapters.
-  void add(int64_t row, int num_rows, float* sums, int64_t stride) {
-    const int32_t* segments = runs.segments + row;
-    for (int first = 0, end; first < num_rows; first = end) {
-      for (end = first + 1; end < num_rows && segments[end] == segments[first];) end++;
-      if (segments[first] < 0) continue;
-      keep(segments[first]);
-      for (int g = 0; g < NG; g++) {
-        if (num_units[g] == 0) continue;
-        float* to = sums + first * stride + g * kGroup;
-        if (end - first >= kFewestTileRows)
-          tile_product<1>(end - first, factors(row + first, g), nullptr, {to, stride, true});
-        else
-          for (int m = first; m < end; m++, to += stride) add_row(factors(row + m, g), to);
-      }
-    }
-  }
-#endif
 
   // v * B for at most a tile of rows of the kept segment. store_of(g) is what takes the sums from the g-th group on, of
   // one slice; store_plain(g) stores a group whose slice has no rank.

@@ -4,7 +4,6 @@
 // last input. A thread takes a few groups for a run of rows, so weights are read from memory once per run of rows, and
 // while the sums of one item run the next item's weights are fetched.
 #pragma once
-#include "amx.h"
 #include "fused.h"
 #include "lora_pages.h"
 #include "work.h"
@@ -23,7 +22,6 @@ struct PageFetch {
   int64_t* first_page = nullptr;   // [num_threads + 1]
   int64_t num_threads, num_lines;  // lines of each page
 
-  PageFetch() = default;
   PageFetch(const pomona::GemmCall& call, int64_t element_bytes, int threads) : num_threads(threads) {
     if (call.adapters == nullptr || call.num_rows == 1 || call.num_rows > kMostFetchingRows) return;
     const pomona::LoraCall& lora = *call.adapters;
@@ -195,16 +193,15 @@ struct GemmWork {
     });
   }
 
-  // Weights of group_bytes per group; the cycles of one row, and of reading the weights, decide about threads. kGroups
-  // are summed at once, or twice as many of few rows.
-  template <int kGroups, int kMostWideRows, class F, class S>
+  // Weights of group_bytes per group; the cycles of one row, and of reading the weights, decide about threads.
+  template <class F, class S>
   void run(int64_t group_bytes, int num_threads, const F& f, const S& share) const {
     const int64_t cycles = call.num_rows * num_units * num_groups * kGroupVectors / 2 + num_units * num_groups;
     const int threads = threads_for(num_threads, cycles);
-    if (call.num_rows <= kMostWideRows)
-      run_groups<2 * kGroups>(group_bytes, threads, f, share);
+    if (call.num_rows == 1)
+      run_groups<2 * kTileGroups>(group_bytes, threads, f, share);
     else
-      run_groups<kGroups>(group_bytes, threads, f, share);
+      run_groups<kTileGroups>(group_bytes, threads, f, share);
   }
 };
 
@@ -226,7 +223,6 @@ struct AddToProduct {
 
 template <class T>
 struct Gemm {
-  using Size = ProductSize<T>;
   GemmWork<T> work;
   PageFetch beside;
 
@@ -237,42 +233,24 @@ struct Gemm {
     const uint32_t* weights = static_cast<const uint32_t*>(work.call.packed) + group * num_units * kGroup;
     const bool is_one_pass = num_units <= kUnitsPerPass;
     const int64_t stride = NG * kGroup;
-    alignas(64) float one_tile[Size::kRows * NG * kGroup];
+    float one_tile[kTileRows * NG * kGroup];
     float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(pomona::kSums, num_rows * stride * 4));
     const int64_t next_lines = NG * num_units, num_columns = ceil_div(work.num_groups, NG);
-    const int64_t num_tiles = ceil_div(num_rows, Size::kRows);
+    const int64_t num_tiles = ceil_div(num_rows, kTileRows);
+    const int64_t lines_per_step = ceil_div(NG, num_tiles);
     for (int64_t unit = 0; unit < num_units; unit += kUnitsPerPass) {
-      const int64_t units = min64(kUnitsPerPass, num_units - unit), num_steps = max64(1, units / Size::kUnits);
-      const int64_t lines_per_step = ceil_div(next_lines, num_tiles * num_steps);
-      for (int64_t r = 0; r < num_rows; r += Size::kRows) {
-        const int rows = static_cast<int>(min64(Size::kRows, num_rows - r));
+      const int64_t units = min64(kUnitsPerPass, num_units - unit);
+      for (int64_t r = 0; r < num_rows; r += kTileRows) {
+        const int rows = static_cast<int>(min64(kTileRows, num_rows - r));
         float* some_sums = is_one_pass ? sums : sums + r * stride;
-        const int64_t fetched = r / Size::kRows * num_steps * lines_per_step;
-        const bool is_fetching = next && is_one_pass && fetched < next_lines, is_last = unit + units == num_units;
-        const Ahead ahead =
-            is_fetching ? Ahead{next + fetched * 64, next + next_lines * 64, lines_per_step} : Ahead{};
-        const AheadPages pages = beside.share(group / NG, num_columns, r / Size::kRows, num_tiles, num_steps);
-        const TileA inputs = work.inputs(row + r, unit);
-        const TileB columns{weights + unit * kGroup, num_units * kGroup, kGroup};
-        const TileC c{some_sums, stride, unit > 0};
-#if defined(__AMX_BF16__)
-        if constexpr (kUsesTiles<T>) {
-          const Factors factors{inputs, columns, units, units * 4};
-          if (fused == nullptr || !is_last) {
-            tile_product<NG>(rows, factors, nullptr, c, ahead, pages);
-          } else if (fused->is_one_adapter(row + r, rows)) {
-            const Factors adapter = fused->factors(row + r, 0);
-            tile_product<NG>(rows, factors, &adapter, c, ahead, pages);
-          } else {
-            tile_product<NG>(rows, factors, nullptr, c, ahead, pages);
-            fused->add(row + r, rows, some_sums, stride);
-          }
-          if (is_last) work.template store_rows<NG>(some_sums, stride, row + r, rows, group, nullptr);
-          continue;
-        }
-#endif
-        tile_rows<T, NG>(rows, units, inputs, columns, c, ahead, pages);
-        if (is_last) work.store_rows(some_sums, stride, row + r, rows, group, fused);
+        const int64_t fetched = r / kTileRows * units * lines_per_step;
+        const bool is_fetching = next && is_one_pass && fetched < next_lines;
+        tile_rows<T, NG>(rows, units, work.inputs(row + r, unit),
+                         TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
+                         TileC{some_sums, stride, unit > 0},
+                         is_fetching ? Ahead{next + fetched * 64, next + next_lines * 64, lines_per_step} : Ahead{},
+                         beside.share(group / NG, num_columns, r / kTileRows, num_tiles, units));
+        if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }
   }
@@ -281,11 +259,8 @@ struct Gemm {
 // share(num_items, num_threads, f) runs f(item) for all items, whatever else it does.
 template <class T, class S>
 void gemm(const pomona::GemmCall& call, int num_threads, const S& share) {
-  // Tile registers compute no longer than they read.
-  const Gemm<T> gemm{GemmWork<T>(call),
-                     kUsesTiles<T> ? PageFetch{} : PageFetch(call, sizeof(typename T::Elem), num_threads)};
-  constexpr int kMostWideRows = kUsesTiles<T> ? 16 : 1;
-  gemm.work.template run<ProductSize<T>::kGroups, kMostWideRows>(gemm.work.num_units * kGroup * 4, num_threads, gemm, share);
+  const Gemm<T> gemm{GemmWork<T>(call), PageFetch(call, sizeof(typename T::Elem), num_threads)};
+  gemm.work.run(gemm.work.num_units * kGroup * 4, num_threads, gemm, share);
 }
 
 struct OnlyItems {

@@ -4,6 +4,7 @@
 // (fixed_point.h), bytes too, in registers: a block of inputs is summed exactly, then added in float32, block after
 // block; the scale of the output comes last.
 #pragma once
+#include "amx.h"
 #include "fixed_point.h"
 #include "gemm.h"
 
@@ -84,6 +85,35 @@ __attribute__((noinline)) void byte_tile_rows(int num_rows, int64_t num_units, T
   __builtin_unreachable();
 }
 
+#if defined(__AMX_INT8__)
+
+constexpr int64_t kStepInputs = 64, kFewestByteRows = 8;  // of one tile instruction; rows worth the columns' layout
+
+// The int16 of a call's inputs as two bytes, the signed high ones and the unsigned low ones, each apart:
+// sums of either are exact, and so is their sum.
+struct SplitRows {
+  int64_t part_bytes, row_bytes;
+  const char* rows = nullptr;
+
+  template <class T>
+  SplitRows(const FixedRows<T>& fixed, int64_t num_rows, int64_t in_features, int num_threads)
+      : part_bytes(ceil_div(in_features, kStepInputs) * kStepInputs), row_bytes((2 * part_bytes / 64 | 1) * 64) {
+    char* to = static_cast<char*>(pomona::scratch(pomona::kSplitRows, num_rows * row_bytes));
+    rows = to;
+    for_rows(num_rows, in_features / 8, num_threads, [&](int64_t row) {
+      const char* from = fixed.rows + row * fixed.row_bytes;
+      char* high = to + row * row_bytes;
+      for (int64_t i = 0; i < part_bytes; i += 2 * W) {
+        const __m512i x = (__m512i)load_units_part(from + i * 2, max64(0, min64(64, (in_features - i) * 2)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), _mm512_cvtepi16_epi8(_mm512_srai_epi16(x, 8)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + part_bytes + i), _mm512_cvtepi16_epi8(x));
+      }
+    });
+  }
+};
+
+#endif
+
 template <class T>
 struct ByteGemm {
   static constexpr int kParts = FixedRows<T>::kParts, kRows = kTileRows / kParts;
@@ -93,6 +123,96 @@ struct ByteGemm {
 
   ByteGemm(const pomona::GemmCall& call, int num_threads)
       : work(call), fixed(call, num_threads), num_units(ceil_div(call.in_features, 2)) {}
+
+#if defined(__AMX_INT8__)
+  // Columns of NG groups as tiles take them: four inputs of a column side by side.
+  template <int NG>
+  char* tile_columns(int64_t group, int64_t group_stride) const {
+    char* panel = static_cast<char*>(pomona::scratch(pomona::kPanel, NG * group_stride));
+    for (int g = 0; g < NG; g++) {
+      const auto* from = reinterpret_cast<const __m256i*>(weights(group + g, 0).bytes);
+      char* to = panel + g * group_stride;
+      for (int64_t unit = 0; unit < group_stride / kByteStep; unit += 2, from += 2, to += 64) {
+        const __m256i none = _mm256_setzero_si256();
+        const __m256i first = unit < num_units ? _mm256_loadu_si256(from) : none;
+        const __m256i second = unit + 1 < num_units ? _mm256_loadu_si256(from + 1) : none;
+        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(first),
+                                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16)));
+      }
+    }
+    return panel;
+  }
+
+  // Up to 16 rows by one or two groups: block by block, as byte_tile adds them.
+  template <int NG>
+  void sum_tiles(const SplitRows& split, int64_t row, int num_rows, const char* columns, int64_t group_stride,
+                 float* sums, int64_t stride) const {
+    configure_tiles(num_rows);
+    const char *high = split.rows + row * split.row_bytes, *low = high + split.part_bytes;
+    const char* scales = inputs(row, 0).scales;
+    for (int64_t first = 0; first < split.part_bytes; first += kBlockInputs, scales += 4) {
+      const int64_t end = min64(first + kBlockInputs, split.part_bytes);
+      __asm__ volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t at = first; at < end; at += kStepInputs) {
+        _tile_loadd(4, high + at, split.row_bytes);
+        _tile_loadd(6, columns + at * kGroup, 64);
+        _tile_loadd(5, low + at, split.row_bytes);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbusd(2, 5, 6);
+        if (NG == 2) {
+          _tile_loadd(7, columns + group_stride + at * kGroup, 64);
+          _tile_dpbssd(1, 4, 7);
+          _tile_dpbusd(3, 5, 7);
+        }
+      }
+      alignas(64) int32_t of_high[16][NG * kGroup], of_low[16][NG * kGroup];
+      _tile_stored(0, of_high[0], NG * 64);
+      _tile_stored(2, of_low[0], NG * 64);
+      if (NG == 2) _tile_stored(1, of_high[0] + kGroup, NG * 64);
+      if (NG == 2) _tile_stored(3, of_low[0] + kGroup, NG * 64);
+      for (int m = 0; m < num_rows; m++) {
+        const vf scale = (vf)splat_unit(scales + m * fixed.row_bytes);
+        for (int g = 0; g < NG; g++) {
+          const vi total = ((vi)load_units(of_high[m] + g * kGroup) << 8) + (vi)load_units(of_low[m] + g * kGroup);
+          float* to = sums + m * stride + g * kGroup;
+          store_floats(to, fma(__builtin_convertvector(total, vf), scale, first > 0 ? load_floats(to) : vf{}));
+        }
+      }
+    }
+  }
+
+  template <int NG>
+  void run_tiles(const SplitRows& split, int64_t row, int64_t num_rows, int64_t group,
+                 FusedColumns<T, NG>* fused) const {
+    const int64_t stride = NG * kGroup, group_stride = split.part_bytes * kGroup;
+    const char* columns = tile_columns<NG>(group, group_stride);
+    for (int64_t r = 0; r < num_rows; r += 16) {
+      const int rows = static_cast<int>(min64(16, num_rows - r));
+      alignas(64) float sums[16 * NG * kGroup];
+      int g = 0;
+      for (; g + 2 <= NG; g += 2)
+        sum_tiles<2>(split, row + r, rows, columns + g * group_stride, group_stride, sums + g * kGroup, stride);
+      if (g < NG) sum_tiles<1>(split, row + r, rows, columns + g * group_stride, 0, sums + g * kGroup, stride);
+      for (int m = 0; m < rows; m += kTileRows)
+        work.store_rows(sums + m * stride, stride, row + r + m, static_cast<int>(min64(kTileRows, rows - m)), group,
+                        fused);
+    }
+  }
+
+  // Rows as bytes, and a product by tiles.
+  struct Tiles {
+    const ByteGemm& gemm;
+    SplitRows split;
+    template <int NG>
+    void run(int64_t row, int64_t num_rows, int64_t group, const char*, FusedColumns<T, NG>* fused) const {
+      gemm.template run_tiles<NG>(split, row, num_rows, group, fused);
+    }
+  };
+#endif
 
   TileFixed inputs(int64_t row, int64_t unit) const {
     const char* of_row = fixed.rows + row * fixed.row_bytes;
@@ -133,7 +253,14 @@ struct ByteGemm {
 template <class T, class S>
 void gemm_int8(const pomona::GemmCall& call, int num_threads, const S& share) {
   const ByteGemm<T> gemm(call, num_threads);
-  gemm.work.template run<kTileGroups, 1>(gemm.num_units * kByteStep, num_threads, gemm, share);
+#if defined(__AMX_INT8__)
+  if constexpr (kUsesTiles<T>)
+    if (call.num_rows >= kFewestByteRows) {
+      const typename ByteGemm<T>::Tiles tiles{gemm, {gemm.fixed, call.num_rows, call.in_features, num_threads}};
+      return gemm.work.run(gemm.num_units * kByteStep, num_threads, tiles, share);
+    }
+#endif
+  gemm.work.run(gemm.num_units * kByteStep, num_threads, gemm, share);
 }
 
 template <class T>

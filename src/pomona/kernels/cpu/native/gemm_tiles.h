@@ -1,0 +1,194 @@
+// Dense layers by tile registers (AMX), and who makes a dense layer. Included by isa.cpp.
+//
+// Weights are packed as in gemm.h. An item is a run of rows by as many groups of columns as stay in a core's L2 cache:
+// of 32 rows, which stay in its L1 cache, all columns are summed before the next rows come. The adapters' part of a row
+// is summed with the product's, as if there were so many inputs more: nothing is rounded in between.
+#pragma once
+#include "gemm.h"
+
+namespace {
+
+#if defined(__AMX_BF16__)
+
+constexpr int64_t kItemBytes = 512 << 10;  // of weights
+constexpr int kMostItemGroups = 16;        // of more rows than one tile has
+constexpr int kFewestTileRows = 4;  // of one adapter's: for fewer, giving the registers other sizes is not worth it
+
+// B of one adapter at a time, for the columns of an item.
+template <class T>
+struct AdapterColumns {
+  using Elem = typename T::Elem;
+  const pomona::LoraCall& call;
+  const pomona::LongRuns& runs;
+  const int num_groups;
+  int64_t slices[kMostItemGroups], columns[kMostItemGroups], num_units[kMostItemGroups];  // columns: within the slice
+  uint32_t* panel;                                                                        // [groups][row_units][16]
+  int32_t segment = -1;
+  int64_t columns_ahead;  // to those of this thread's next item: rows of B are fetched there, too far apart to foresee
+
+  AdapterColumns(const pomona::GemmCall& gemm, int64_t first_group, int groups, int64_t groups_ahead)
+      : call(*gemm.adapters), runs(*gemm.long_runs), num_groups(groups), columns_ahead(groups_ahead * kGroup) {
+    panel = static_cast<uint32_t*>(pomona::scratch(pomona::kAdapterPanel, num_groups * panel_stride() * 4));
+    int64_t slice = 0, column = first_group * kGroup;
+    while (column >= call.site->out_features[slice]) column -= call.site->out_features[slice++];
+    for (int g = 0; g < num_groups; g++, column += kGroup) {
+      if (column == call.site->out_features[slice]) column = 0, slice++;
+      slices[g] = slice, columns[g] = column;
+    }
+  }
+
+  int64_t panel_stride() const { return runs.row_units * kGroup; }
+
+  void keep(int32_t new_segment) {
+    if (segment == new_segment) return;
+    segment = new_segment;
+    const char* rows[kMaxRank + 1];
+    for (int g = 0; g < num_groups; g++) {
+      const int64_t slice = slices[g], lora_rank = call.ranks[slice * call.step->num_segments + segment];
+      if (g == 0 || slice != slices[g - 1])
+        find_b_rows<T>(*call.site, *call.step, slice, segment, 0, lora_rank, rows);
+      num_units[g] = ceil_div(lora_rank, T::kPerUnit);
+      uint32_t* units = panel + g * panel_stride();
+      for (int64_t k = 0; k < num_units[g]; k++, units += kGroup) {
+        const Elem* row = reinterpret_cast<const Elem*>(rows[k * T::kPerUnit]) + columns[g];
+        const Elem* other = reinterpret_cast<const Elem*>(rows[k * T::kPerUnit + T::kPerUnit - 1]) + columns[g];
+        if (g % 2 == 0) prefetch(row + columns_ahead), prefetch(other + columns_ahead);
+        const vu pairs = T::pair(row, other);
+        memcpy(units, &pairs, sizeof pairs);
+      }
+      memset(units, 0, (whole_units(g) - num_units[g]) * kGroup * 4);
+    }
+  }
+
+  int64_t whole_units(int g) const { return ceil_div(num_units[g], kStepUnits) * kStepUnits; }
+
+  // If all rows and two groups, or one, are of one slice of the kept adapter: what its part is made of.
+  bool is_one_slice(int g, int groups) const {
+    return num_units[g] > 0 && (groups == 1 || slices[g] == slices[g + groups - 1]);
+  }
+
+  // Shrunk inputs from a row on, and the kept columns from a group on.
+  Factors factors(int64_t row, int g) const {
+    const uint32_t* v = runs.v + slices[g] * runs.slice_units + row * runs.row_units;
+    return {{reinterpret_cast<const char*>(v), runs.row_units * 4},
+            {panel + g * panel_stride(), panel_stride(), kGroup},
+            whole_units(g),
+            whole_units(g) * 4};
+  }
+
+  // Adds v * B of the kept adapter to the sums of its rows.
+  void add(int64_t row, int num_rows, int g, int groups, float* sums, int64_t stride) const {
+    for (int i = 0; i < groups; i++, sums += kGroup) {
+      if (num_units[g + i] == 0) continue;
+      if (num_rows >= kFewestTileRows)
+        tile_product<1>(num_rows, factors(row, g + i), nullptr, {sums, stride, true});
+      else
+        for (int m = 0; m < num_rows; m++) add_row(factors(row + m, g + i), sums + m * stride);
+    }
+  }
+};
+
+template <class T>
+struct TileGemm {
+  GemmWork<T> work;
+  int64_t item_groups;
+
+  explicit TileGemm(const pomona::GemmCall& call) : work(call) {
+    const int64_t most = call.num_rows <= 16 ? 4 : call.num_rows <= kMostTileRows ? 2 : kMostItemGroups;
+    item_groups = max64(2, min64(most, kItemBytes / group_bytes() / 2 * 2));
+  }
+
+  int64_t group_bytes() const { return work.num_units * kGroup * 4; }
+
+  // Rows of one adapter, or of none, from `row` on: where they end, and whose they are.
+  int same_adapter(int64_t row, int num_rows, int32_t* segment) const {
+    *segment = -1;
+    if (work.call.long_runs == nullptr) return num_rows;
+    const int32_t* segments = work.call.long_runs->segments + row;
+    int end = 1;
+    while (end < num_rows && segments[end] == segments[0]) end++;
+    *segment = segments[0];
+    return end;
+  }
+
+  // Up to 32 rows by NG groups, the first_group-th of an item's and those after it.
+  template <int NG>
+  void sum(int64_t row, int num_rows, int64_t group, int first_group, Ahead ahead,
+           AdapterColumns<T>* adapters) const {
+    alignas(64) float sums[kMostTileRows * NG * kGroup];
+    constexpr int64_t kStride = NG * kGroup;
+    const auto* weights = static_cast<const uint32_t*>(work.call.packed) + (group + first_group) * group_bytes() / 4;
+    const Factors factors{work.inputs(row, 0), {weights, group_bytes() / 4, kGroup}, work.num_units, work.num_units * 4};
+    const TileC c{sums, kStride, false};
+    int32_t segment;
+    int end = same_adapter(row, num_rows, &segment);
+    if (segment >= 0) adapters->keep(segment);
+    if (end == num_rows && segment >= 0 && adapters->is_one_slice(first_group, NG)) {
+      const Factors adapter = adapters->factors(row, first_group);
+      tile_product<NG>(num_rows, factors, &adapter, c, ahead);
+    } else {
+      tile_product<NG>(num_rows, factors, nullptr, c, ahead);
+      for (int first = 0;; end = first + same_adapter(row + first, num_rows - first, &segment)) {
+        if (segment >= 0) {
+          adapters->keep(segment);
+          adapters->add(row + first, end - first, first_group, NG, sums + first * kStride, kStride);
+        }
+        if ((first = end) == num_rows) break;
+      }
+    }
+    work.template store_rows<NG>(sums, kStride, row, num_rows, group + first_group, nullptr);
+  }
+
+  void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const char* next,
+           AdapterColumns<T>* adapters) const {
+    const int64_t lines_per_step = ceil_div(num_groups * work.num_units, max64(1, work.num_units / kStepUnits));
+    const Ahead ahead = next ? Ahead{next, next + num_groups * group_bytes(), lines_per_step} : Ahead{};
+    if (num_groups == 4 && num_rows <= 16) return sum<4>(row, num_rows, group, 0, ahead, adapters);
+    for (int64_t r = 0; r < num_rows; r += kMostTileRows) {
+      const int rows = static_cast<int>(min64(kMostTileRows, num_rows - r));
+      int g = 0;
+      for (; g + 2 <= num_groups; g += 2) sum<2>(row + r, rows, group, g, ahead, adapters);
+      if (g < num_groups) sum<1>(row + r, rows, group, g, ahead, adapters);
+    }
+  }
+
+  template <class S>
+  void run_all(int num_threads, const S& share) const {
+    const int64_t cycles = work.num_units * work.num_groups * (1 + work.call.num_rows * kGroupVectors / 8);
+    const int threads = threads_for(num_threads, cycles);
+    const int64_t num_columns = ceil_div(work.num_groups, item_groups);
+    share(num_columns * ceil_div(work.call.num_rows, kRowsPerItem), threads, [&](int64_t item) {
+      const int64_t row = item / num_columns * kRowsPerItem, group = item % num_columns * item_groups;
+      const int64_t num_rows = min64(kRowsPerItem, work.call.num_rows - row);
+      const int num_groups = static_cast<int>(min64(item_groups, work.num_groups - group));
+      const int64_t ahead = group + item_groups * threads;
+      // Of long runs of weights the processor foresees what comes; what an item of few groups wants next lies elsewhere.
+      const bool is_foreseen = num_rows > kMostTileRows || (num_rows == 1 && group_bytes() > kFewBytes);
+      const bool has_next = ahead + num_groups <= work.num_groups && row == 0;
+      const char* next = has_next && !is_foreseen
+                             ? static_cast<const char*>(work.call.packed) + ahead * group_bytes()
+                             : nullptr;
+      if (work.call.long_runs == nullptr) return run(row, num_rows, group, num_groups, next, nullptr);
+      AdapterColumns<T> adapters(work.call, group, num_groups, has_next ? item_groups * threads : 0);
+      run(row, num_rows, group, num_groups, next, &adapters);
+    });
+  }
+};
+
+#endif
+
+// share(num_items, num_threads, f) runs f(item) for all items, whatever else it does.
+template <class T, class S = OnlyItems>
+void dense(const pomona::GemmCall& call, int num_threads, const S& share = {}) {
+#if defined(__AMX_BF16__)
+  if constexpr (kUsesTiles<T>) return TileGemm<T>(call).run_all(num_threads, share);
+#endif
+  gemm<T>(call, num_threads, share);
+}
+
+template <class T>
+void dense(const pomona::GemmCall& call, int num_threads) {
+  dense<T>(call, num_threads, OnlyItems{});
+}
+
+}  // namespace
