@@ -20,10 +20,11 @@ from pomona.kernels.reference import lora as reference
 _ROWS_PER_ITEM, _ROWS_PER_SHORT_ITEM = 36, 8
 """Rows of a segment that one thread takes at a time: multiples of the kernels' register blocks; of a short segment no
 more than make a short run (kFewRows, native/lora.h)."""
-_ROWS_PER_TILED_ITEM, _ROWS_PER_SHORT_TILED_ITEM = 128, 32
-"""The same where tile registers do the work: an item's first cost is laying the rank rows out as columns."""
 _MOST_SHORT_ROWS = 64
 """Segments of more rows go the long way (native/lora.h): for fewer, what is shared with the product is not worth it."""
+_ROWS_PER_TILED_ITEM, _MOST_SHORT_TILED_ROWS = 128, 31
+"""The same where tile registers do the work: laying the rank rows out as columns is an item's first cost, and rows that
+fill a tile of the product are best multiplied there."""
 
 _SHRINK, _EXPAND, _BOTH = 1, 2, 3
 
@@ -93,10 +94,10 @@ def _site_of(slices: LoraSlices) -> _Site | None:
 def _plan_step(batch: LoraBatch, num_tokens: int, dtype: int) -> _Step:
     is_tiled = binding.uses_tiles(dtype)
     long_rows = _ROWS_PER_TILED_ITEM if is_tiled else _ROWS_PER_ITEM
-    short_rows = _ROWS_PER_SHORT_TILED_ITEM if is_tiled else _ROWS_PER_SHORT_ITEM
+    short_rows = _MOST_SHORT_TILED_ROWS if is_tiled else _MOST_SHORT_ROWS
     rows = np.array(batch.host_rows, dtype=np.int32).reshape(-1, 2)
     lengths = rows[:, 1] - rows[:, 0]
-    sizes = np.where(lengths > _MOST_SHORT_ROWS, long_rows, short_rows)
+    sizes = np.where(lengths > short_rows, long_rows, _ROWS_PER_SHORT_ITEM)
     counts = -(-lengths // sizes)
     segments = np.repeat(np.arange(len(rows)), counts)
     within = (np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)) * sizes[segments]

@@ -13,12 +13,13 @@ namespace {
 // Where the long runs' shrunk inputs will be, and whose rows are whose.
 template <class T>
 pomona::LongRuns plan_long_runs(const Lora<T>& work, int64_t num_long) {
-  if (num_long == 0) return {};
   const pomona::LoraStep& step = work.step;
   auto* segments = static_cast<int32_t*>(pomona::scratch(pomona::kSegments, step.num_tokens * sizeof(int32_t)));
-  for (int64_t row = 0; row < step.num_tokens; row++) segments[row] = -1;
-  for (const pomona::RowBlock* block = step.blocks; block < step.blocks + num_long; block++)
-    for (int32_t row = 0; row < block->num_rows; row++) segments[block->start + row] = block->segment;
+  for (int64_t row = 0; row < step.num_tokens; row++) segments[row] = pomona::kNoAdapter;
+  for (const pomona::RowBlock* block = step.blocks; block < step.blocks + step.num_blocks; block++) {
+    const int32_t segment = block < step.blocks + num_long ? block->segment : pomona::kAddedLater;
+    for (int32_t row = 0; row < block->num_rows; row++) segments[block->start + row] = segment;
+  }
   return {segments, work.v_units, step.num_tokens * work.row_units(), work.row_units()};
 }
 
@@ -29,7 +30,7 @@ void product(const pomona::GemmCall& call, int num_threads, const S& share = {})
 
 template <class T>
 void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_call, int num_threads) {
-  const Shares shares = share_blocks(lora_call, num_threads, !kUsesTiles<T>);
+  const Shares shares = share_blocks(lora_call, num_threads, !kUsesTiles<T> || (!gemm_call.scales && can_fuse(*lora_call.site)));
   pomona::GemmCall base = gemm_call;
   if (shares.is_idle) return product<T>(base, num_threads);
   base.adapters = &lora_call, base.is_block_shared = shares.num_cuts > 1;
@@ -38,9 +39,13 @@ void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_cal
     return lora<T>(lora_call, num_threads, 3);
   }
   const Lora<T> work = long_work<T>(lora_call, shares, new_v<T>(lora_call));
-  const ShortRuns<T> few{work, shares};
-  const pomona::LongRuns long_runs = plan_long_runs<T>(work, shares.num_long);
-  if (shares.num_long > 0) base.long_runs = &long_runs;
+  const ShortRuns<T> few{work, shares, &base};
+  const bool has_sums = kUsesTiles<T> && few.num_items() > 0;
+  const pomona::LongRuns long_runs =
+      shares.num_long > 0 || has_sums ? plan_long_runs<T>(work, shares.num_long) : pomona::LongRuns{};
+  if (long_runs.segments) base.long_runs = &long_runs;
+  if (has_sums)
+    base.sums = static_cast<float*>(pomona::scratch(pomona::kLaterSums, base.num_rows * base.out_features * 4));
   const auto in_turn = [&](int64_t num_items, int threads, const auto& product) {
     const auto shrink = [&](int64_t item) { work.shrink(item); };
     const auto run_few = [&](int64_t item) { few.run(item); };

@@ -69,13 +69,13 @@ __attribute__((noinline)) void multiply_rest(int num_rows, const char* a, int64_
 }
 
 template <int MT, int NG>
-INLINE void multiply_all(int num_rows, const Factors& factors, Ahead ahead, AheadPages beside) {
+INLINE void multiply_all(int num_rows, const Factors& factors, Ahead ahead) {
   const char* a = factors.a.rows;
   const uint32_t* b = factors.b.units;
   const int64_t group_stride = factors.b.group_stride, step = factors.b.step;
   int64_t unit = 0;
   for (; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
-    ahead.step(), beside.step();
+    ahead.step();
     multiply_step<MT, NG>(a + unit * 4, factors.a.stride_bytes, b + unit * step, group_stride, step * 4);
   }
   if (unit < factors.num_units)
@@ -84,8 +84,7 @@ INLINE void multiply_all(int num_rows, const Factors& factors, Ahead ahead, Ahea
 }
 
 template <int MT, int NG>
-INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* more, TileC c, Ahead ahead,
-                           AheadPages beside) {
+INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* more, TileC c, Ahead ahead) {
   char *sums = reinterpret_cast<char*>(c.sums), *low = sums + 16 * c.stride * 4;
   const int64_t stride = c.stride * 4;
   configure_tiles(num_rows);
@@ -103,8 +102,8 @@ INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* 
     _tile_zero(2);
     _tile_zero(3);
   }
-  multiply_all<MT, NG>(num_rows, factors, ahead, beside);
-  if (more) multiply_all<MT, NG>(num_rows, *more, {}, {});
+  multiply_all<MT, NG>(num_rows, factors, ahead);
+  if (more) multiply_all<MT, NG>(num_rows, *more, {});
   _tile_stored(0, sums, stride);
   if (NG >= 2) _tile_stored(1, sums + 64, stride);
   if (MT == 2) _tile_stored(2, low, stride);
@@ -116,23 +115,20 @@ INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* 
 // Up to 32 rows by one or two groups, up to 16 by four; then the same rows and columns of more factors, if any.
 template <int NG>
 __attribute__((noinline)) void tile_product(int num_rows, const Factors& factors, const Factors* more, TileC c,
-                                            Ahead ahead = {}, AheadPages beside = {}) {
+                                            Ahead ahead = {}) {
   if (NG == 4 || num_rows <= 16)
-    multiply_tiles<1, NG>(num_rows, factors, more, c, ahead, beside);
+    multiply_tiles<1, NG>(num_rows, factors, more, c, ahead);
   else
-    multiply_tiles<2, NG>(num_rows, factors, more, c, ahead, beside);
+    multiply_tiles<2, NG>(num_rows, factors, more, c, ahead);
 }
 
 // Any number of groups.
-template <class F>
-INLINE void tile_product(int num_rows, int64_t num_groups, const Factors& factors, TileC c, const F& next_ahead) {
-  const int64_t num_steps = max64(1, factors.num_units / kStepUnits);
-  Factors some = factors;
+INLINE void tile_product(int num_rows, int64_t num_groups, Factors factors, TileC c) {
   for (; num_groups >= 2; num_groups -= 2) {
-    tile_product<2>(num_rows, some, nullptr, c, next_ahead(num_steps));
-    some.b.units += 2 * factors.b.group_stride, c.sums += 2 * kGroup;
+    tile_product<2>(num_rows, factors, nullptr, c);
+    factors.b.units += 2 * factors.b.group_stride, c.sums += 2 * kGroup;
   }
-  if (num_groups) tile_product<1>(num_rows, some, nullptr, c, next_ahead(num_steps));
+  if (num_groups) tile_product<1>(num_rows, factors, nullptr, c);
 }
 
 // One row by one group, in the same order.

@@ -68,8 +68,9 @@ struct AttentionCall : AttentionStep {
 };
 
 // Rows whose adapters' part is added to a product before it is stored, with their shrunk inputs.
+constexpr int32_t kNoAdapter = -1, kAddedLater = -2;
 struct LongRuns {
-  const int32_t* segments;      // of each row; -1: not this row
+  const int32_t* segments;      // of each row; or one of the two above
   const uint32_t* v;            // units [num_slices, num_tokens, row_units]
   int64_t slice_units, row_units;
 };
@@ -86,6 +87,7 @@ struct GemmCall {
   const LoraCall* adapters;     // whose part is added to out, now or right after; null: none
   const LongRuns* long_runs;    // the rows to which it is added now; null: none
   int32_t is_block_shared;      // several threads add theirs to the rows of a block
+  float* sums;                  // [num_rows, out_features]: what rows of kAddedLater are, instead of out
 };
 
 struct GatherCall {
@@ -158,7 +160,8 @@ using Body = void (*)(void* state, int thread);
 // Runs body on up to num_threads threads, the caller's among them, and returns when all are done.
 void run_threads(int num_threads, Body body, void* state);
 enum Purpose : int32_t {
-  kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kFixedRows, kSplitRows, kNumPurposes
+  kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kFixedRows, kSplitRows, kLaterSums,
+  kNumPurposes
 };
 // Memory of the calling thread that lives until its next call with the same purpose.
 void* scratch(Purpose purpose, int64_t num_bytes);

@@ -105,13 +105,23 @@ struct Attention {
     }
   }
 
-  // The blocks that the next tile lies in, keys and values in turn, handed out to the products that run meanwhile.
+  // The blocks that the next tile lies in, keys and values in turn: handed out to the products that run meanwhile, or
+  // fetched while keys and values are laid out, where products are too short.
   struct NextBlocks {
     const Attention* work = nullptr;
     const int32_t* table = nullptr;
     int64_t block = 0, last = -1;  // positions in the table
     int64_t num_lines = 0;
     bool is_value = false;
+    const char *at = nullptr, *end = nullptr;
+
+    INLINE void fetch(int64_t lines) {
+      if (!kUsesTiles<T>) return;
+      for (; lines > 0 && at < end; lines--, at += 64) prefetch(at);
+      if (at < end) return;
+      const Ahead next = take(1);
+      at = next.at, end = next.end;
+    }
 
     Ahead take(int64_t num_steps) {
       if (block > last) return {};
@@ -134,13 +144,17 @@ struct Attention {
   }
 
   // keys[unit][token of the tile] of one kv head; unspecified from the first group past the tile's end on.
-  void load_keys(const Elem* const* tokens, int64_t num_tokens, int64_t kv_head, uint32_t* keys) const {
+  void load_keys(const Elem* const* tokens, int64_t num_tokens, int64_t kv_head, uint32_t* keys,
+                 NextBlocks& blocks) const {
     const int64_t num_bytes = call.head_dim * sizeof(Elem), whole = num_bytes / 64 * 64;
     for (int64_t t = 0; t < num_tokens; t += kGroup, keys += kGroup) {
       const char* rows[kGroup];
       for (int64_t i = 0; i < kGroup; i++)
         rows[i] = reinterpret_cast<const char*>(tokens[t + i] + kv_head * call.head_dim);
-      for (int64_t at = 0; at < whole; at += 64) transpose_units(rows, at, keys + at / 4 * kTokenTile, kTokenTile);
+      for (int64_t at = 0; at < whole; at += 64) {
+        blocks.fetch(kGroup);
+        transpose_units(rows, at, keys + at / 4 * kTokenTile, kTokenTile);
+      }
       if (whole == num_bytes) continue;
       char rest[kGroup][64] = {};
       const char* rest_rows[kGroup];
@@ -153,9 +167,10 @@ struct Attention {
   }
 
   // values[unit of tokens][head_dim, in the order of load_two] of one kv head, from the first unit on.
-  void load_values(const Elem* const* tokens, int64_t first_unit, int64_t end_unit, int64_t kv_head,
-                   uint32_t* values) const {
+  void load_values(const Elem* const* tokens, int64_t first_unit, int64_t end_unit, int64_t kv_head, uint32_t* values,
+                   NextBlocks& blocks) const {
     for (int64_t unit = first_unit; unit < end_unit; unit++, values += value_width) {
+      blocks.fetch(4);
       const Elem* row = tokens[unit * T::kPerUnit] + kv_head * call.head_dim;
       const Elem* other = tokens[unit * T::kPerUnit + T::kPerUnit - 1] + kv_head * call.head_dim;
       for (int64_t i = 0; i < value_width; i += 2 * W)
@@ -230,12 +245,12 @@ struct Attention {
       for (int64_t h = 0; h < it.num_heads; h++) {
         const int64_t row = h * rows;
         const Softmax part{softmax.maxima + row, softmax.totals + row, softmax.values + row * value_width};
-        load_keys(keys, tile.high, it.first_head + h, s.keys);
+        load_keys(keys, tile.high, it.first_head + h, s.keys, blocks);
         weigh(it, tile, s.query + row * num_units, s, part, blocks);
         // In whole steps: what is added together does not depend on where reading begins or ends.
         constexpr int64_t kUnits = ProductSize<T>::kUnits;
         const int64_t first = tile.low / kTokensPerStep * kUnits;
-        load_values(values, first, ceil_div(tile.high, kTokensPerStep) * kUnits, it.first_head + h, s.values);
+        load_values(values, first, ceil_div(tile.high, kTokensPerStep) * kUnits, it.first_head + h, s.values, blocks);
         for_row_tiles(it, tile, [&](int64_t row, int64_t num_rows, int64_t seen) {
           multiply(num_rows, value_width / kGroup, ceil_div(seen, kTokensPerStep) * kUnits - first,
                    TileA{reinterpret_cast<const char*>(s.weights + row * (kTokenTile / T::kPerUnit) + first),
@@ -249,12 +264,11 @@ struct Attention {
 
   INLINE static void multiply(int64_t num_rows, int64_t num_groups, int64_t num_units, TileA a, TileB b, TileC c,
                               NextBlocks& blocks) {
-    const auto next_ahead = [&](int64_t steps) { return blocks.take(steps); };
 #if defined(__AMX_BF16__)
     if constexpr (kUsesTiles<T>)
-      return tile_product(static_cast<int>(num_rows), num_groups, {a, b, num_units, num_units * 4}, c, next_ahead);
+      return tile_product(static_cast<int>(num_rows), num_groups, {a, b, num_units, num_units * 4}, c);
 #endif
-    product<T>(num_rows, num_groups, num_units, a, b, c, next_ahead);
+    product<T>(num_rows, num_groups, num_units, a, b, c, [&](int64_t steps) { return blocks.take(steps); });
   }
 
   // f(first row, number of rows, end of the tile's positions that they see) for rows that see any.

@@ -2,7 +2,8 @@
 //
 // Weights are packed as in gemm.h. An item is a run of rows by as many groups of columns as stay in a core's L2 cache:
 // of 32 rows, which stay in its L1 cache, all columns are summed before the next rows come. The adapters' part of a row
-// is summed with the product's, as if there were so many inputs more: nothing is rounded in between.
+// is summed with the product's, as if there were so many inputs more: nothing is rounded in between. Rows of short runs
+// are left as sums, to which theirs is added right after (lora_short.h), in the same order.
 #pragma once
 #include "gemm.h"
 
@@ -102,7 +103,7 @@ struct TileGemm {
 
   // Rows of one adapter, or of none, from `row` on: where they end, and whose they are.
   int same_adapter(int64_t row, int num_rows, int32_t* segment) const {
-    *segment = -1;
+    *segment = pomona::kNoAdapter;
     if (work.call.long_runs == nullptr) return num_rows;
     const int32_t* segments = work.call.long_runs->segments + row;
     int end = 1;
@@ -113,30 +114,40 @@ struct TileGemm {
 
   // Up to 32 rows by NG groups, the first_group-th of an item's and those after it.
   template <int NG>
-  void sum(int64_t row, int num_rows, int64_t group, int first_group, Ahead ahead,
-           AdapterColumns<T>* adapters) const {
+  void sum(int64_t row, int num_rows, int64_t group, int first_group, Ahead ahead, AdapterColumns<T>* adapters) const {
     alignas(64) float sums[kMostTileRows * NG * kGroup];
     constexpr int64_t kStride = NG * kGroup;
+    float* later = work.call.sums + row * work.call.out_features + (group + first_group) * kGroup;
     const auto* weights = static_cast<const uint32_t*>(work.call.packed) + (group + first_group) * group_bytes() / 4;
     const Factors factors{work.inputs(row, 0), {weights, group_bytes() / 4, kGroup}, work.num_units, work.num_units * 4};
     const TileC c{sums, kStride, false};
     int32_t segment;
     int end = same_adapter(row, num_rows, &segment);
+    if (end == num_rows && segment == pomona::kAddedLater)
+      return tile_product<NG>(num_rows, factors, nullptr, {later, work.call.out_features, false}, ahead);
     if (segment >= 0) adapters->keep(segment);
     if (end == num_rows && segment >= 0 && adapters->is_one_slice(first_group, NG)) {
       const Factors adapter = adapters->factors(row, first_group);
       tile_product<NG>(num_rows, factors, &adapter, c, ahead);
     } else {
       tile_product<NG>(num_rows, factors, nullptr, c, ahead);
-      for (int first = 0;; end = first + same_adapter(row + first, num_rows - first, &segment)) {
+      for (int first = 0; first < num_rows; first = end) {
+        end = first + same_adapter(row + first, num_rows - first, &segment);
         if (segment >= 0) {
           adapters->keep(segment);
           adapters->add(row + first, end - first, first_group, NG, sums + first * kStride, kStride);
         }
-        if ((first = end) == num_rows) break;
+        if (segment == pomona::kAddedLater)
+          for (int m = first; m < end; m++)
+            memcpy(later + m * work.call.out_features, sums + m * kStride, kStride * 4);
       }
     }
-    work.template store_rows<NG>(sums, kStride, row, num_rows, group + first_group, nullptr);
+    for (int first = 0; first < num_rows; first = end) {
+      end = first + same_adapter(row + first, num_rows - first, &segment);
+      if (segment != pomona::kAddedLater)
+        work.template store_rows<NG>(sums + first * kStride, kStride, row + first, end - first, group + first_group,
+                                     nullptr);
+    }
   }
 
   void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const char* next,

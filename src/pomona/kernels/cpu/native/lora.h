@@ -162,6 +162,32 @@ int64_t row_units_of(const pomona::LoraStep& step) {
   return ceil_div(step.max_rank, kUnits * T::kPerUnit) * kUnits;
 }
 
+#if defined(__AMX_BF16__)
+// Up to 16 rank rows as columns of units, zeros after the last rank and the last input; fetch() is called now and then.
+template <class F>
+INLINE const uint32_t* lay_out_columns(const char* const* rank_rows, int64_t num_ranks, int64_t num_bytes,
+                                       const F& fetch) {
+  const int64_t whole = num_bytes / 64 * 64, num_units = ceil_div(num_bytes, 64) * kStepUnits;
+  auto* columns = static_cast<uint32_t*>(pomona::scratch(pomona::kAdapterPanel, num_units * kRankPart * 4));
+  const char* rows[kRankPart];
+  for (int64_t j = 0; j < kRankPart; j++)
+    rows[j] = j < num_ranks ? rank_rows[j] : static_cast<const char*>(pomona::zeros(num_bytes));
+  for (int64_t at = 0; at < whole; at += 64) {
+    fetch();
+    transpose_units(rows, at, columns + at / 4 * kRankPart, kRankPart);
+  }
+  if (whole < num_bytes) {
+    char rest[kRankPart][64] = {};
+    for (int j = 0; j < kRankPart; j++) {
+      memcpy(rest[j], rows[j] + whole, num_bytes - whole);
+      rows[j] = rest[j];
+    }
+    transpose_units(rows, 0, columns + whole / 4 * kRankPart, kRankPart);
+  }
+  return columns;
+}
+#endif
+
 template <class T>
 struct Lora {
   using Elem = typename T::Elem;
@@ -210,22 +236,9 @@ struct Lora {
   // The same by tile registers: rank rows become columns. v is scaled here: what it becomes is added to the product's
   // own sums, before these are rounded.
   void shrink_tiles(const pomona::RowBlock& block, int64_t slice, int64_t first_rank, int64_t num_ranks,
-                    const char** rows) const {
-    const int64_t num_bytes = site.in_features * sizeof(Elem), whole = num_bytes / 64 * 64;
-    const int64_t num_units = ceil_div(num_bytes, 64) * kStepUnits;
-    const char* zeros = static_cast<const char*>(pomona::zeros(num_bytes));
-    for (int64_t j = num_ranks; j < kRankPart; j++) rows[j] = zeros;
-    auto* columns = static_cast<uint32_t*>(pomona::scratch(pomona::kAdapterPanel, num_units * kRankPart * 4));
-    for (int64_t at = 0; at < whole; at += 64) transpose_units(rows, at, columns + at / 4 * kRankPart, kRankPart);
-    if (whole < num_bytes) {
-      char rest[kRankPart][64] = {};
-      const char* rest_rows[kRankPart];
-      for (int j = 0; j < kRankPart; j++) {
-        memcpy(rest[j], rows[j] + whole, num_bytes - whole);
-        rest_rows[j] = rest[j];
-      }
-      transpose_units(rest_rows, 0, columns + whole / 4 * kRankPart, kRankPart);
-    }
+                    const char* const* rows) const {
+    const int64_t num_bytes = site.in_features * sizeof(Elem);
+    const auto* columns = lay_out_columns(rows, num_ranks, num_bytes, [] {});
     const vf scaling = splat(v_units ? call.scalings[slice * step.num_segments + block.segment] : 1.0f);
     const bool is_half = first_rank % (2 * kRankPart) == 0 && first_rank + num_ranks == rank_of(slice, block.segment);
     for (int64_t r = 0; r < block.num_rows; r += kMostTileRows) {

@@ -126,11 +126,90 @@ INLINE void expand_run(int64_t num_columns, const Chunk& chunk, const uint32_t (
   });
 }
 
+#if defined(__AMX_BF16__)
+// As expand_run, in the order of tile registers, of bfloat16 that are scaled already: onto a product's sums, which then
+// become outputs.
+struct TileExpansion {
+  float* sums;  // [rows, sums_stride], of the slice's first column
+  int64_t sums_stride;
+  bool is_last;
+  const uint16_t* bias;  // null: none
+  uint16_t* out;
+  int64_t out_stride;
+};
+
+// 2 W floats, those at even places first. Reads and writes n.
+INLINE void load_apart(const float* from, int n, vf* two) {
+  alignas(64) static constexpr int32_t kEven[16] = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  float some[2 * W] = {};
+  if (n < 2 * W) memcpy(some, from, n * 4), from = some;
+  const __m512 low = _mm512_loadu_ps(from), high = _mm512_loadu_ps(from + W);
+  const __m512i even = _mm512_load_si512(kEven), odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
+  two[0] = (vf)_mm512_permutex2var_ps(low, even, high), two[1] = (vf)_mm512_permutex2var_ps(low, odd, high);
+}
+INLINE void store_apart(float* to, const vf* two, int n) {
+  alignas(64) static constexpr int32_t kLow[16] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  float some[2 * W];
+  _mm512_storeu_ps(some, _mm512_permutex2var_ps((__m512)two[0], low, (__m512)two[1]));
+  _mm512_storeu_ps(some + W, _mm512_permutex2var_ps((__m512)two[0], high, (__m512)two[1]));
+  memcpy(to, some, n * 4);
+}
+
+// M rows' columns from i on.
+template <int M>
+INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[kChunkRanks], const TileExpansion& to) {
+  vf even[M][2] = {}, odd[M][2] = {};  // of ranks, and in them of columns
+  for (int64_t j = 0; j < chunk.num_ranks; j += 2) {
+    vf weights[2], others[2];
+    load_some<BFloat16>(reinterpret_cast<const uint16_t*>(chunk.b[j]) + i, n, weights);
+    load_some<BFloat16>(reinterpret_cast<const uint16_t*>(chunk.b[j + 1]) + i, n, others);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      const vf a = splat(v[m][j]), b = splat(v[m][j + 1]);
+      even[m][0] = fma(a, weights[0], even[m][0]), even[m][1] = fma(a, weights[1], even[m][1]);
+      odd[m][0] = fma(b, others[0], odd[m][0]), odd[m][1] = fma(b, others[1], odd[m][1]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; m++) {
+    float* sums = to.sums + m * to.sums_stride + i;
+    vf two[2];
+    load_apart(sums, n, two);
+    two[0] += even[m][0] + odd[m][0], two[1] += even[m][1] + odd[m][1];
+    if (!to.is_last) {
+      store_apart(sums, two, n);
+      continue;
+    }
+    if (to.bias) {
+      vf bias[2];
+      load_some<BFloat16>(to.bias + i, n, bias);
+      two[0] += bias[0], two[1] += bias[1];
+    }
+    store_some<BFloat16>(to.out + m * to.out_stride + i, two, n);
+  }
+}
+
+template <int MR>
+INLINE void expand_tiles(int64_t num_columns, const Chunk& chunk, const float (*v)[kChunkRanks],
+                         const TileExpansion& to, Fetcher& ahead) {
+  constexpr int kFirst = MR < 4 ? MR : 4;
+  const TileExpansion others{to.sums + kFirst * to.sums_stride,     to.sums_stride, to.is_last, to.bias,
+                             to.out + kFirst * to.out_stride, to.out_stride};
+  for_lanes(num_columns, LANES {
+    ahead.fetch(chunk.num_ranks);
+    expand_lanes<kFirst>(i, n, chunk, v, to);
+    if constexpr (MR > kFirst) expand_lanes<MR - kFirst>(i, n, chunk, v + kFirst, others);
+  });
+}
+#endif
+
 template <class T>
 struct ShortRuns {
   using Elem = typename T::Elem;
   const Lora<T>& work;
   const Shares& shares;
+  const pomona::GemmCall* base;  // whose sums become outputs here, with tile registers; else null
   const pomona::LoraCall& call = work.call;
   const pomona::LoraSite& site = work.site;
   const pomona::LoraStep& step = work.step;
@@ -167,6 +246,9 @@ struct ShortRuns {
   void compute(const Chunk& chunk, int row, Fetcher& ahead) const {
     const pomona::RowBlock& block = *chunk.block;
     const Elem* x = static_cast<const Elem*>(call.x) + (block.start + row) * call.x_stride;
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesTiles<T>) return compute_tiles<MR>(chunk, row, x, ahead);
+#endif
     uint32_t v[MR][kChunkRanks];
     for (int64_t first = 0; first < chunk.num_ranks; first += kRankTile) {
       const int64_t end = min64(kRankTile, chunk.num_ranks - first);
@@ -193,12 +275,56 @@ struct ShortRuns {
     expand_run<T, MR>(width, chunk, v, {sums, stride, is_first, is_last, scaling, out, call.out_stride}, ahead);
   }
 
+#if defined(__AMX_BF16__)
+  TileExpansion expansion(const pomona::RowBlock& block, int row, int64_t slice, bool is_last) const {
+    int64_t column = 0;
+    for (int64_t i = 0; i < slice; i++) column += site.out_features[i];
+    const auto* bias = static_cast<const Elem*>(base->bias);
+    return {base->sums + (block.start + row) * base->out_features + column, base->out_features, is_last,
+            bias ? bias + column : nullptr,
+            static_cast<Elem*>(call.out) + (block.start + row) * call.out_stride + column, call.out_stride};
+  }
+
+  template <int MR>
+  void compute_tiles(const Chunk& chunk, int row, const Elem* x, Fetcher& ahead) const {
+    const pomona::RowBlock& block = *chunk.block;
+    const vf scaling = splat(call.scalings[chunk.slice * step.num_segments + block.segment]);
+    const TileA inputs{reinterpret_cast<const char*>(x), call.x_stride * static_cast<int64_t>(sizeof(Elem))};
+    alignas(64) float v[MR][kChunkRanks], sums[MR][kRankPart];
+    for (int64_t first = 0; first < chunk.num_ranks; first += kRankPart) {
+      const uint32_t* columns = lay_out_columns(chunk.a + first, chunk.num_ranks - first, chunk.a_bytes,
+                                                [&] { ahead.fetch(min64(kRankPart, chunk.num_ranks - first)); });
+      tile_product<1>(MR, {inputs, {columns, 0, kRankPart}, ceil_div(chunk.a_bytes, 4), chunk.a_bytes}, nullptr,
+                      {sums[0], kRankPart, false});
+      for (int m = 0; m < MR; m++) store_floats(v[m] + first, T::round(scaling * load_floats(sums[m])));
+    }
+    const bool is_last = chunk.first_rank + chunk.num_ranks == work.rank_of(chunk.slice, block.segment);
+    expand_tiles<MR>(site.out_features[chunk.slice], chunk, v, expansion(block, row, chunk.slice, is_last), ahead);
+  }
+
+  // Outputs of a slice that the block's adapter does not have.
+  void finish(const pomona::RowBlock& block, int64_t slice) const {
+    Chunk none;
+    Chunk nothing;
+    Fetcher idle{none};
+    nothing.num_ranks = 0;
+    const float v[1][kChunkRanks] = {};
+    for (int row = 0; row < block.num_rows; row++)
+      expand_tiles<1>(site.out_features[slice], nothing, v, expansion(block, row, slice, true), idle);
+  }
+#endif
+
   // All slices of a block, or one.
   void run(int64_t item) const {
     Chunk chunks[2];
     find_chunk(item, -1, 0, chunks[0]);
     const pomona::RowBlock* block = step.blocks + shares.num_long + item / shares.num_cuts;
     const int64_t cut = shares.num_cuts > 1 ? item % shares.num_cuts : -1;
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesTiles<T>)
+      for (int64_t slice = max64(0, cut); slice < (cut < 0 ? site.num_slices : cut + 1); slice++)
+        if (work.rank_of(slice, block->segment) == 0) finish(*block, slice);
+#endif
     for (int i = 0;; i ^= 1) {
       const Chunk& chunk = chunks[i];
       if (chunk.block != block || (cut >= 0 && chunk.slice != cut)) return;
@@ -238,7 +364,7 @@ void lora(const pomona::LoraCall& call, int num_threads, int phases) {
   const Shares shares = share_blocks(call, num_threads, phases == 3 && !kUsesTiles<T>);
   if (shares.is_idle) return;
   const Lora<T> work = long_work<T>(call, shares, phases == 3 ? new_v<T>(call) : nullptr);
-  const ShortRuns<T> few{work, shares};
+  const ShortRuns<T> few{work, shares, nullptr};
   const int64_t num_shrinks = phases & 1 ? work.num_pairs * work.rank_parts : 0;
   const auto shrink = [&](int64_t item) {
     item < num_shrinks ? work.shrink(item) : few.run(item - num_shrinks);
