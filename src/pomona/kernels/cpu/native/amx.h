@@ -1,7 +1,7 @@
 // The product of tile.h by tile registers: C[rows, columns] (+)= A[rows, k] * B[k, columns], bfloat16. Included by isa.cpp.
 //
 // An instruction adds 16 units at once, evens and odds apart and then both to the sum: in this order for any number of
-// rows, and add_row adds in the same.
+// rows, and row_product adds in the same.
 #pragma once
 #include "tile.h"
 #include "tile_registers.h"
@@ -68,14 +68,35 @@ __attribute__((noinline)) void multiply_rest(int num_rows, const char* a, int64_
   multiply_step<MT, NG>(rows[0], 64, reinterpret_cast<const uint32_t*>(columns), kStepUnits * kGroup, 64);
 }
 
+// Of weights that are read once: where those of the next product are, like these in size. Tiles are loaded one by one,
+// so a few steps ahead of them their lines are fetched into the nearest cache.
+struct Stream {
+  const uint32_t* next = nullptr;
+  bool is_any = false;
+
+  static constexpr int64_t kUnitsAhead = 4 * kStepUnits;
+  template <int NG>
+  INLINE void fetch(const Factors& factors, int64_t unit) const {
+    if (!is_any) return;
+    const uint32_t* from = factors.b.units;
+    unit += kUnitsAhead;
+    if (unit >= factors.num_units) from = next, unit -= factors.num_units;
+    if (from == nullptr) return;
+    for (int g = 0; g < NG; g++)
+#pragma GCC unroll 16
+      for (int k = 0; k < kStepUnits; k++)
+        prefetch_near(from + g * factors.b.group_stride + (unit + k) * factors.b.step);
+  }
+};
+
 template <int MT, int NG>
-INLINE void multiply_all(int num_rows, const Factors& factors, Ahead ahead) {
+INLINE void multiply_all(int num_rows, const Factors& factors, Stream stream) {
   const char* a = factors.a.rows;
   const uint32_t* b = factors.b.units;
   const int64_t group_stride = factors.b.group_stride, step = factors.b.step;
   int64_t unit = 0;
   for (; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
-    ahead.step();
+    stream.fetch<NG>(factors, unit);
     multiply_step<MT, NG>(a + unit * 4, factors.a.stride_bytes, b + unit * step, group_stride, step * 4);
   }
   if (unit < factors.num_units)
@@ -84,7 +105,7 @@ INLINE void multiply_all(int num_rows, const Factors& factors, Ahead ahead) {
 }
 
 template <int MT, int NG>
-INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* more, TileC c, Ahead ahead) {
+INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* more, TileC c, Stream stream) {
   char *sums = reinterpret_cast<char*>(c.sums), *low = sums + 16 * c.stride * 4;
   const int64_t stride = c.stride * 4;
   configure_tiles(num_rows);
@@ -102,7 +123,7 @@ INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* 
     _tile_zero(2);
     _tile_zero(3);
   }
-  multiply_all<MT, NG>(num_rows, factors, ahead);
+  multiply_all<MT, NG>(num_rows, factors, stream);
   if (more) multiply_all<MT, NG>(num_rows, *more, {});
   _tile_stored(0, sums, stride);
   if (NG >= 2) _tile_stored(1, sums + 64, stride);
@@ -115,11 +136,11 @@ INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* 
 // Up to 32 rows by one or two groups, up to 16 by four; then the same rows and columns of more factors, if any.
 template <int NG>
 __attribute__((noinline)) void tile_product(int num_rows, const Factors& factors, const Factors* more, TileC c,
-                                            Ahead ahead = {}) {
+                                            Stream stream = {}) {
   if (NG == 4 || num_rows <= 16)
-    multiply_tiles<1, NG>(num_rows, factors, more, c, ahead);
+    multiply_tiles<1, NG>(num_rows, factors, more, c, stream);
   else
-    multiply_tiles<2, NG>(num_rows, factors, more, c, ahead);
+    multiply_tiles<2, NG>(num_rows, factors, more, c, stream);
 }
 
 // Any number of groups.
@@ -131,21 +152,31 @@ INLINE void tile_product(int num_rows, int64_t num_groups, Factors factors, Tile
   if (num_groups) tile_product<1>(num_rows, factors, nullptr, c);
 }
 
-// One row by one group, in the same order.
-INLINE void add_row(const Factors& factors, float* sums) {
+// One row by NG groups, in the same order: a row alone is read faster without tiles.
+template <int NG>
+INLINE void row_product(const Factors& factors, float* sums, bool is_added_to) {
   const char* a = factors.a.rows;
-  vf total = load_floats(sums);
+  vf totals[NG];
+#pragma GCC unroll 4
+  for (int g = 0; g < NG; g++) totals[g] = is_added_to ? load_floats(sums + g * kGroup) : vf{};
   for (int64_t unit = 0; unit < factors.num_units; unit += kStepUnits) {
-    vf even = {}, odd = {};
+    vf even[NG] = {}, odd[NG] = {};
     const int64_t end = min64(unit + kStepUnits, factors.num_units);
     for (int64_t k = unit; k < end; k++) {
-      const vu row = splat_unit(a + k * 4), columns = load_units(factors.b.units + k * factors.b.step);
-      even = fma((vf)(row << 16), (vf)(columns << 16), even);
-      odd = fma((vf)(row & 0xffff0000u), (vf)(columns & 0xffff0000u), odd);
+      const vu row = splat_unit(a + k * 4);
+      const vf first = (vf)(row << 16), second = (vf)(row & 0xffff0000u);
+#pragma GCC unroll 4
+      for (int g = 0; g < NG; g++) {
+        const vu columns = load_units(factors.b.units + g * factors.b.group_stride + k * factors.b.step);
+        even[g] = fma(first, (vf)(columns << 16), even[g]);
+        odd[g] = fma(second, (vf)(columns & 0xffff0000u), odd[g]);
+      }
     }
-    total += even + odd;
+#pragma GCC unroll 4
+    for (int g = 0; g < NG; g++) totals[g] += even[g] + odd[g];
   }
-  store_floats(sums, total);
+#pragma GCC unroll 4
+  for (int g = 0; g < NG; g++) store_floats(sums + g * kGroup, totals[g]);
 }
 
 #endif

@@ -11,7 +11,8 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kItemBytes = 512 << 10;  // of weights
+constexpr int64_t kItemBytes = 512 << 10;       // of weights
+constexpr int64_t kItemRowsBytes = 1280 << 10;  // of a run of rows: both stay in L2
 constexpr int kMostItemGroups = 16;        // of more rows than one tile has
 constexpr int kFewestTileRows = 4;  // of one adapter's: for fewer, giving the registers other sizes is not worth it
 
@@ -84,7 +85,7 @@ struct AdapterColumns {
       if (num_rows >= kFewestTileRows)
         tile_product<1>(num_rows, factors(row, g + i), nullptr, {sums, stride, true});
       else
-        for (int m = 0; m < num_rows; m++) add_row(factors(row + m, g + i), sums + m * stride);
+        for (int m = 0; m < num_rows; m++) row_product<1>(factors(row + m, g + i), sums + m * stride, true);
     }
   }
 };
@@ -92,11 +93,12 @@ struct AdapterColumns {
 template <class T>
 struct TileGemm {
   GemmWork<T> work;
-  int64_t item_groups;
+  int64_t item_groups, item_rows;
 
   explicit TileGemm(const pomona::GemmCall& call) : work(call) {
     const int64_t most = call.num_rows <= 16 ? 4 : call.num_rows <= kMostTileRows ? 2 : kMostItemGroups;
     item_groups = max64(2, min64(most, kItemBytes / group_bytes() / 2 * 2));
+    item_rows = max64(kRowsPerItem, kItemRowsBytes / (work.num_units * 4) / kRowsPerItem * kRowsPerItem);
   }
 
   int64_t group_bytes() const { return work.num_units * kGroup * 4; }
@@ -114,7 +116,7 @@ struct TileGemm {
 
   // Up to 32 rows by NG groups, the first_group-th of an item's and those after it.
   template <int NG>
-  void sum(int64_t row, int num_rows, int64_t group, int first_group, Ahead ahead, AdapterColumns<T>* adapters) const {
+  void sum(int64_t row, int num_rows, int64_t group, int first_group, Stream stream, AdapterColumns<T>* adapters) const {
     alignas(64) float sums[kMostTileRows * NG * kGroup];
     constexpr int64_t kStride = NG * kGroup;
     float* later = work.call.sums + row * work.call.out_features + (group + first_group) * kGroup;
@@ -123,14 +125,15 @@ struct TileGemm {
     const TileC c{sums, kStride, false};
     int32_t segment;
     int end = same_adapter(row, num_rows, &segment);
-    if (end == num_rows && segment == pomona::kAddedLater)
-      return tile_product<NG>(num_rows, factors, nullptr, {later, work.call.out_features, false}, ahead);
+    if (end == num_rows && segment == pomona::kAddedLater && num_rows > 1)
+      return tile_product<NG>(num_rows, factors, nullptr, {later, work.call.out_features, false}, stream);
     if (segment >= 0) adapters->keep(segment);
-    if (end == num_rows && segment >= 0 && adapters->is_one_slice(first_group, NG)) {
+    if (end == num_rows && segment >= 0 && num_rows > 1 && adapters->is_one_slice(first_group, NG)) {
       const Factors adapter = adapters->factors(row, first_group);
-      tile_product<NG>(num_rows, factors, &adapter, c, ahead);
+      tile_product<NG>(num_rows, factors, &adapter, c, stream);
     } else {
-      tile_product<NG>(num_rows, factors, nullptr, c, ahead);
+      num_rows == 1 ? row_product<NG>(factors, sums, false)
+                    : tile_product<NG>(num_rows, factors, nullptr, c, stream);
       for (int first = 0; first < num_rows; first = end) {
         end = first + same_adapter(row + first, num_rows - first, &segment);
         if (segment >= 0) {
@@ -152,14 +155,13 @@ struct TileGemm {
 
   void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const char* next,
            AdapterColumns<T>* adapters) const {
-    const int64_t lines_per_step = ceil_div(num_groups * work.num_units, max64(1, work.num_units / kStepUnits));
-    const Ahead ahead = next ? Ahead{next, next + num_groups * group_bytes(), lines_per_step} : Ahead{};
-    if (num_groups == 4 && num_rows <= 16) return sum<4>(row, num_rows, group, 0, ahead, adapters);
+    const Stream stream{reinterpret_cast<const uint32_t*>(next), num_rows <= kMostTileRows};
+    if (num_groups == 4 && num_rows <= 16) return sum<4>(row, num_rows, group, 0, stream, adapters);
     for (int64_t r = 0; r < num_rows; r += kMostTileRows) {
       const int rows = static_cast<int>(min64(kMostTileRows, num_rows - r));
       int g = 0;
-      for (; g + 2 <= num_groups; g += 2) sum<2>(row + r, rows, group, g, ahead, adapters);
-      if (g < num_groups) sum<1>(row + r, rows, group, g, ahead, adapters);
+      for (; g + 2 <= num_groups; g += 2) sum<2>(row + r, rows, group, g, stream, adapters);
+      if (g < num_groups) sum<1>(row + r, rows, group, g, stream, adapters);
     }
   }
 
@@ -168,17 +170,13 @@ struct TileGemm {
     const int64_t cycles = work.num_units * work.num_groups * (1 + work.call.num_rows * kGroupVectors / 8);
     const int threads = threads_for(num_threads, cycles);
     const int64_t num_columns = ceil_div(work.num_groups, item_groups);
-    share(num_columns * ceil_div(work.call.num_rows, kRowsPerItem), threads, [&](int64_t item) {
-      const int64_t row = item / num_columns * kRowsPerItem, group = item % num_columns * item_groups;
-      const int64_t num_rows = min64(kRowsPerItem, work.call.num_rows - row);
+    share(num_columns * ceil_div(work.call.num_rows, item_rows), threads, [&](int64_t item) {
+      const int64_t row = item / num_columns * item_rows, group = item % num_columns * item_groups;
+      const int64_t num_rows = min64(item_rows, work.call.num_rows - row);
       const int num_groups = static_cast<int>(min64(item_groups, work.num_groups - group));
       const int64_t ahead = group + item_groups * threads;
-      // Of long runs of weights the processor foresees what comes; what an item of few groups wants next lies elsewhere.
-      const bool is_foreseen = num_rows > kMostTileRows || (num_rows == 1 && group_bytes() > kFewBytes);
       const bool has_next = ahead + num_groups <= work.num_groups && row == 0;
-      const char* next = has_next && !is_foreseen
-                             ? static_cast<const char*>(work.call.packed) + ahead * group_bytes()
-                             : nullptr;
+      const char* next = has_next ? static_cast<const char*>(work.call.packed) + ahead * group_bytes() : nullptr;
       if (work.call.long_runs == nullptr) return run(row, num_rows, group, num_groups, next, nullptr);
       AdapterColumns<T> adapters(work.call, group, num_groups, has_next ? item_groups * threads : 0);
       run(row, num_rows, group, num_groups, next, &adapters);
