@@ -5,7 +5,8 @@
     python -m benchmarks.report --quick    # the same pages from rows of --quick runs, beside them: to see that it works
 
 Of each kind of results the newest file counts, and in it the program that was measured last. Marked parts
-stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
+stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Results of another machine are in a folder of their own,
+``benchmarks/results/MACHINE``; their pages are in ``docs/benchmarks/MACHINE``.
 """
 
 import argparse
@@ -26,10 +27,13 @@ class Report:
 
     Args:
         folder: where the results are.
+        machine: the folder's name within that of all results, if they are another machine's.
     """
 
-    def __init__(self, folder: Path = RESULTS) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path = RESULTS, machine: str = "") -> None:
+        self._folder = folder / machine
+        self._below = f"benchmarks/{machine}/" if machine else "benchmarks/"
+        self._is_other = bool(machine)
 
     def _rows(self, what: str, kind: str | None = None) -> list[Row]:
         path = results.latest(what, self._folder)
@@ -47,13 +51,19 @@ class Report:
         yield from self._peer_files()
         for what, kind, chart in _CHARTS:
             for shape, rows in self._by_shape(what, kind):
-                yield f"benchmarks/{_chart_name(what, shape)}", chart(rows, shape)
-        yield "benchmarks/step.md", self._page("The engine's step", "step", self._step_sections())
-        yield "benchmarks/engine.md", self._page("What adapters cost", "engine", self._engine_sections())
-        yield "benchmarks/precision.md", self._page("Precision of the base", "precision", self._precision_sections())
-        yield "benchmarks/residency.md", self._page("Thousands of adapters", "residency", self._residency_sections())
-        yield "benchmarks/ops.md", self._page("Ops", "ops", self._op_sections())
-        yield PERFORMANCE, fill(performance, self._parts())
+                yield self._below + _chart_name(what, shape), chart(rows, shape)
+        pages = {
+            "step": ("The engine's step", self._step_sections),
+            "engine": ("What adapters cost", self._engine_sections),
+            "precision": ("Precision of the base", self._precision_sections),
+            "residency": ("Thousands of adapters", self._residency_sections),
+            "ops": ("Ops", self._op_sections),
+        }
+        for what, (title, sections) in pages.items():
+            if not self._is_other or results.latest(what, self._folder):
+                yield f"{self._below}{what}.md", self._page(title, what, sections())
+        if not self._is_other:
+            yield PERFORMANCE, fill(performance, self._parts())
 
     def _page(self, title: str, what: str, sections: Iterator[str]) -> str:
         rows = self._rows(what)
@@ -62,15 +72,17 @@ class Report:
         if path is None:
             return head + "No results yet.\n"
         where = tables.setup_text([row for row in rows if "command" in row])
-        return head + where + f"- Rows: `benchmarks/results/{path.name}`\n" + "".join(sections)
+        return head + where + f"- Rows: `{self._below.replace('/', '/results/', 1)}{path.name}`\n" + "".join(sections)
 
     def _peer_files(self) -> Iterator[tuple[str, str]]:
         rows = tables.of_one_program(self._rows("peers", "peer"))
         for shape in dict.fromkeys(row["shape"] for row in rows):
             here = [row for row in rows if row["shape"] == shape]
             for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in here):
-                yield f"benchmarks/{_chart_name('peers', shape, batch)}", charts.peer_chart(here, shape, batch)
-        yield "benchmarks/peers.md", self._page("Pomona beside other systems", "peers", self._peer_sections(rows))
+                yield self._below + _chart_name("peers", shape, batch), charts.peer_chart(here, shape, batch)
+        if rows or not self._is_other:
+            page = self._page("Pomona beside other systems", "peers", self._peer_sections(rows))
+            yield f"{self._below}peers.md", page
 
     def _peer_sections(self, rows: list[Row]) -> Iterator[str]:
         if not rows:
@@ -185,6 +197,11 @@ def fill(text: str, parts: dict[str, str]) -> str:
     return _MARKED.sub(lambda found: f"{found[1]}\n{parts[found['name']].strip()}\n\n{found[3]}", text)
 
 
+def all_reports(folder: Path = RESULTS) -> list[Report]:
+    """The machine's that docs speak of, and others'."""
+    return [Report(folder), *(Report(folder, path.name) for path in sorted(folder.iterdir()) if path.is_dir())]
+
+
 def stale(docs: Path, report: Report) -> dict[str, str]:
     """Generated files whose content is not what it should be -> what it should be."""
     path = docs / PERFORMANCE
@@ -205,7 +222,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.quick:
         docs.mkdir(parents=True, exist_ok=True)
         (docs / PERFORMANCE).write_text((DOCS / PERFORMANCE).read_text())
-    changed = stale(docs, Report(results.quick_folder() if arguments.quick else RESULTS))
+    reports = [Report(results.quick_folder())] if arguments.quick else all_reports()
+    changed = {name: content for report in reports for name, content in stale(docs, report).items()}
     if arguments.check and changed:
         raise SystemExit(f"stale, run `python -m benchmarks.report`: {', '.join(changed)}")
     for name, content in changed.items():

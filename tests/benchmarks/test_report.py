@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import results, tables
 from benchmarks.chart import Bar, Point, Series, grouped_bars, nice_step, roofline
-from benchmarks.report import DOCS, Report, fill, stale
+from benchmarks.report import DOCS, Report, all_reports, fill, stale
 from benchmarks.results import Row
 
 SETUP = {
@@ -146,7 +146,7 @@ def results_folder(tmp_path):
 
 
 def test_committed_docs_are_what_the_committed_results_say():
-    assert list(stale(DOCS, Report())) == []
+    assert [name for report in all_reports() for name in stale(DOCS, report)] == []
 
 
 def test_every_page_can_be_made_from_sample_rows(results_folder):
@@ -252,6 +252,18 @@ def test_a_missing_or_changed_file_is_stale(tmp_path, results_folder):
     (tmp_path / "performance.md").write_text("x\n")
     expected = {name for name, _ in report.files("x\n")} - {"performance.md"}
     assert set(stale(tmp_path, report)) == expected
+
+
+def test_another_machines_results_have_pages_of_their_own_for_what_was_measured(tmp_path, results_folder):
+    (results_folder / "other").mkdir()
+    [engine] = results_folder.glob("*-engine.jsonl")
+    (results_folder / "other" / engine.name).write_bytes(engine.read_bytes())
+    ours, other = all_reports(results_folder)
+    names = {name for name, _ in other.files("")}
+    assert names == {"benchmarks/other/engine.md", "benchmarks/other/engine-tiny.svg"}
+    pages = dict(other.files(""))
+    assert f"`benchmarks/results/other/{engine.name}`" in pages["benchmarks/other/engine.md"]
+    assert not names & {name for name, _ in ours.files("")}
 
 
 def test_the_newest_file_of_a_kind_counts(tmp_path):

@@ -163,7 +163,8 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
 def adapted_linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch
 ) -> Tensor:
-    """Semantics: ``lora(packed_linear(x, packed, bias), x, ...)``, bit for bit; a backend may overlap the two.
+    """Semantics: ``lora(packed_linear(x, packed, bias), x, ...)``; a backend may overlap the two. Bit for bit, but with
+    tile registers (``kernels.cpu``, instruction set ``amx``), which add the adapters' part before they round.
 
     Args:
         x: [num_tokens, in_features], packed.dtype.
