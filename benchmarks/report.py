@@ -5,8 +5,8 @@
     python -m benchmarks.report --quick    # the same pages from rows of --quick runs, beside them: to see that it works
 
 Of each kind of results the newest file counts, and in it the program that was measured last. Marked parts
-stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Results of another machine are in a folder of their own,
-``benchmarks/results/MACHINE``; their pages are in ``docs/benchmarks/MACHINE``.
+stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Results of another machine are in a folder of their
+own, ``benchmarks/results/MACHINE``; their pages are in ``docs/benchmarks/MACHINE``.
 """
 
 import argparse

@@ -118,7 +118,7 @@ def test_a_product_with_adapters_is_the_product_and_then_the_adapters(
 def test_a_row_through_a_product_with_adapters_is_the_same_in_any_batch(
     in_features: int, widths: list[int], is_int8: bool, dtype: torch.dtype
 ) -> None:
-    ranks = [[16, 40][: len(widths)], [8, 0][: len(widths)]]
+    ranks = [[17, 40][: len(widths)], [8, 0][: len(widths)]]
     adapters = make_adapters(ranks, in_features=in_features, widths=widths, dtype=dtype)
     weight = torch.randn(sum(widths), in_features).to(dtype)
     packed = pack(quantize(weight) if is_int8 else weight)

@@ -42,7 +42,7 @@ MOST = {
         "torch_ops": 29,
         "allocations": 5,
         "copied_bytes": 3 * 32 * 8,
-        "python_calls": 565,
+        "python_calls": 566,
         "builtin_calls": 464,
     },
     "chunk of a prompt": {

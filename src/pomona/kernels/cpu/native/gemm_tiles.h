@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kItemBytes = 512 << 10;       // of weights
 constexpr int64_t kItemRowsBytes = 1280 << 10;  // of a run of rows: both stay in L2
-constexpr int kMostItemGroups = 16;        // of more rows than one tile has
-constexpr int kFewestTileRows = 4;  // of one adapter's: for fewer, giving the registers other sizes is not worth it
+constexpr int kMostItemGroups = 16;             // of more rows than one tile has
+constexpr int kFewestTileRows = 4;              // of an adapter's: for fewer, giving the registers other sizes costs more
 
 // B of one adapter at a time, for the columns of an item.
 template <class T>
@@ -116,41 +116,49 @@ struct TileGemm {
 
   // Up to 32 rows by NG groups, the first_group-th of an item's and those after it.
   template <int NG>
-  void sum(int64_t row, int num_rows, int64_t group, int first_group, Stream stream, AdapterColumns<T>* adapters) const {
-    alignas(64) float sums[kMostTileRows * NG * kGroup];
+  void sum(int64_t row, int num_rows, int64_t group, int first_group, Stream stream,
+           AdapterColumns<T>* adapters) const {
     constexpr int64_t kStride = NG * kGroup;
-    float* later = work.call.sums + row * work.call.out_features + (group + first_group) * kGroup;
-    const auto* weights = static_cast<const uint32_t*>(work.call.packed) + (group + first_group) * group_bytes() / 4;
-    const Factors factors{work.inputs(row, 0), {weights, group_bytes() / 4, kGroup}, work.num_units, work.num_units * 4};
-    const TileC c{sums, kStride, false};
+    const int64_t column = (group + first_group) * kGroup, group_units = work.num_units * kGroup;
+    const auto* weights = static_cast<const uint32_t*>(work.call.packed) + (group + first_group) * group_units;
+    const Factors factors{work.inputs(row, 0), {weights, group_units, kGroup}, work.num_units, work.num_units * 4};
+    alignas(64) float own[kMostTileRows * kStride];
     int32_t segment;
-    int end = same_adapter(row, num_rows, &segment);
-    if (end == num_rows && segment == pomona::kAddedLater && num_rows > 1)
-      return tile_product<NG>(num_rows, factors, nullptr, {later, work.call.out_features, false}, stream);
-    if (segment >= 0) adapters->keep(segment);
-    if (end == num_rows && segment >= 0 && num_rows > 1 && adapters->is_one_slice(first_group, NG)) {
-      const Factors adapter = adapters->factors(row, first_group);
-      tile_product<NG>(num_rows, factors, &adapter, c, stream);
-    } else {
-      num_rows == 1 ? row_product<NG>(factors, sums, false)
-                    : tile_product<NG>(num_rows, factors, nullptr, c, stream);
-      for (int first = 0; first < num_rows; first = end) {
-        end = first + same_adapter(row + first, num_rows - first, &segment);
-        if (segment >= 0) {
-          adapters->keep(segment);
-          adapters->add(row + first, end - first, first_group, NG, sums + first * kStride, kStride);
-        }
-        if (segment == pomona::kAddedLater)
-          for (int m = first; m < end; m++)
-            memcpy(later + m * work.call.out_features, sums + m * kStride, kStride * 4);
+    const bool is_one_run = same_adapter(row, num_rows, &segment) == num_rows;
+    if (is_one_run && segment == pomona::kAddedLater)
+      return multiply<NG>(num_rows, factors, {later(row, column), work.call.out_features, false}, stream);
+    if (is_one_run && segment >= 0 && num_rows > 1) {
+      adapters->keep(segment);
+      if (adapters->is_one_slice(first_group, NG)) {
+        const Factors adapter = adapters->factors(row, first_group);
+        tile_product<NG>(num_rows, factors, &adapter, {own, kStride, false}, stream);
+        return work.template store_rows<NG>(own, kStride, row, num_rows, group + first_group, nullptr);
       }
     }
-    for (int first = 0; first < num_rows; first = end) {
+    multiply<NG>(num_rows, factors, {own, kStride, false}, stream);
+    for (int first = 0, end; first < num_rows; first = end) {
       end = first + same_adapter(row + first, num_rows - first, &segment);
-      if (segment != pomona::kAddedLater)
-        work.template store_rows<NG>(sums + first * kStride, kStride, row + first, end - first, group + first_group,
-                                     nullptr);
+      float* sums = own + first * kStride;
+      if (segment == pomona::kAddedLater) {
+        for (int m = first; m < end; m++, sums += kStride) memcpy(later(row + m, column), sums, kStride * 4);
+        continue;
+      }
+      if (segment >= 0) {
+        adapters->keep(segment);
+        adapters->add(row + first, end - first, first_group, NG, sums, kStride);
+      }
+      work.template store_rows<NG>(sums, kStride, row + first, end - first, group + first_group, nullptr);
     }
+  }
+
+  float* later(int64_t row, int64_t column) const {
+    return work.call.sums + row * work.call.out_features + column;
+  }
+
+  template <int NG>
+  INLINE static void multiply(int num_rows, const Factors& factors, TileC c, Stream stream) {
+    num_rows == 1 ? row_product<NG>(factors, c.sums, c.is_added_to)
+                  : tile_product<NG>(num_rows, factors, nullptr, c, stream);
   }
 
   void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const char* next,

@@ -149,7 +149,7 @@ void find_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, const
 template <class T>
 void find_b_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, int64_t slice, int64_t segment,
                  int64_t first, int64_t n, const char** rows) {
-  int64_t widest = 0;  // of all slices: zeros stay where they are until more of them are asked for
+  int64_t widest = site.in_features;  // of all sides: zeros stay where they are until more of them are asked for
   for (int64_t i = 0; i < site.num_slices; i++) widest = max64(widest, site.out_features[i]);
   find_rows<T>(site, step, site.b[slice], site.b_page_stride[slice], site.out_features[slice], segment, first, n, rows);
   if (n % T::kPerUnit) rows[n] = static_cast<const char*>(pomona::zeros(widest * sizeof(typename T::Elem)));
