@@ -5,6 +5,7 @@ per instruction set and chosen at run time: the result runs on any machine of it
 if it fails, installation goes on and torch does the work (``python -m pomona.kernels.cpu.binding`` says which it is).
 """
 
+import itertools
 import os
 import platform
 import sys
@@ -57,9 +58,8 @@ class BuildKernels(build_ext):
             sys.stderr.write(f"pomona: this compiler cannot make the kernels for {missing}; going on without them\n")
         macros = [(macro, None) for name, macro in OPTIONAL.items() if of_isas.get(name)]
         sources = [f"{NATIVE}/api.cpp", f"{NATIVE}/threads.cpp"]
-        objects = self.compiler.compile(sources, macros=macros, **common) + [
-            o for made in of_isas.values() for o in made
-        ]
+        objects = self.compiler.compile(sources, macros=macros, **common)
+        objects += itertools.chain.from_iterable(of_isas.values())
         path = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(path))
         self.compiler.link_shared_object(objects, path, target_lang="c++")

@@ -2,7 +2,8 @@
 //
 // Long runs of rows get theirs before the product stores them (fused.h). Short runs get theirs right after it, on
 // threads that have not gone home: the product, which computes longer than it reads, fetches their adapters' pages into
-// the cache meanwhile. Results are those of one after the other, bit for bit.
+// the cache meanwhile. Results are those of one after the other, bit for bit; with tile registers both parts are added
+// before anything is rounded, the same for long and short runs.
 #pragma once
 #include "gemm_int8.h"
 #include "gemm_tiles.h"
@@ -10,9 +11,9 @@
 
 namespace {
 
-// Where the long runs' shrunk inputs will be, and whose rows are whose.
+// Where the long runs' shrunk inputs will be, whose rows are whose, and which get their adapter's part later.
 template <class T>
-pomona::LongRuns plan_long_runs(const Lora<T>& work, int64_t num_long) {
+pomona::LongRuns plan_rows(const Lora<T>& work, int64_t num_long) {
   const pomona::LoraStep& step = work.step;
   auto* segments = static_cast<int32_t*>(pomona::scratch(pomona::kSegments, step.num_tokens * sizeof(int32_t)));
   for (int64_t row = 0; row < step.num_tokens; row++) segments[row] = pomona::kNoAdapter;
@@ -24,25 +25,27 @@ pomona::LongRuns plan_long_runs(const Lora<T>& work, int64_t num_long) {
 }
 
 template <class T, class S = OnlyItems>
-void product(const pomona::GemmCall& call, int num_threads, const S& share = {}) {
+void base_product(const pomona::GemmCall& call, int num_threads, const S& share = {}) {
   call.scales ? gemm_int8<T>(call, num_threads, share) : dense<T>(call, num_threads, share);
 }
 
 template <class T>
 void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_call, int num_threads) {
-  const Shares shares = share_blocks(lora_call, num_threads, !kUsesTiles<T> || (!gemm_call.scales && can_fuse(*lora_call.site)));
+  // With tile registers a row's adapter is rounded together with the product, or after it, whatever its run's length.
+  const bool is_fusible = can_fuse(*lora_call.site);
+  const Shares shares = share_blocks(lora_call, num_threads, !kUsesTiles<T> || (is_fusible && !gemm_call.scales));
   pomona::GemmCall base = gemm_call;
-  if (shares.is_idle) return product<T>(base, num_threads);
+  if (shares.is_idle) return base_product<T>(base, num_threads);
   base.adapters = &lora_call, base.is_block_shared = shares.num_cuts > 1;
-  if (shares.num_long > 0 && !can_fuse(*lora_call.site)) {
-    product<T>(base, num_threads);
+  if (shares.num_long > 0 && !is_fusible) {
+    base_product<T>(base, num_threads);
     return lora<T>(lora_call, num_threads, 3);
   }
   const Lora<T> work = long_work<T>(lora_call, shares, new_v<T>(lora_call));
   const ShortRuns<T> few{work, shares, &base};
   const bool has_sums = kUsesTiles<T> && few.num_items() > 0;
   const pomona::LongRuns long_runs =
-      shares.num_long > 0 || has_sums ? plan_long_runs<T>(work, shares.num_long) : pomona::LongRuns{};
+      shares.num_long > 0 || has_sums ? plan_rows<T>(work, shares.num_long) : pomona::LongRuns{};
   if (long_runs.segments) base.long_runs = &long_runs;
   if (has_sums)
     base.sums = static_cast<float*>(pomona::scratch(pomona::kLaterSums, base.num_rows * base.out_features * 4));
@@ -52,7 +55,7 @@ void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_cal
     for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_pairs * work.rank_parts, shrink},
               Kind{num_items, product}, Kind{few.num_items(), run_few});
   };
-  product<T>(base, num_threads, in_turn);
+  base_product<T>(base, num_threads, in_turn);
 }
 
 }  // namespace

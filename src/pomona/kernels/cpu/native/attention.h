@@ -93,7 +93,8 @@ struct Attention {
   void find_tokens(const void* cache, int64_t block_stride, const int32_t* table, const Tile& tile,
                    const Elem** rows) const {
     const Elem* zeros = static_cast<const Elem*>(pomona::zeros(call.num_kv_heads * call.head_dim * sizeof(Elem)));
-    const int64_t end = ceil_div(tile.high, max64(kGroup, kTokensPerStep)) * max64(kGroup, kTokensPerStep);
+    constexpr int64_t kWhole = kTokensPerStep > kGroup ? kTokensPerStep : kGroup;
+    const int64_t end = ceil_div(tile.high, kWhole) * kWhole;
     const int64_t token = call.num_kv_heads * call.head_dim;
     for (int64_t t = 0; t < tile.low; t++) rows[t] = zeros;
     for (int64_t t = tile.high; t < end; t++) rows[t] = zeros;
