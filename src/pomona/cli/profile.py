@@ -35,7 +35,8 @@ def run_profile_command(config: AppConfig, limits: ProfileLimits, output: Path) 
     profile = describe(config, parts, adapters, outcome)
     output.write_text(profile.to_json())
     console.print(render(profile))
-    console.print(f"Stopped after {outcome.num_points} points: {outcome.reason}. Written to {output}.")
+    stopped = f"Stopped after {outcome.num_points} points: {outcome.reason}. Written to {output}."
+    console.print(stopped, soft_wrap=True)
 
 
 def build_metered(config: AppConfig) -> tuple[EngineParts, MeteredExecutor, tuple[AdapterInfo, ...]]:
@@ -127,7 +128,7 @@ def render(profile: CostProfile) -> Table:
     """The fitted model for people: microseconds per unit."""
     error = profile.error
     table = Table(
-        title=f"{profile.model} on {profile.hardware}: {error.dense}, adapters by {error.adapters}; "
+        title=f"{profile.model} on {profile.hardware}: {error.dense}, adapters by {error.adapters}\n"
         f"held-out error p50 {error.p50:.1%}, p90 {error.p90:.1%}, max {error.max:.1%}"
     )
     table.add_column("quantity")
