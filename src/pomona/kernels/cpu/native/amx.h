@@ -18,11 +18,10 @@ template <class T>
 constexpr bool kUsesTiles = false;
 #endif
 
-// Rows and groups of columns that are summed at once; units of one step of k, after which something else is fetched.
+// Rows that are summed at once, and units that are added together.
 template <class T>
 struct ProductSize {
   static constexpr int kRows = kUsesTiles<T> ? kMostTileRows : kTileRows;
-  static constexpr int kGroups = kUsesTiles<T> ? 2 : kTileGroups;
   static constexpr int kUnits = kUsesTiles<T> ? kStepUnits : 1;
 };
 

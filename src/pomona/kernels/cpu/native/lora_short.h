@@ -304,10 +304,9 @@ struct ShortRuns {
 
   // Outputs of a slice that the block's adapter does not have.
   void finish(const pomona::RowBlock& block, int64_t slice) const {
-    Chunk none;
     Chunk nothing;
-    Fetcher idle{none};
     nothing.num_ranks = 0;
+    Fetcher idle{nothing};
     const float v[1][kChunkRanks] = {};
     for (int row = 0; row < block.num_rows; row++)
       expand_tiles<1>(site.out_features[slice], nothing, v, expansion(block, row, slice, true), idle);
