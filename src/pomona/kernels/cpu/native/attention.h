@@ -3,12 +3,13 @@
 // An item is a run of one sequence's rows and some kv heads with all the query heads that read them, so that each key
 // and value is read once for the whole group. Decodes take all kv heads at once, which lie beside each other in memory,
 // and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied
-// by the same product as dense layers. Contexts are cut into chunks of kChunk positions; each chunk has its own online
-// softmax, and chunks are merged in order. The cuts depend on positions alone, so a row's result does not depend on the
-// rows computed with it or on how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting:
-// Flash-Decoding.)
+// by the same product as dense layers; those of few rows are taken as they lie where there are tile registers
+// (attention_tiles.h). Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and
+// chunks are merged in order. The cuts depend on positions alone, so a row's result does not depend on the rows computed
+// with it or on how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
 #pragma once
 #include "amx.h"
+#include "attention_tiles.h"
 #include "transpose.h"
 #include "work.h"
 
@@ -17,6 +18,9 @@ namespace {
 constexpr int64_t kTokenTile = 64;
 constexpr int64_t kChunk = 512;
 constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
+// Lines of the next tile that few rows fetch at each step of a product with keys, at each sixteenth of the scores and at
+// each pair of values: about as many as there are, about as often as they arrive.
+constexpr int64_t kLinesPerStep = 24, kLinesPerRow = 16, kLinesPerPair = 4;
 static_assert(kChunk % kTokenTile == 0 && kTokenTile % kGroup == 0 && kTokenTile % (2 * kStepUnits) == 0);
 
 // Running softmax of some rows: maxima, sums of exponentials, weighted sums of values (in the order of load_two).
@@ -53,13 +57,21 @@ struct Attention {
     Softmax chunk, merged;
   };
 
+  // Few enough rows for attention_tiles.h, and heads and blocks of which tiles can be loaded.
+  bool has_lanes(const Item& it) const {
+    return kUsesTiles<T> && it.rows_per_head() <= kLanes && call.head_dim % kTokensPerStep == 0 &&
+           call.block_size % kLanes == 0;
+  }
+  static int64_t heads_at_once(const Item& it) { return kLanes / it.rows_per_head(); }
+
   int64_t softmax_floats() const { return max_rows * (2 + value_width); }
 
   Softmax softmax_at(float* at) const { return {at, at + max_rows, at + 2 * max_rows}; }
 
   Space space() const {
-    const int64_t sizes[] = {max_rows * num_units, kTokenTile * (num_units + 15), kTokenTile * value_width,
-                             max_rows * kTokenTile, max_rows * kTokenTile, softmax_floats(), softmax_floats()};
+    const int64_t most_lanes = max64(max_rows, kUsesTiles<T> ? heads_per_item * kLanes : 0);
+    const int64_t sizes[] = {most_lanes * num_units, kTokenTile * (num_units + 15), kTokenTile * value_width,
+                             max_rows * kTokenTile, most_lanes * kTokenTile, softmax_floats(), softmax_floats()};
     int64_t total = 0;
     for (int64_t size : sizes) total += ceil_div(size, 16) * 16;
     uint32_t* at = static_cast<uint32_t*>(pomona::scratch(pomona::kPanel, total * 4));
@@ -77,15 +89,30 @@ struct Attention {
             call.block_tables + block.sequence * call.max_blocks, group};
   }
 
+  const Elem* query_of(const Item& it, int64_t head, int64_t row) const {
+    return static_cast<const Elem*>(call.query) + (it.block.row + row / group) * call.query_row_stride +
+           ((it.first_head + head) * group + row % group) * call.query_head_stride;
+  }
+
+  // [head][row][unit], or where tiles take few rows, [head][unit][lane].
   void load_query(const Item& it, uint32_t* out) const {
+    if (has_lanes(it)) return load_lanes(it, out);
     for (int64_t h = 0; h < it.num_heads; h++)
-      for (int64_t r = 0; r < it.block.num_rows; r++)
-        for (int64_t g = 0; g < group; g++, out += num_units) {
-          const Elem* head = static_cast<const Elem*>(call.query) + (it.block.row + r) * call.query_row_stride +
-                             ((it.first_head + h) * group + g) * call.query_head_stride;
-          out[num_units - 1] = 0;
-          memcpy(out, head, call.head_dim * sizeof(Elem));
-        }
+      for (int64_t row = 0; row < it.rows_per_head(); row++, out += num_units) {
+        out[num_units - 1] = 0;
+        memcpy(out, query_of(it, h, row), call.head_dim * sizeof(Elem));
+      }
+  }
+
+  void load_lanes(const Item& it, uint32_t* out) const {
+    memset(out, 0, it.num_heads * num_units * kLanes * 4);
+    for (int64_t h = 0; h < it.num_heads; h++, out += num_units * kLanes)
+      for (int64_t row = 0; row < it.rows_per_head(); row++) {
+        const int64_t lane = h % heads_at_once(it) * it.rows_per_head() + row;
+        const Elem* query = query_of(it, h, row);
+        for (int64_t unit = 0; unit < num_units; unit++)
+          memcpy(out + unit * kLanes + lane, query + unit * T::kPerUnit, 4);
+      }
   }
 
   // Where the tile's keys (or values) of the first kv head are; positions outside [low, high) get zeros: a freed block
@@ -213,10 +240,12 @@ struct Attention {
       T::store(reinterpret_cast<Elem*>(weights) + i * W, weight);
     }
     if (now != before) {
-      const float decay = before == -INFINITY ? 0.0f : scalar_exp2(before - now);
       softmax.maxima[row] = now;
-      softmax.totals[row] *= decay;
-      scale_row(softmax.values + row * value_width, decay);
+      if (before != -INFINITY) {  // otherwise all of it is still zero
+        const float decay = scalar_exp2(before - now);
+        softmax.totals[row] *= decay;
+        scale_row(softmax.values + row * value_width, decay);
+      }
     }
     softmax.totals[row] += fold_sum(total);
   }
@@ -226,6 +255,60 @@ struct Attention {
   void scale_row(float* row, float factor) const {
     for (int64_t i = 0; i < value_width; i += W) store_floats(row + i, load_floats(row + i) * splat(factor));
   }
+
+#if defined(__AMX_BF16__)
+  // Scores of rows side by side, of whole heads, become weights. The softmax of the first is the first_row-th.
+  void soften_lanes(const Item& it, const Tile& tile, int64_t num_rows, float* scores, int64_t first_row,
+                    const Softmax& softmax, NextBlocks& blocks) const {
+    Seen seen{tile.high, tile.low, false, {}, {}};
+    for (int64_t row = 0; row < num_rows; row++) {
+      const Span span = seen_by(it, tile, row % it.rows_per_head());
+      seen.low[row] = static_cast<int32_t>(span.low), seen.high[row] = static_cast<int32_t>(span.high);
+      if (span.low < span.high) seen.first = min64(seen.first, span.low), seen.last = max64(seen.last, span.high);
+    }
+    for (int64_t row = 0; row < num_rows; row++)
+      seen.is_partial |= seen.low[row] != seen.first || seen.high[row] != seen.last;
+    for (int64_t t = tile.low / 2 * 2; t < ceil_div(tile.high, 2) * 2; t++)
+      if (t < seen.first || t >= seen.last) memset(scores + t * kLanes, 0, kLanes * 4);
+    if (seen.first >= seen.last) return;
+    const int n = static_cast<int>(num_rows);
+    float *maxima = softmax.maxima + first_row, *totals = softmax.totals + first_row;
+    vf most = load_one<Float32>(maxima, n), total = load_one<Float32>(totals, n);
+    alignas(64) float decays[kLanes];
+    const vf decay = soften_tile(scores, seen, splat(call.scale * kLog2E), most, total,
+                                 [&] { blocks.fetch(kLinesPerRow); });
+    store_floats(decays, decay);
+    store_one<Float32>(maxima, most, n);
+    store_one<Float32>(totals, total, n);
+    for (int64_t row = 0; row < num_rows; row++)
+      if (decays[row] != 1.0f) scale_row(softmax.values + (first_row + row) * value_width, decays[row]);
+  }
+
+  void attend_lanes(const Item& it, const Tile& tile, const Elem* const* values, const Space& s, const Softmax& softmax,
+                    NextBlocks& blocks) const {
+    const int64_t rows = it.rows_per_head(), head_bytes = call.head_dim * sizeof(Elem);
+    const int64_t token_bytes = call.num_kv_heads * head_bytes;
+    KeyRows keys[kTokenTile / 16];
+    for (int64_t i = 0; i < kTokenTile / 16; i++) {
+      keys[i] = {static_cast<const char*>(pomona::zeros(token_bytes)), 0};
+      if (i * 16 + 16 <= tile.low || i * 16 >= tile.high) continue;
+      const int64_t position = tile.begin + i * 16;
+      const Elem* block = static_cast<const Elem*>(call.key_cache) +
+                          it.table[position / call.block_size] * call.key_block_stride;
+      keys[i] = {reinterpret_cast<const char*>(block) + position % call.block_size * token_bytes, token_bytes};
+    }
+    for (int64_t first = 0; first < it.num_heads; first += heads_at_once(it)) {
+      const int64_t num_heads = min64(heads_at_once(it), it.num_heads - first), head = it.first_head + first;
+      score_tiles(keys, head * head_bytes, num_heads * head_bytes, s.query + first * num_units * kLanes, s.scores,
+                  [&] { blocks.fetch(kLinesPerStep); });
+      soften_lanes(it, tile, num_heads * rows, s.scores, first * rows, softmax, blocks);
+      for (int64_t h = 0; h < num_heads; h++)
+        add_values(rows, call.head_dim, values, (head + h) * call.head_dim, tile.low, tile.high, s.scores + h * rows,
+                   softmax.values + (first + h) * rows * value_width, value_width,
+                   [&] { blocks.fetch(kLinesPerPair); });
+    }
+  }
+#endif
 
   // Attention of an item's rows to the positions [begin, end) of one chunk.
   // `following` is what this thread will do next, or null.
@@ -241,8 +324,15 @@ struct Attention {
                                               : NextBlocks{}
                                   : next_blocks(it, at + kTokenTile, end);
       const Elem *keys[kTokenTile], *values[kTokenTile];
-      find_tokens(call.key_cache, call.key_block_stride, it.table, tile, keys);
       find_tokens(call.value_cache, call.value_block_stride, it.table, tile, values);
+#if defined(__AMX_BF16__)
+      if constexpr (kUsesTiles<T>)
+        if (has_lanes(it)) {
+          attend_lanes(it, tile, values, s, softmax, blocks);
+          continue;
+        }
+#endif
+      find_tokens(call.key_cache, call.key_block_stride, it.table, tile, keys);
       for (int64_t h = 0; h < it.num_heads; h++) {
         const int64_t row = h * rows;
         const Softmax part{softmax.maxima + row, softmax.totals + row, softmax.values + row * value_width};
@@ -283,6 +373,15 @@ struct Attention {
     }
   }
 
+  // The positions of a tile that a row of a kv head sees.
+  struct Span {
+    int64_t low, high;
+  };
+  Span seen_by(const Item& it, const Tile& tile, int64_t row) const {
+    const int64_t newest = it.block.first_position + row / group - tile.begin;
+    return {call.window ? max64(tile.low, newest - call.window + 1) : tile.low, min64(newest + 1, tile.high)};
+  }
+
   // Scores of one kv head's rows in a tile, then their weights.
   void weigh(const Item& it, const Tile& tile, const uint32_t* query, const Space& s, const Softmax& softmax,
              NextBlocks& blocks) const {
@@ -291,14 +390,10 @@ struct Attention {
                TileA{reinterpret_cast<const char*>(query + row * num_units), num_units * 4},
                TileB{s.keys, kGroup, kTokenTile}, TileC{s.scores + row * kTokenTile, kTokenTile, false}, blocks);
     });
-    for (int64_t r = 0; r < it.block.num_rows; r++) {
-      const int64_t newest = it.block.first_position + r - tile.begin;
-      const int64_t oldest = call.window ? max64(tile.low, newest - call.window + 1) : tile.low;
-      for (int64_t g = 0; g < group; g++) {
-        const int64_t row = r * group + g;
-        soften(s.scores + row * kTokenTile, oldest, min64(newest + 1, tile.high), row, softmax,
-               s.weights + row * (kTokenTile / T::kPerUnit));
-      }
+    for (int64_t row = 0; row < it.rows_per_head(); row++) {
+      const Span seen = seen_by(it, tile, row);
+      soften(s.scores + row * kTokenTile, seen.low, seen.high, row, softmax,
+             s.weights + row * (kTokenTile / T::kPerUnit));
     }
   }
 
