@@ -34,23 +34,51 @@ struct Factors {
   int64_t num_units, a_bytes;
 };
 
-// One step of k: MT tiles of rows by NG groups.
-template <int MT, int NG>
-INLINE void multiply_step(const char* a, int64_t a_stride, const uint32_t* b, int64_t group_stride, int64_t step_bytes) {
-  _tile_loadd(4, a, a_stride);
-  _tile_loadd(6, b, step_bytes);
-  if (MT == 2) _tile_loadd(5, a + 16 * a_stride, a_stride);
-  _tile_dpbf16ps(0, 4, 6);
-  if (MT == 2) _tile_dpbf16ps(2, 5, 6);
-  if (NG >= 2) {
-    _tile_loadd(7, b + group_stride, step_bytes);
-    _tile_dpbf16ps(1, 4, 7);
-    if (MT == 2) _tile_dpbf16ps(3, 5, 7);
+// Weights of a later step, which are fetched into the nearest cache if weights are read once. A few lines at a time: one
+// that has to wait for its turn holds up all that comes after it.
+struct NextStep {
+  const uint32_t* units;
+  int64_t group_stride, step;
+
+  template <int N>
+  INLINE void fetch(int64_t group, int64_t first) const {
+#pragma GCC unroll 8
+    for (int64_t k = first; k < first + N; k++) prefetch_near(units + group * group_stride + k * step);
   }
+};
+
+// One step of k: MT tiles of rows by NG groups.
+template <int MT, int NG, bool kFetches>
+INLINE void multiply_step(const char* a, int64_t a_stride, const uint32_t* b, int64_t group_stride, int64_t step_bytes,
+                          const NextStep& next) {
+  static_assert(kStepUnits == 16);
+  _tile_loadd(4, a, a_stride);
+  if (kFetches) next.fetch<8>(0, 0);
+  _tile_loadd(6, b, step_bytes);
+  if (kFetches) next.fetch<8>(0, 8);
+  _tile_dpbf16ps(0, 4, 6);
+  if (NG >= 2) {
+    if (kFetches) next.fetch<4>(1, 0);
+    _tile_loadd(7, b + group_stride, step_bytes);
+    if (kFetches) next.fetch<4>(1, 4);
+    _tile_dpbf16ps(1, 4, 7);
+    if (kFetches) next.fetch<4>(1, 8);
+  }
+  if (MT == 2) {
+    _tile_loadd(5, a + 16 * a_stride, a_stride);
+    if (kFetches && NG >= 2) next.fetch<4>(1, 12);
+    _tile_dpbf16ps(2, 5, 6);
+    if (NG >= 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  if (MT == 1 && NG >= 2 && kFetches) next.fetch<4>(1, 12);
   if (MT == 1 && NG == 4) {
+    if (kFetches) next.fetch<8>(2, 0);
     _tile_loadd(6, b + 2 * group_stride, step_bytes);
+    if (kFetches) next.fetch<8>(2, 8);
     _tile_dpbf16ps(2, 4, 6);
+    if (kFetches) next.fetch<8>(3, 0);
     _tile_loadd(7, b + 3 * group_stride, step_bytes);
+    if (kFetches) next.fetch<8>(3, 8);
     _tile_dpbf16ps(3, 4, 7);
   }
 }
@@ -64,43 +92,47 @@ __attribute__((noinline)) void multiply_rest(int num_rows, const char* a, int64_
   for (int g = 0; g < NG; g++)
     for (int64_t k = 0; k < num_units; k++) memcpy(columns[g][k], b + g * of_b.group_stride + k * of_b.step, 64);
   __asm__ volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
-  multiply_step<MT, NG>(rows[0], 64, reinterpret_cast<const uint32_t*>(columns), kStepUnits * kGroup, 64);
+  multiply_step<MT, NG, false>(rows[0], 64, reinterpret_cast<const uint32_t*>(columns), kStepUnits * kGroup, 64, {});
 }
 
-// Of weights that are read once: where those of the next product are, like these in size. Tiles are loaded one by one,
-// so a few steps ahead of them their lines are fetched into the nearest cache.
+// Where the weights of the next product are, like these in size, if weights are read once; then what comes a few steps
+// later is fetched.
 struct Stream {
   const uint32_t* next = nullptr;
   bool is_any = false;
 
   static constexpr int64_t kUnitsAhead = 4 * kStepUnits;
-  template <int NG>
-  INLINE void fetch(const Factors& factors, int64_t unit) const {
-    if (!is_any) return;
+  INLINE NextStep after(const Factors& factors, int64_t unit) const {
     const uint32_t* from = factors.b.units;
-    unit += kUnitsAhead;
-    if (unit >= factors.num_units) from = next, unit -= factors.num_units;
-    if (from == nullptr) return;
-    for (int g = 0; g < NG; g++)
-#pragma GCC unroll 16
-      for (int k = 0; k < kStepUnits; k++)
-        prefetch_near(from + g * factors.b.group_stride + (unit + k) * factors.b.step);
+    int64_t later = unit + kUnitsAhead;
+    if (later >= factors.num_units) {
+      later -= factors.num_units, from = next;
+      if (next == nullptr || later >= factors.num_units) from = factors.b.units, later = unit;  // is there already
+    }
+    return {from + later * factors.b.step, factors.b.group_stride, factors.b.step};
   }
 };
 
-template <int MT, int NG>
-INLINE void multiply_all(int num_rows, const Factors& factors, Stream stream) {
+template <int MT, int NG, bool kFetches>
+INLINE void multiply_steps(const Factors& factors, Stream stream) {
   const char* a = factors.a.rows;
   const uint32_t* b = factors.b.units;
   const int64_t group_stride = factors.b.group_stride, step = factors.b.step;
-  int64_t unit = 0;
-  for (; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
-    stream.fetch<NG>(factors, unit);
-    multiply_step<MT, NG>(a + unit * 4, factors.a.stride_bytes, b + unit * step, group_stride, step * 4);
-  }
+  for (int64_t unit = 0; unit + kStepUnits <= factors.num_units; unit += kStepUnits)
+    multiply_step<MT, NG, kFetches>(a + unit * 4, factors.a.stride_bytes, b + unit * step, group_stride, step * 4,
+                                    kFetches ? stream.after(factors, unit) : NextStep{});
+}
+
+template <int MT, int NG>
+INLINE void multiply_all(int num_rows, const Factors& factors, Stream stream) {
+  if (stream.is_any)
+    multiply_steps<MT, NG, true>(factors, stream);
+  else
+    multiply_steps<MT, NG, false>(factors, stream);
+  const int64_t unit = factors.num_units / kStepUnits * kStepUnits, step = factors.b.step;
   if (unit < factors.num_units)
-    multiply_rest<MT, NG>(num_rows, a + unit * 4, factors.a.stride_bytes, b + unit * step, factors.b,
-                          factors.num_units - unit, factors.a_bytes - unit * 4);
+    multiply_rest<MT, NG>(num_rows, factors.a.rows + unit * 4, factors.a.stride_bytes, factors.b.units + unit * step,
+                          factors.b, factors.num_units - unit, factors.a_bytes - unit * 4);
 }
 
 template <int MT, int NG>
