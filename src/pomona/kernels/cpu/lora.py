@@ -22,7 +22,7 @@ _ROWS_PER_ITEM, _ROWS_PER_SHORT_ITEM = 36, 8
 more than make a short run (kFewRows, native/lora.h)."""
 _MOST_SHORT_ROWS = 64
 """Segments of more rows go the long way (native/lora.h): for fewer, what is shared with the product is not worth it."""
-_ROWS_PER_TILED_ITEM, _MOST_SHORT_TILED_ROWS = 128, 31
+_ROWS_PER_TILED_ITEM, _ROWS_PER_SHORT_TILED_ITEM, _MOST_SHORT_TILED_ROWS = 128, 16, 31
 """The same where tile registers do the work: laying the rank rows out as columns is an item's first cost, and rows that
 fill a tile of the product are best multiplied there."""
 
@@ -93,11 +93,12 @@ def _site_of(slices: LoraSlices) -> _Site | None:
 
 def _plan_step(batch: LoraBatch, num_tokens: int, dtype: int) -> _Step:
     is_tiled = binding.uses_tiles(dtype)
-    long_rows = _ROWS_PER_TILED_ITEM if is_tiled else _ROWS_PER_ITEM
-    short_rows = _MOST_SHORT_TILED_ROWS if is_tiled else _MOST_SHORT_ROWS
+    long_item = _ROWS_PER_TILED_ITEM if is_tiled else _ROWS_PER_ITEM
+    short_item = _ROWS_PER_SHORT_TILED_ITEM if is_tiled else _ROWS_PER_SHORT_ITEM
+    most_short_rows = _MOST_SHORT_TILED_ROWS if is_tiled else _MOST_SHORT_ROWS
     rows = np.array(batch.host_rows, dtype=np.int32).reshape(-1, 2)
     lengths = rows[:, 1] - rows[:, 0]
-    sizes = np.where(lengths > short_rows, long_rows, _ROWS_PER_SHORT_ITEM)
+    sizes = np.where(lengths > most_short_rows, long_item, short_item)
     counts = -(-lengths // sizes)
     segments = np.repeat(np.arange(len(rows)), counts)
     within = (np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)) * sizes[segments]

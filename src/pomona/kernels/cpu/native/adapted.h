@@ -33,7 +33,8 @@ template <class T>
 void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_call, int num_threads) {
   // With tile registers a row's adapter is rounded together with the product, or after it, whatever its run's length.
   const bool is_fusible = can_fuse(*lora_call.site);
-  const Shares shares = share_blocks(lora_call, num_threads, !kUsesTiles<T> || (is_fusible && !gemm_call.scales));
+  const bool has_short_runs = !kUsesTiles<T> || (is_fusible && !gemm_call.scales);
+  const Shares shares = share_blocks(lora_call, num_threads, has_short_runs ? kFewRows<T> : 0);
   pomona::GemmCall base = gemm_call;
   if (shares.is_idle) return base_product<T>(base, num_threads);
   base.adapters = &lora_call, base.is_block_shared = shares.num_cuts > 1;

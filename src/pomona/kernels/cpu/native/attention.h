@@ -5,8 +5,8 @@
 // and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied
 // by the same product as dense layers; those of few rows are taken as they lie where there are tile registers
 // (attention_tiles.h). Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and
-// chunks are merged in order. The cuts depend on positions alone, so a row's result does not depend on the rows computed
-// with it or on how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
+// chunks are merged in order. The cuts depend on positions alone, so a row's result does not depend on its company or on
+// how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
 #pragma once
 #include "amx.h"
 #include "attention_tiles.h"
@@ -18,8 +18,8 @@ namespace {
 constexpr int64_t kTokenTile = 64;
 constexpr int64_t kChunk = 512;
 constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
-// Lines of the next tile that few rows fetch at each step of a product with keys, at each sixteenth of the scores and at
-// each pair of values: about as many as there are, about as often as they arrive.
+// Lines of the next tile that few rows fetch at each step of a product with keys, each sixteenth of the scores and each
+// pair of values: about as many as there are, about as often as they arrive.
 constexpr int64_t kLinesPerStep = 24, kLinesPerRow = 16, kLinesPerPair = 4;
 static_assert(kChunk % kTokenTile == 0 && kTokenTile % kGroup == 0 && kTokenTile % (2 * kStepUnits) == 0);
 

@@ -13,7 +13,9 @@ namespace {
 
 constexpr int kRankTile = 8, kRankPart = 16;  // ranks that are summed at once, and in one item
 constexpr int64_t kMaxRank = 1024;
-constexpr int kFewRows = 8;  // blocks of up to so many rows are short runs (lora_short.h)
+// Blocks of up to so many rows are short runs (lora_short.h).
+template <class T>
+constexpr int kFewRows = kUsesTiles<T> ? 16 : 8;
 #if defined(__AVX512F__)
 constexpr int kShrinkRows = 3, kExpandRows = 6, kExpandVectors = 4;
 #elif defined(__AVX2__)
@@ -326,14 +328,15 @@ struct Lora {
 };
 
 // How a call's blocks are shared. They stand in order of falling length: the first num_long go the long way (lora.h),
-// the others are short runs, which are cut into slices where there are too few of them to keep the threads busy.
+// the others, of up to few_rows, are short runs, which are cut into slices where there are too few of them to keep the
+// threads busy.
 struct Shares {
   int threads;
   int64_t num_long, num_cuts;
   bool is_idle;
 };
 
-inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool has_short_runs) {
+inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, int few_rows) {
   const pomona::LoraSite& site = *call.site;
   const pomona::LoraStep& step = *call.step;
   int64_t num_ranks = 0, most_ranks = 0;  // of all segments, of one
@@ -349,8 +352,7 @@ inline Shares share_blocks(const pomona::LoraCall& call, int num_threads, bool h
   const int64_t cycles = step.max_rank * features * (step.num_blocks / 4 + num_rows * 3 / (2 * W) + 1);
   const int threads = threads_for(num_threads, cycles);
   int64_t num_long = step.num_blocks;
-  if (has_short_runs)
-    while (num_long > 0 && step.blocks[num_long - 1].num_rows <= kFewRows) num_long--;
+  while (num_long > 0 && step.blocks[num_long - 1].num_rows <= few_rows) num_long--;
   const int64_t num_short = step.num_blocks - num_long;
   const bool is_cut = threads > 1 && (num_short < 2 * threads || 2 * most_ranks * threads > 3 * num_ranks);
   // Left to the long way where even cutting keeps too few threads busy.

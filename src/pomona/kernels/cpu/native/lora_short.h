@@ -127,6 +127,8 @@ INLINE void expand_run(int64_t num_columns, const Chunk& chunk, const uint32_t (
 }
 
 #if defined(__AMX_BF16__)
+constexpr int64_t kSumsAhead = 4 * W;
+
 // As expand_run, in the order of tile registers, of bfloat16 that are scaled already: onto a product's sums, which then
 // become outputs.
 struct TileExpansion {
@@ -156,11 +158,13 @@ INLINE void store_apart(float* to, const vf* two, int n) {
   memcpy(to, some, n * 4);
 }
 
-// M rows' columns from i on.
-template <int M>
-INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[kChunkRanks], const TileExpansion& to) {
+// M rows' columns from i on. fetch() is called for each two ranks.
+template <int M, class F>
+INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[kChunkRanks], const TileExpansion& to,
+                         const F& fetch) {
   vf even[M][2] = {}, odd[M][2] = {};  // of ranks, and in them of columns
   for (int64_t j = 0; j < chunk.num_ranks; j += 2) {
+    fetch();
     vf weights[2], others[2];
     load_some<BFloat16>(reinterpret_cast<const uint16_t*>(chunk.b[j]) + i, n, weights);
     load_some<BFloat16>(reinterpret_cast<const uint16_t*>(chunk.b[j + 1]) + i, n, others);
@@ -190,17 +194,35 @@ INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[
   }
 }
 
-template <int MR>
-INLINE void expand_tiles(int64_t num_columns, const Chunk& chunk, const float (*v)[kChunkRanks],
+// Rows by four, and the rest. Half of the sums are in another core's cache: they are fetched a little ahead.
+template <int kRest>
+INLINE void expand_fours(int num_rows, int64_t num_columns, const Chunk& chunk, const float (*v)[kChunkRanks],
                          const TileExpansion& to, Fetcher& ahead) {
-  constexpr int kFirst = MR < 4 ? MR : 4;
-  const TileExpansion others{to.sums + kFirst * to.sums_stride,     to.sums_stride, to.is_last, to.bias,
-                             to.out + kFirst * to.out_stride, to.out_stride};
+  const auto fetch = [&] { ahead.fetch(2); };
   for_lanes(num_columns, LANES {
-    ahead.fetch(chunk.num_ranks);
-    expand_lanes<kFirst>(i, n, chunk, v, to);
-    if constexpr (MR > kFirst) expand_lanes<MR - kFirst>(i, n, chunk, v + kFirst, others);
+    for (int m = 0; m < num_rows; m++)
+      for (int64_t line = 0; line < 2; line++)
+        prefetch_near(to.sums + m * to.sums_stride + i + kSumsAhead + line * W);
+    TileExpansion part = to;
+    int row = 0;
+    for (; row + 4 <= num_rows; row += 4) {
+      row == 0 ? expand_lanes<4>(i, n, chunk, v, part, fetch) : expand_lanes<4>(i, n, chunk, v + row, part, [] {});
+      part.sums += 4 * to.sums_stride, part.out += 4 * to.out_stride;
+    }
+    if constexpr (kRest > 0)
+      row == 0 ? expand_lanes<kRest>(i, n, chunk, v, part, fetch)
+               : expand_lanes<kRest>(i, n, chunk, v + row, part, [] {});
   });
+}
+
+INLINE void expand_tiles(int num_rows, int64_t num_columns, const Chunk& chunk, const float (*v)[kChunkRanks],
+                         const TileExpansion& to, Fetcher& ahead) {
+  switch (num_rows % 4) {
+    case 0: return expand_fours<0>(num_rows, num_columns, chunk, v, to, ahead);
+    case 1: return expand_fours<1>(num_rows, num_columns, chunk, v, to, ahead);
+    case 2: return expand_fours<2>(num_rows, num_columns, chunk, v, to, ahead);
+    case 3: return expand_fours<3>(num_rows, num_columns, chunk, v, to, ahead);
+  }
 }
 #endif
 
@@ -246,9 +268,6 @@ struct ShortRuns {
   void compute(const Chunk& chunk, int row, Fetcher& ahead) const {
     const pomona::RowBlock& block = *chunk.block;
     const Elem* x = static_cast<const Elem*>(call.x) + (block.start + row) * call.x_stride;
-#if defined(__AMX_BF16__)
-    if constexpr (kUsesTiles<T>) return compute_tiles<MR>(chunk, row, x, ahead);
-#endif
     uint32_t v[MR][kChunkRanks];
     for (int64_t first = 0; first < chunk.num_ranks; first += kRankTile) {
       const int64_t end = min64(kRankTile, chunk.num_ranks - first);
@@ -276,30 +295,32 @@ struct ShortRuns {
   }
 
 #if defined(__AMX_BF16__)
-  TileExpansion expansion(const pomona::RowBlock& block, int row, int64_t slice, bool is_last) const {
+  TileExpansion expansion(const pomona::RowBlock& block, int64_t slice, bool is_last) const {
     int64_t column = 0;
     for (int64_t i = 0; i < slice; i++) column += site.out_features[i];
     const auto* bias = static_cast<const Elem*>(base->bias);
-    return {base->sums + (block.start + row) * base->out_features + column, base->out_features, is_last,
+    return {base->sums + block.start * base->out_features + column, base->out_features, is_last,
             bias ? bias + column : nullptr,
-            static_cast<Elem*>(call.out) + (block.start + row) * call.out_stride + column, call.out_stride};
+            static_cast<Elem*>(call.out) + block.start * call.out_stride + column, call.out_stride};
   }
 
-  template <int MR>
-  void compute_tiles(const Chunk& chunk, int row, const Elem* x, Fetcher& ahead) const {
+  // All rows of the chunk's block.
+  void compute_tiles(const Chunk& chunk, Fetcher& ahead) const {
     const pomona::RowBlock& block = *chunk.block;
+    const Elem* x = static_cast<const Elem*>(call.x) + block.start * call.x_stride;
     const vf scaling = splat(call.scalings[chunk.slice * step.num_segments + block.segment]);
     const TileA inputs{reinterpret_cast<const char*>(x), call.x_stride * static_cast<int64_t>(sizeof(Elem))};
-    alignas(64) float v[MR][kChunkRanks], sums[MR][kRankPart];
+    alignas(64) float v[kFewRows<T>][kChunkRanks], sums[kFewRows<T>][kRankPart];
     for (int64_t first = 0; first < chunk.num_ranks; first += kRankPart) {
       const uint32_t* columns = lay_out_columns(chunk.a + first, chunk.num_ranks - first, chunk.a_bytes,
                                                 [&] { ahead.fetch(min64(kRankPart, chunk.num_ranks - first)); });
-      tile_product<1>(MR, {inputs, {columns, 0, kRankPart}, ceil_div(chunk.a_bytes, 4), chunk.a_bytes}, nullptr,
-                      {sums[0], kRankPart, false});
-      for (int m = 0; m < MR; m++) store_floats(v[m] + first, T::round(scaling * load_floats(sums[m])));
+      tile_product<1>(block.num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(chunk.a_bytes, 4), chunk.a_bytes},
+                      nullptr, {sums[0], kRankPart, false});
+      for (int m = 0; m < block.num_rows; m++) store_floats(v[m] + first, T::round(scaling * load_floats(sums[m])));
     }
     const bool is_last = chunk.first_rank + chunk.num_ranks == work.rank_of(chunk.slice, block.segment);
-    expand_tiles<MR>(site.out_features[chunk.slice], chunk, v, expansion(block, row, chunk.slice, is_last), ahead);
+    const TileExpansion to = expansion(block, chunk.slice, is_last);
+    expand_tiles(block.num_rows, site.out_features[chunk.slice], chunk, v, to, ahead);
   }
 
   // Outputs of a slice that the block's adapter does not have.
@@ -307,9 +328,8 @@ struct ShortRuns {
     Chunk nothing;
     nothing.num_ranks = 0;
     Fetcher idle{nothing};
-    const float v[1][kChunkRanks] = {};
-    for (int row = 0; row < block.num_rows; row++)
-      expand_tiles<1>(site.out_features[slice], nothing, v, expansion(block, row, slice, true), idle);
+    const float v[kFewRows<T>][kChunkRanks] = {};
+    expand_tiles(block.num_rows, site.out_features[slice], nothing, v, expansion(block, slice, true), idle);
   }
 #endif
 
@@ -334,6 +354,9 @@ struct ShortRuns {
 
   void compute_rows(const Chunk& chunk, const Chunk& next) const {
     Fetcher ahead{next};
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesTiles<T>) return compute_tiles(chunk, ahead);
+#endif
     const int num_rows = chunk.block->num_rows;
     for (int row = 0; row < num_rows; row += kRowsAtOnce)
       compute_some(chunk, row, static_cast<int>(min64(kRowsAtOnce, num_rows - row)), ahead);
@@ -360,7 +383,7 @@ struct ShortRuns {
 // phases: 1 shrink, 2 expand, with v in between; 3 both.
 template <class T>
 void lora(const pomona::LoraCall& call, int num_threads, int phases) {
-  const Shares shares = share_blocks(call, num_threads, phases == 3 && !kUsesTiles<T>);
+  const Shares shares = share_blocks(call, num_threads, phases == 3 && !kUsesTiles<T> ? kFewRows<T> : 0);
   if (shares.is_idle) return;
   const Lora<T> work = long_work<T>(call, shares, phases == 3 ? new_v<T>(call) : nullptr);
   const ShortRuns<T> few{work, shares, nullptr};
