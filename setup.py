@@ -17,20 +17,8 @@ from setuptools.errors import CompileError
 
 NATIVE = "src/pomona/kernels/cpu/native"
 HEADERS = (
-    *(
-        "adapted",
-        "amx",
-        "api",
-        "attention",
-        "attention_tiles",
-        "fixed_point",
-        "fused",
-        "gemm",
-        "gemm_int8",
-        "lora",
-        "lora_pages",
-    ),
-    *("lora_short", "rows", "tile", "tile_registers", "transpose", "vec", "work"),
+    *("adapted", "amx", "api", "attention", "attention_tiles", "fixed_point", "fused", "gemm", "gemm_int8"),
+    *("gemm_tiles", "lora", "lora_pages", "lora_short", "rows", "tile", "tile_registers", "transpose", "vec", "work"),
 )
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # gcc 12 takes its own intrinsics' undefined lanes for mistakes of ours.

@@ -6,7 +6,6 @@
 // order is the same as in attention.h, whichever factor is on the left, and zeros change no sum: so are the bits.
 #pragma once
 #include "tile_registers.h"
-#include "transpose.h"
 #include "vec.h"
 
 namespace {
