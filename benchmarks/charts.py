@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from benchmarks.chart import Bar, Point, Series, grouped_bars, roofline
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.results import Row
-from benchmarks.tables import Sample, batch_title, job_taxes, label_of, ordered, sample
+from benchmarks.tables import Sample, batch_title, job_taxes, label_of, least_taxes, ordered, sample
 from benchmarks.workload import BASE_INT8, POPULARITIES
 
 
@@ -62,12 +62,11 @@ def tax_chart(rows: Sequence[Row], shape: str) -> str:
     ]
     measured: list[Bar | None] = []
     formulas: list[Bar | None] = []
-    base_floor_s = next((row["floor_s"] for row in rows if row["popularity"] == "base"), None)
     for popularity in popularities:
-        floor_s = next(row["floor_s"] for row in rows if row["popularity"] == popularity)
         taxes = [100 * tax for tax in job_taxes(rows, popularity)]
         measured.append(Bar(statistics.median(taxes), min(taxes), max(taxes)))
-        formulas.append(None if base_floor_s is None else _exact(100 * (1 - base_floor_s / floor_s)))
+        least = [100 * tax for tax in least_taxes(rows, popularity)]
+        formulas.append(_exact(statistics.median(least)) if least else None)
     series = [Series("extra bytes and FLOPs alone", tuple(formulas)), Series("measured", tuple(measured))]
     title = f"{shape}: LoRA tax, {batch_title(batch)}"
     return grouped_bars(title, "popularity of adapters", "throughput lost, % of base only", popularities, series)

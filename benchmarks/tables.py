@@ -236,21 +236,34 @@ def _clean(rows: Sequence[Row], popularity: str) -> list[Row]:
     return [row for row in here if row["is_clean"]] or here
 
 
+def _extra_s(rows: Sequence[Row], popularity: str) -> list[tuple[Row, float]]:
+    """A popularity's jobs, each with what its extra bytes, then its extra FLOPs, take at the ceilings of its minutes.
+    None where the base is not there."""
+    base = next((row for row in rows if row["popularity"] == "base"), None)
+    if base is None:
+        return []
+    return [
+        (
+            row,
+            (row["bytes"] - base["bytes"]) / row["ceilings"]["bytes_per_s"]
+            + (row["flops"] - base["flops"]) / row["ceilings"]["flops_per_s"],
+        )
+        for row in _clean(rows, popularity)
+    ]
+
+
+def least_taxes(rows: Sequence[Row], popularity: str) -> list[float]:
+    """The tax of each repetition if only the extra bytes, then the extra FLOPs, had come to the measured base."""
+    return [extra_s / (row["base_wall_s"] + extra_s) for row, extra_s in _extra_s(rows, popularity)]
+
+
 def over_formulas(rows: Sequence[Row], popularity: str) -> float | None:
     """Extra time of a popularity's jobs over what its extra bytes, then its extra FLOPs, take at the ceilings. None
     where there is nothing extra."""
-    base = next((row for row in rows if row["popularity"] == "base"), None)
-    here = next(row for row in rows if row["popularity"] == popularity)
-    if base is None or here["flops"] == base["flops"]:
-        return None
-    return statistics.median(
-        (row["wall_s"] - row["base_wall_s"])
-        / (
-            (here["bytes"] - base["bytes"]) / row["ceilings"]["bytes_per_s"]
-            + (here["flops"] - base["flops"]) / row["ceilings"]["flops_per_s"]
-        )
-        for row in _clean(rows, popularity)
-    )
+    ratios = [
+        (row["wall_s"] - row["base_wall_s"]) / extra_s for row, extra_s in _extra_s(rows, popularity) if extra_s > 0
+    ]
+    return statistics.median(ratios) if ratios else None
 
 
 def median_of(rows: Sequence[Row], popularity: str, key: str) -> float:
@@ -261,21 +274,19 @@ def median_of(rows: Sequence[Row], popularity: str, key: str) -> float:
 def job_table(rows: Sequence[Row]) -> str:
     """Jobs of one shape, with the tax on throughput (of `base`, against its like) and what the formulas make of it."""
     lines = []
-    base_floor = median_of(rows, "base", "floor_s") if any(row["popularity"] == "base" for row in rows) else None
     for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
         one = sample(rows, "output_tokens_per_s", popularity=popularity)
         assert one is not None
-        floor = median_of(rows, popularity, "floor_s")
-        over = over_formulas(rows, popularity)
+        over, least = over_formulas(rows, popularity), least_taxes(rows, popularity)
         lines.append(
             [
                 popularity,
                 one.text(),
                 f"{median_of(rows, popularity, 'wall_s'):.2f}",
-                f"{floor:.2f}",
+                f"{median_of(rows, popularity, 'floor_s'):.2f}",
                 f"{median_of(rows, popularity, 'times_floor'):.2f}",
                 f"{statistics.median(job_taxes(rows, popularity)):.1%}",
-                f"{1 - base_floor / floor:.1%}" if base_floor and popularity != "base" else NONE,
+                NONE if over is None else f"{statistics.median(least):.1%}",
                 NONE if over is None else f"{over:.2f}",
             ]
         )

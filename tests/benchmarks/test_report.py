@@ -202,6 +202,13 @@ def test_extra_time_is_compared_with_extra_bytes_and_then_extra_flops():
     assert tables.over_formulas(rows[1:], "distinct") is None
 
 
+def test_the_least_tax_is_that_of_the_extra_bytes_and_flops_beside_the_measured_base():
+    rows = [job_row("base", 800.0, 1.0), {**job_row("distinct", 800.0, 1.0), "wall_s": 3.0, "base_wall_s": 2.0}]
+    assert tables.least_taxes(rows, "distinct") == pytest.approx([0.4 / (2.0 + 0.4)])
+    assert tables.least_taxes(rows, "base") == [0.0]
+    assert tables.least_taxes(rows[1:], "distinct") == []
+
+
 def test_steps_of_earlier_programs_do_not_count(results_folder):
     results.append(results_folder / "2026-01-02-step.jsonl", {**step_row("base", 7.0), "program": "later"})
     page = dict(Report(results_folder).files("x"))["benchmarks/step.md"]

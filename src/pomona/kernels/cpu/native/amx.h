@@ -95,11 +95,13 @@ __attribute__((noinline)) void multiply_rest(int num_rows, const char* a, int64_
   multiply_step<MT, NG, false>(rows[0], 64, reinterpret_cast<const uint32_t*>(columns), kStepUnits * kGroup, 64, {});
 }
 
-// Where the weights of the next product are, like these in size, if weights are read once; then what comes a few steps
-// later is fetched.
+// What is fetched meanwhile. If weights are read once: those of a few steps later, and then of the next product, which
+// are like these in size. If many rows pass by them: some lines of what comes after these.
+enum class Fetch { kNothing, kNextStep, kBeside };
 struct Stream {
+  Fetch fetch = Fetch::kNothing;
   const uint32_t* next = nullptr;
-  bool is_any = false;
+  Ahead* beside = nullptr;
 
   static constexpr int64_t kUnitsAhead = 4 * kStepUnits;
   INLINE NextStep after(const Factors& factors, int64_t unit) const {
@@ -113,22 +115,26 @@ struct Stream {
   }
 };
 
-template <int MT, int NG, bool kFetches>
+template <int MT, int NG, Fetch kFetch>
 INLINE void multiply_steps(const Factors& factors, Stream stream) {
+  constexpr bool kFetches = kFetch == Fetch::kNextStep;
   const char* a = factors.a.rows;
   const uint32_t* b = factors.b.units;
   const int64_t group_stride = factors.b.group_stride, step = factors.b.step;
-  for (int64_t unit = 0; unit + kStepUnits <= factors.num_units; unit += kStepUnits)
+  for (int64_t unit = 0; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
+    if (kFetch == Fetch::kBeside) stream.beside->step();
     multiply_step<MT, NG, kFetches>(a + unit * 4, factors.a.stride_bytes, b + unit * step, group_stride, step * 4,
                                     kFetches ? stream.after(factors, unit) : NextStep{});
+  }
 }
 
 template <int MT, int NG>
 INLINE void multiply_all(int num_rows, const Factors& factors, Stream stream) {
-  if (stream.is_any)
-    multiply_steps<MT, NG, true>(factors, stream);
-  else
-    multiply_steps<MT, NG, false>(factors, stream);
+  switch (stream.fetch) {
+    case Fetch::kNothing: multiply_steps<MT, NG, Fetch::kNothing>(factors, stream); break;
+    case Fetch::kNextStep: multiply_steps<MT, NG, Fetch::kNextStep>(factors, stream); break;
+    case Fetch::kBeside: multiply_steps<MT, NG, Fetch::kBeside>(factors, stream); break;
+  }
   const int64_t unit = factors.num_units / kStepUnits * kStepUnits, step = factors.b.step;
   if (unit < factors.num_units)
     multiply_rest<MT, NG>(num_rows, factors.a.rows + unit * 4, factors.a.stride_bytes, factors.b.units + unit * step,

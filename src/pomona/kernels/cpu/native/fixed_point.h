@@ -44,7 +44,8 @@ struct FixedRows {
       char* fixed = to + row * row_bytes;
       for (int64_t block = 0; block < num_blocks; block++) {
         const int64_t first = block * kBlockInputs;
-        const float scale = fix(x + first, min64(kBlockInputs, call.in_features - first), fixed + first * 2);
+        char* to_block = fixed + first * 2;
+        const float scale = fix(x + first, min64(kBlockInputs, call.in_features - first), to_block, part_bytes);
         memcpy(fixed + kParts * part_bytes + block * 4, &scale, 4);
       }
     });
@@ -74,8 +75,8 @@ struct FixedRows {
     return fold_max(largest);
   }
 
-  // One block; returns its scale.
-  INLINE float fix(const typename T::Elem* x, int64_t num_inputs, char* to) const {
+  // One block, of two parts if there are that many; returns its scale.
+  INLINE static float fix(const typename T::Elem* x, int64_t num_inputs, char* to, int64_t part_bytes = 0) {
     constexpr int32_t kExponent = 1 << 23, kLeast = 31 * kExponent, kNotFinite = 255 * kExponent;
     const int32_t exponent = largest_of(x, num_inputs) / kExponent * kExponent;
     const int32_t scale_bits = (exponent < kLeast ? kLeast : exponent) - 14 * kExponent;

@@ -116,7 +116,8 @@ struct GemmWork {
                   FusedColumns<T, NG>* fused) const {
     if (fused == nullptr) {
       const bool is_whole = (group + NG) * kGroup <= call.out_features;
-      if (is_plain && is_whole) return store_plain<NG>(sums, stride, row, num_rows, group);
+      if (is_whole && is_plain) return store_whole<NG, true>(sums, stride, row, num_rows, group);
+      if (is_whole && !call.is_out_float) return store_whole<NG, false>(sums, stride, row, num_rows, group);
       for (int m = 0; m < num_rows; m++) store(sums + m * stride, row + m, group, NG);
       return;
     }
@@ -142,13 +143,14 @@ struct GemmWork {
     }
   }
 
-  // Whole groups that are rounded and nothing else.
-  template <int NG>
-  void store_plain(const float* sums, int64_t stride, int64_t row, int num_rows, int64_t group) const {
+  // Whole groups, of the outputs' dtype.
+  template <int NG, bool kIsPlain>
+  void store_whole(const float* sums, int64_t stride, int64_t row, int num_rows, int64_t group) const {
     Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + group * kGroup;
     for (int m = 0; m < num_rows; m++, sums += stride, out += call.out_stride)
 #pragma GCC unroll 6
-      for (int i = 0; i < NG * kGroup; i += W) T::store(out + i, load_floats(sums + i));
+      for (int i = 0; i < NG * kGroup; i += W)
+        T::store(out + i, kIsPlain ? load_floats(sums + i) : finish(sums + i, group * kGroup + i, W));
   }
 
   void store(const float* sums, int64_t row, int64_t group, int groups) const {

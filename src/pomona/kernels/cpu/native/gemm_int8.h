@@ -87,27 +87,162 @@ __attribute__((noinline)) void byte_tile_rows(int num_rows, int64_t num_units, T
 
 #if defined(__AMX_INT8__)
 
-constexpr int64_t kStepInputs = 64, kFewestByteRows = 8;  // of one tile instruction; rows worth the columns' layout
+constexpr int64_t kStepInputs = 64, kFewestByteRows = 9;  // of one tile instruction; rows worth the columns' layout
 
-// The int16 of a call's inputs as two bytes, the signed high ones and the unsigned low ones, each apart:
-// sums of either are exact, and so is their sum.
+// A call's inputs as FixedRows has them, each int16 as two bytes, the signed high ones and the unsigned low ones apart:
+// sums of either are exact, and so is their sum. Of each row its high bytes, its low bytes and a scale per block.
+template <class T>
 struct SplitRows {
   int64_t part_bytes, row_bytes;
-  const char* rows = nullptr;
+  const char* rows;
 
-  template <class T>
-  SplitRows(const FixedRows<T>& fixed, int64_t num_rows, int64_t in_features, int num_threads)
-      : part_bytes(ceil_div(in_features, kStepInputs) * kStepInputs), row_bytes((2 * part_bytes / 64 | 1) * 64) {
-    char* to = static_cast<char*>(pomona::scratch(pomona::kSplitRows, num_rows * row_bytes));
+  SplitRows(const pomona::GemmCall& call, int num_threads)
+      : part_bytes(ceil_div(call.in_features, kStepInputs) * kStepInputs) {
+    const int64_t num_blocks = ceil_div(call.in_features, kBlockInputs);
+    row_bytes = (ceil_div(2 * part_bytes + num_blocks * 4, 64) | 1) * 64;
+    char* to = static_cast<char*>(pomona::scratch(pomona::kSplitRows, call.num_rows * row_bytes));
     rows = to;
-    for_rows(num_rows, in_features / 8, num_threads, [&](int64_t row) {
-      const char* from = fixed.rows + row * fixed.row_bytes;
-      char* high = to + row * row_bytes;
-      for (int64_t i = 0; i < part_bytes; i += 2 * W) {
-        const __m512i x = (__m512i)load_units_part(from + i * 2, max64(0, min64(64, (in_features - i) * 2)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + i), _mm512_cvtepi16_epi8(_mm512_srai_epi16(x, 8)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + part_bytes + i), _mm512_cvtepi16_epi8(x));
+    for_rows(call.num_rows, call.in_features / 2, num_threads, [&](int64_t row) {
+      const auto* x = static_cast<const typename T::Elem*>(call.x) + row * call.x_stride;
+      char *high = to + row * row_bytes, *scales = high + 2 * part_bytes;
+      for (int64_t first = 0; first < call.in_features; first += kBlockInputs, scales += 4) {
+        alignas(64) char block[kBlockInputs * 2];
+        const int64_t num_inputs = min64(kBlockInputs, call.in_features - first);
+        if (num_inputs < kBlockInputs) memset(block, 0, sizeof block);
+        const float scale = FixedRows<T>::fix(x + first, num_inputs, block);
+        memcpy(scales, &scale, 4);
+        for (int64_t i = 0; i < min64(kBlockInputs, part_bytes - first); i += 2 * W) {
+          const __m512i both = _mm512_load_si512(block + i * 2);
+          auto *to_high = reinterpret_cast<__m256i*>(high + first + i);
+          auto *to_low = reinterpret_cast<__m256i*>(high + part_bytes + first + i);
+          _mm256_storeu_si256(to_high, _mm512_cvtepi16_epi8(_mm512_srai_epi16(both, 8)));
+          _mm256_storeu_si256(to_low, _mm512_cvtepi16_epi8(both));
+        }
       }
+    });
+  }
+};
+
+// The product by tiles. An item is a run of rows by two groups of columns, which are laid out once; meanwhile the next
+// item's are fetched.
+template <class T>
+struct TileByteGemm {
+  GemmWork<T> work;
+  SplitRows<T> split;
+  int64_t num_units;
+
+  TileByteGemm(const pomona::GemmCall& call, int num_threads)
+      : work(call), split(call, num_threads), num_units(ceil_div(call.in_features, 2)) {}
+
+  int64_t group_bytes() const { return num_units * kByteStep; }
+  const char* weights(int64_t group) const {
+    return static_cast<const char*>(work.call.packed) + group * group_bytes();
+  }
+
+  // Columns of NG groups as tiles take them: four inputs of a column side by side.
+  template <int NG>
+  const char* lay_out_columns(int64_t group) const {
+    const int64_t stride = split.part_bytes * kGroup, whole = num_units / 2 * 2;
+    char* panel = static_cast<char*>(pomona::scratch(pomona::kPanel, NG * stride));
+    for (int g = 0; g < NG; g++) {
+      const char* from = weights(group + g);
+      char *to = panel + g * stride, *end = to + stride;
+      for (int64_t unit = 0; unit < whole; unit += 2, from += 64, to += 64)
+        _mm512_storeu_si512(to, interleave_halves(_mm512_loadu_si512(from)));
+      if (whole < num_units) {
+        _mm512_storeu_si512(to, interleave_halves((__m512i)load_units_part(from, kByteStep)));
+        to += 64;
+      }
+      memset(to, 0, end - to);
+    }
+    return panel;
+  }
+
+  // Up to 16 rows by one or two groups: block by block, as byte_tile adds them.
+  template <int NG>
+  void sum(int64_t row, int num_rows, const char* columns, float* sums, Ahead& ahead) const {
+    constexpr int64_t kStride = NG * kGroup;
+    const int64_t stride = split.part_bytes * kGroup;
+    configure_tiles(num_rows);
+    const char *high = split.rows + row * split.row_bytes, *low = high + split.part_bytes;
+    const char* scales = low + split.part_bytes;
+    for (int64_t first = 0; first < split.part_bytes; first += kBlockInputs, scales += 4) {
+      const int64_t end = min64(first + kBlockInputs, split.part_bytes);
+      __asm__ volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t at = first; at < end; at += kStepInputs) {
+        _tile_loadd(4, high + at, split.row_bytes);
+        ahead.step();
+        _tile_loadd(6, columns + at * kGroup, 64);
+        _tile_loadd(5, low + at, split.row_bytes);
+        _tile_dpbssd(0, 4, 6);
+        ahead.step();
+        _tile_dpbusd(2, 5, 6);
+        if (NG == 2) {
+          _tile_loadd(7, columns + stride + at * kGroup, 64);
+          _tile_dpbssd(1, 4, 7);
+          _tile_dpbusd(3, 5, 7);
+        }
+      }
+      alignas(64) int32_t of_high[16][kStride], of_low[16][kStride];
+      _tile_stored(0, of_high[0], NG * 64);
+      _tile_stored(2, of_low[0], NG * 64);
+      if (NG == 2) _tile_stored(1, of_high[0] + kGroup, NG * 64);
+      if (NG == 2) _tile_stored(3, of_low[0] + kGroup, NG * 64);
+      for (int m = 0; m < num_rows; m++) {
+        const vf scale = (vf)splat_unit(scales + m * split.row_bytes);
+#pragma GCC unroll 2
+        for (int g = 0; g < NG; g++) {
+          const vi total = ((vi)load_units(of_high[m] + g * kGroup) << 8) + (vi)load_units(of_low[m] + g * kGroup);
+          float* to = sums + m * kStride + g * kGroup;
+          store_floats(to, fma(__builtin_convertvector(total, vf), scale, first > 0 ? load_floats(to) : vf{}));
+        }
+      }
+    }
+  }
+
+  template <int NG>
+  void run(int64_t row, int64_t num_rows, int64_t group, Ahead ahead, FusedColumns<T, NG>* fused) const {
+    const char* columns = lay_out_columns<NG>(group);
+    for (int64_t r = 0; r < num_rows; r += 16) {
+      const int rows = static_cast<int>(min64(16, num_rows - r));
+      alignas(64) float sums[16 * NG * kGroup];
+      sum<NG>(row + r, rows, columns, sums, ahead);
+      for (int m = 0; m < rows; m += kTileRows)
+        work.store_rows(sums + m * NG * kGroup, NG * kGroup, row + r + m, static_cast<int>(min64(kTileRows, rows - m)),
+                        group, fused);
+    }
+  }
+
+  template <int NG>
+  void run_columns(int64_t row, int64_t num_rows, int64_t group, int64_t groups_ahead, Ahead ahead) const {
+    if (work.call.long_runs == nullptr) return run<NG>(row, num_rows, group, ahead, nullptr);
+    FusedColumns<T, NG> fused(work.call, group, groups_ahead);
+    run<NG>(row, num_rows, group, ahead, &fused);
+  }
+
+  template <class S>
+  void run_all(int num_threads, const S& share) const {
+    const int64_t num_columns = ceil_div(work.num_groups, 2);
+    const int64_t num_items = num_columns * ceil_div(work.call.num_rows, kRowsPerItem);
+    const int threads = threads_for(num_threads, work.num_groups * num_units * (1 + work.call.num_rows / 8));
+    share(num_items, threads, [&](int64_t item) {
+      const int64_t place = side_by_side(item, num_items, threads);
+      const int64_t row = place / num_columns * kRowsPerItem, group = place % num_columns * 2;
+      const int64_t num_rows = min64(kRowsPerItem, work.call.num_rows - row);
+      const int num_groups = static_cast<int>(min64(2, work.num_groups - group));
+      const bool has_next = item + threads < num_items && group + 2 + num_groups <= work.num_groups;
+      Ahead ahead;
+      if (has_next) {
+        const int64_t num_steps = 2 * split.part_bytes / kStepInputs * ceil_div(num_rows, 16);
+        const int64_t num_lines = ceil_div(num_groups * group_bytes(), 64);
+        ahead = {weights(group + 2), weights(group + 2 + num_groups), ceil_div(num_lines, num_steps)};
+      }
+      num_groups == 2 ? run_columns<2>(row, num_rows, group, has_next ? 2 : 0, ahead)
+                      : run_columns<1>(row, num_rows, group, 0, ahead);
     });
   }
 };
@@ -123,96 +258,6 @@ struct ByteGemm {
 
   ByteGemm(const pomona::GemmCall& call, int num_threads)
       : work(call), fixed(call, num_threads), num_units(ceil_div(call.in_features, 2)) {}
-
-#if defined(__AMX_INT8__)
-  // Columns of NG groups as tiles take them: four inputs of a column side by side.
-  template <int NG>
-  char* tile_columns(int64_t group, int64_t group_stride) const {
-    char* panel = static_cast<char*>(pomona::scratch(pomona::kPanel, NG * group_stride));
-    for (int g = 0; g < NG; g++) {
-      const auto* from = reinterpret_cast<const __m256i*>(weights(group + g, 0).bytes);
-      char* to = panel + g * group_stride;
-      for (int64_t unit = 0; unit < group_stride / kByteStep; unit += 2, from += 2, to += 64) {
-        const __m256i none = _mm256_setzero_si256();
-        const __m256i first = unit < num_units ? _mm256_loadu_si256(from) : none;
-        const __m256i second = unit + 1 < num_units ? _mm256_loadu_si256(from + 1) : none;
-        _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(first),
-                                                _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16)));
-      }
-    }
-    return panel;
-  }
-
-  // Up to 16 rows by one or two groups: block by block, as byte_tile adds them.
-  template <int NG>
-  void sum_tiles(const SplitRows& split, int64_t row, int num_rows, const char* columns, int64_t group_stride,
-                 float* sums, int64_t stride) const {
-    configure_tiles(num_rows);
-    const char *high = split.rows + row * split.row_bytes, *low = high + split.part_bytes;
-    const char* scales = inputs(row, 0).scales;
-    for (int64_t first = 0; first < split.part_bytes; first += kBlockInputs, scales += 4) {
-      const int64_t end = min64(first + kBlockInputs, split.part_bytes);
-      __asm__ volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t at = first; at < end; at += kStepInputs) {
-        _tile_loadd(4, high + at, split.row_bytes);
-        _tile_loadd(6, columns + at * kGroup, 64);
-        _tile_loadd(5, low + at, split.row_bytes);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbusd(2, 5, 6);
-        if (NG == 2) {
-          _tile_loadd(7, columns + group_stride + at * kGroup, 64);
-          _tile_dpbssd(1, 4, 7);
-          _tile_dpbusd(3, 5, 7);
-        }
-      }
-      alignas(64) int32_t of_high[16][NG * kGroup], of_low[16][NG * kGroup];
-      _tile_stored(0, of_high[0], NG * 64);
-      _tile_stored(2, of_low[0], NG * 64);
-      if (NG == 2) _tile_stored(1, of_high[0] + kGroup, NG * 64);
-      if (NG == 2) _tile_stored(3, of_low[0] + kGroup, NG * 64);
-      for (int m = 0; m < num_rows; m++) {
-        const vf scale = (vf)splat_unit(scales + m * fixed.row_bytes);
-        for (int g = 0; g < NG; g++) {
-          const vi total = ((vi)load_units(of_high[m] + g * kGroup) << 8) + (vi)load_units(of_low[m] + g * kGroup);
-          float* to = sums + m * stride + g * kGroup;
-          store_floats(to, fma(__builtin_convertvector(total, vf), scale, first > 0 ? load_floats(to) : vf{}));
-        }
-      }
-    }
-  }
-
-  template <int NG>
-  void run_tiles(const SplitRows& split, int64_t row, int64_t num_rows, int64_t group,
-                 FusedColumns<T, NG>* fused) const {
-    const int64_t stride = NG * kGroup, group_stride = split.part_bytes * kGroup;
-    const char* columns = tile_columns<NG>(group, group_stride);
-    for (int64_t r = 0; r < num_rows; r += 16) {
-      const int rows = static_cast<int>(min64(16, num_rows - r));
-      alignas(64) float sums[16 * NG * kGroup];
-      int g = 0;
-      for (; g + 2 <= NG; g += 2)
-        sum_tiles<2>(split, row + r, rows, columns + g * group_stride, group_stride, sums + g * kGroup, stride);
-      if (g < NG) sum_tiles<1>(split, row + r, rows, columns + g * group_stride, 0, sums + g * kGroup, stride);
-      for (int m = 0; m < rows; m += kTileRows)
-        work.store_rows(sums + m * stride, stride, row + r + m, static_cast<int>(min64(kTileRows, rows - m)), group,
-                        fused);
-    }
-  }
-
-  // Rows as bytes, and a product by tiles.
-  struct Tiles {
-    const ByteGemm& gemm;
-    SplitRows split;
-    template <int NG>
-    void run(int64_t row, int64_t num_rows, int64_t group, const char*, FusedColumns<T, NG>* fused) const {
-      gemm.template run_tiles<NG>(split, row, num_rows, group, fused);
-    }
-  };
-#endif
 
   TileFixed inputs(int64_t row, int64_t unit) const {
     const char* of_row = fixed.rows + row * fixed.row_bytes;
@@ -252,14 +297,11 @@ struct ByteGemm {
 
 template <class T, class S>
 void gemm_int8(const pomona::GemmCall& call, int num_threads, const S& share) {
-  const ByteGemm<T> gemm(call, num_threads);
 #if defined(__AMX_INT8__)
   if constexpr (kUsesTiles<T>)
-    if (call.num_rows >= kFewestByteRows) {
-      const typename ByteGemm<T>::Tiles tiles{gemm, {gemm.fixed, call.num_rows, call.in_features, num_threads}};
-      return gemm.work.run(gemm.num_units * kByteStep, num_threads, tiles, share);
-    }
+    if (call.num_rows >= kFewestByteRows) return TileByteGemm<T>(call, num_threads).run_all(num_threads, share);
 #endif
+  const ByteGemm<T> gemm(call, num_threads);
   gemm.work.run(gemm.num_units * kByteStep, num_threads, gemm, share);
 }
 

@@ -102,6 +102,9 @@ struct TileGemm {
   }
 
   int64_t group_bytes() const { return work.num_units * kGroup * 4; }
+  const uint32_t* weights(int64_t group) const {
+    return static_cast<const uint32_t*>(work.call.packed) + group * work.num_units * kGroup;
+  }
 
   // Rows of one adapter, or of none, from `row` on: where they end, and whose they are.
   int same_adapter(int64_t row, int num_rows, int32_t* segment) const {
@@ -120,8 +123,8 @@ struct TileGemm {
            AdapterColumns<T>* adapters) const {
     constexpr int64_t kStride = NG * kGroup;
     const int64_t column = (group + first_group) * kGroup, group_units = work.num_units * kGroup;
-    const auto* weights = static_cast<const uint32_t*>(work.call.packed) + (group + first_group) * group_units;
-    const Factors factors{work.inputs(row, 0), {weights, group_units, kGroup}, work.num_units, work.num_units * 4};
+    const TileB columns{weights(group + first_group), group_units, kGroup};
+    const Factors factors{work.inputs(row, 0), columns, work.num_units, work.num_units * 4};
     alignas(64) float own[kMostTileRows * kStride];
     int32_t segment;
     const bool is_one_run = same_adapter(row, num_rows, &segment) == num_rows;
@@ -161,9 +164,8 @@ struct TileGemm {
                   : tile_product<NG>(num_rows, factors, nullptr, c, stream);
   }
 
-  void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const char* next,
+  void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, Stream stream,
            AdapterColumns<T>* adapters) const {
-    const Stream stream{reinterpret_cast<const uint32_t*>(next), num_rows <= kMostTileRows};
     if (num_groups == 4 && num_rows <= 16) return sum<4>(row, num_rows, group, 0, stream, adapters);
     for (int64_t r = 0; r < num_rows; r += kMostTileRows) {
       const int rows = static_cast<int>(min64(kMostTileRows, num_rows - r));
@@ -173,21 +175,47 @@ struct TileGemm {
     }
   }
 
+  // As many groups of columns for an item, or fewer, as leave all threads the same work.
+  static int64_t balanced(int64_t most, int64_t num_groups, int threads) {
+    int64_t best = most, least = num_groups;
+    for (int64_t groups = most; groups >= 2; groups -= 2) {
+      const int64_t load = min64(num_groups, ceil_div(ceil_div(num_groups, groups), threads) * groups);
+      if (load < least) best = groups, least = load;
+    }
+    return best;
+  }
+
   template <class S>
   void run_all(int num_threads, const S& share) const {
     const int64_t cycles = work.num_units * work.num_groups * (1 + work.call.num_rows * kGroupVectors / 8);
     const int threads = threads_for(num_threads, cycles);
-    const int64_t num_columns = ceil_div(work.num_groups, item_groups);
-    share(num_columns * ceil_div(work.call.num_rows, item_rows), threads, [&](int64_t item) {
-      const int64_t row = item / num_columns * item_rows, group = item % num_columns * item_groups;
+    const bool is_one_run = work.call.num_rows <= item_rows;
+    const int64_t groups = is_one_run ? balanced(item_groups, work.num_groups, threads) : item_groups;
+    const int64_t num_columns = ceil_div(work.num_groups, groups);
+    const int64_t num_items = num_columns * ceil_div(work.call.num_rows, item_rows);
+    share(num_items, threads, [&](int64_t item) {
+      const int64_t place = side_by_side(item, num_items, threads);
+      const int64_t row = place / num_columns * item_rows, group = place % num_columns * groups;
       const int64_t num_rows = min64(item_rows, work.call.num_rows - row);
-      const int num_groups = static_cast<int>(min64(item_groups, work.num_groups - group));
-      const int64_t ahead = group + item_groups * threads;
-      const bool has_next = ahead + num_groups <= work.num_groups && row == 0;
-      const char* next = has_next ? static_cast<const char*>(work.call.packed) + ahead * group_bytes() : nullptr;
-      if (work.call.long_runs == nullptr) return run(row, num_rows, group, num_groups, next, nullptr);
-      AdapterColumns<T> adapters(work.call, group, num_groups, has_next ? item_groups * threads : 0);
-      run(row, num_rows, group, num_groups, next, &adapters);
+      const int num_some = static_cast<int>(min64(groups, work.num_groups - group));
+      // The columns after these are most likely this thread's too.
+      const int64_t next_groups = min64(groups, work.num_groups - group - groups);
+      const bool has_next = next_groups > 0 && item + threads < num_items;
+      const bool has_equal_next = has_next && next_groups == num_some;
+      Stream stream;
+      Ahead beside;
+      if (num_rows <= kMostTileRows) {
+        stream = {Fetch::kNextStep, has_equal_next ? weights(group + groups) : nullptr, nullptr};
+      } else if (has_next) {
+        const char* next = reinterpret_cast<const char*>(weights(group + groups));
+        const int64_t num_bytes = next_groups * group_bytes(), num_steps = ceil_div(work.num_units, kStepUnits);
+        const int64_t num_products = ceil_div(num_rows, kMostTileRows) * ceil_div(num_some, 2);
+        beside = {next, next + num_bytes, ceil_div(num_bytes, 64 * num_steps * num_products)};
+        stream = {Fetch::kBeside, nullptr, &beside};
+      }
+      if (work.call.long_runs == nullptr) return run(row, num_rows, group, num_some, stream, nullptr);
+      AdapterColumns<T> adapters(work.call, group, num_some, has_equal_next ? groups : 0);
+      run(row, num_rows, group, num_some, stream, &adapters);
     });
   }
 };

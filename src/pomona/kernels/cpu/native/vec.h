@@ -171,6 +171,15 @@ INLINE vi add_dot(vi acc, vu a, vu b) {
 #endif
 }
 
+#if defined(__AVX512BW__)
+// 16-bit elements of the low and of the high half side by side.
+INLINE __m512i interleave_halves(__m512i x) {
+  alignas(64) static constexpr uint16_t kAlternately[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kAlternately), x);
+}
+#endif
 INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
 // Round to nearest even, as torch does; NaN stays NaN.
 INLINE vh narrow(vf x) {
@@ -220,11 +229,8 @@ struct BFloat16 {
   }
   static INLINE void store_two(Elem* p, const vf* two) {
 #if defined(__AVX512BF16__)
-    alignas(64) static constexpr uint16_t kAlternately[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                              21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
-                                                              11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)two[1], (__m512)two[0]);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kAlternately), halves));
+    _mm512_storeu_si512(p, interleave_halves(halves));
 #else
     const vu pairs = __builtin_convertvector(narrow(two[0]), vu) | (__builtin_convertvector(narrow(two[1]), vu) << 16);
     memcpy(p, &pairs, sizeof pairs);

@@ -111,6 +111,12 @@ void for_kinds(int num_threads, Kind<F> first, Kind<G> second, Kind<H> third) {
       &all);
 }
 
+// Threads take items in turn: this gives each of them items side by side, so that it reads on where it was.
+INLINE int64_t side_by_side(int64_t item, int64_t num_items, int threads) {
+  const int64_t thread = item % threads;
+  return thread * (num_items / threads) + min64(thread, num_items % threads) + item / threads;
+}
+
 // Small work is done by the caller alone: waking another thread costs about as much as this many cycles.
 constexpr int64_t kThreadCycles = 8000;
 INLINE int threads_for(int num_threads, int64_t cycles) { return cycles < kThreadCycles ? 1 : num_threads; }
