@@ -194,7 +194,8 @@ INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[
   }
 }
 
-// Rows by four, and the rest. Half of the sums are in another core's cache: they are fetched a little ahead.
+// Rows by four, and the rest. Half of the sums are in another core's cache, and a line of each rank row follows no
+// pattern that the processor knows: both are fetched a little ahead.
 template <int kRest>
 INLINE void expand_fours(int num_rows, int64_t num_columns, const Chunk& chunk, const float (*v)[kChunkRanks],
                          const TileExpansion& to, Fetcher& ahead) {
@@ -203,6 +204,8 @@ INLINE void expand_fours(int num_rows, int64_t num_columns, const Chunk& chunk, 
     for (int m = 0; m < num_rows; m++)
       for (int64_t line = 0; line < 2; line++)
         prefetch_near(to.sums + m * to.sums_stride + i + kSumsAhead + line * W);
+    for (int64_t j = 0; j < chunk.num_ranks; j++)
+      prefetch_near(chunk.b[j] + (i + 2 * W) * static_cast<int64_t>(sizeof(uint16_t)));
     TileExpansion part = to;
     int row = 0;
     for (; row + 4 <= num_rows; row += 4) {
