@@ -238,7 +238,7 @@ def _clean(rows: Sequence[Row], popularity: str) -> list[Row]:
 
 def _extra_s(rows: Sequence[Row], popularity: str) -> list[tuple[Row, float]]:
     """A popularity's jobs, each with what its extra bytes, then its extra FLOPs, take at the ceilings of its minutes.
-    None where the base is not there."""
+    Nothing where the base was not measured."""
     base = next((row for row in rows if row["popularity"] == "base"), None)
     if base is None:
         return []

@@ -75,8 +75,8 @@ struct FixedRows {
     return fold_max(largest);
   }
 
-  // One block, of two parts if there are that many; returns its scale.
-  INLINE static float fix(const typename T::Elem* x, int64_t num_inputs, char* to, int64_t part_bytes = 0) {
+  // One block, of which the second part, if there is one, goes part_bytes after the first; returns its scale.
+  INLINE static float fix(const typename T::Elem* x, int64_t num_inputs, char* to, int64_t part_bytes) {
     constexpr int32_t kExponent = 1 << 23, kLeast = 31 * kExponent, kNotFinite = 255 * kExponent;
     const int32_t exponent = largest_of(x, num_inputs) / kExponent * kExponent;
     const int32_t scale_bits = (exponent < kLeast ? kLeast : exponent) - 14 * kExponent;

@@ -167,12 +167,12 @@ struct GemmWork {
     }
   }
 
-  template <int NG, class F>
-  void run_columns(const F& f, int64_t row, int64_t num_rows, int64_t group, int64_t groups_ahead,
-                   const char* next) const {
-    if (call.long_runs == nullptr) return f.template run<NG>(row, num_rows, group, next, nullptr);
+  // `ahead`: what the following item will read, as f.run takes it.
+  template <int NG, class F, class Next>
+  void run_columns(const F& f, int64_t row, int64_t num_rows, int64_t group, int64_t groups_ahead, Next ahead) const {
+    if (call.long_runs == nullptr) return f.template run<NG>(row, num_rows, group, ahead, nullptr);
     FusedColumns<T, NG> fused(call, group, groups_ahead);
-    f.template run<NG>(row, num_rows, group, next, &fused);
+    f.template run<NG>(row, num_rows, group, ahead, &fused);
   }
 
   // run<NG>(row, num_rows, group, next, fused) for every run of rows by NG groups; the next item reads weights from

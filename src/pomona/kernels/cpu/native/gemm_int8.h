@@ -93,6 +93,7 @@ constexpr int64_t kStepInputs = 64, kFewestByteRows = 9;  // of one tile instruc
 // sums of either are exact, and so is their sum. Of each row its high bytes, its low bytes and a scale per block.
 template <class T>
 struct SplitRows {
+  static_assert(FixedRows<T>::kParts == 1);
   int64_t part_bytes, row_bytes;
   const char* rows;
 
@@ -109,7 +110,7 @@ struct SplitRows {
         alignas(64) char block[kBlockInputs * 2];
         const int64_t num_inputs = min64(kBlockInputs, call.in_features - first);
         if (num_inputs < kBlockInputs) memset(block, 0, sizeof block);
-        const float scale = FixedRows<T>::fix(x + first, num_inputs, block);
+        const float scale = FixedRows<T>::fix(x + first, num_inputs, block, 0);
         memcpy(scales, &scale, 4);
         for (int64_t i = 0; i < min64(kBlockInputs, part_bytes - first); i += 2 * W) {
           const __m512i both = _mm512_load_si512(block + i * 2);
@@ -217,13 +218,6 @@ struct TileByteGemm {
     }
   }
 
-  template <int NG>
-  void run_columns(int64_t row, int64_t num_rows, int64_t group, int64_t groups_ahead, Ahead ahead) const {
-    if (work.call.long_runs == nullptr) return run<NG>(row, num_rows, group, ahead, nullptr);
-    FusedColumns<T, NG> fused(work.call, group, groups_ahead);
-    run<NG>(row, num_rows, group, ahead, &fused);
-  }
-
   template <class S>
   void run_all(int num_threads, const S& share) const {
     const int64_t num_columns = ceil_div(work.num_groups, 2);
@@ -241,8 +235,8 @@ struct TileByteGemm {
         const int64_t num_lines = ceil_div(num_groups * group_bytes(), 64);
         ahead = {weights(group + 2), weights(group + 2 + num_groups), ceil_div(num_lines, num_steps)};
       }
-      num_groups == 2 ? run_columns<2>(row, num_rows, group, has_next ? 2 : 0, ahead)
-                      : run_columns<1>(row, num_rows, group, 0, ahead);
+      if (num_groups == 2) return work.template run_columns<2>(*this, row, num_rows, group, has_next ? 2 : 0, ahead);
+      work.template run_columns<1>(*this, row, num_rows, group, 0, ahead);
     });
   }
 };

@@ -189,8 +189,9 @@ struct TileGemm {
   void run_all(int num_threads, const S& share) const {
     const int64_t cycles = work.num_units * work.num_groups * (1 + work.call.num_rows * kGroupVectors / 8);
     const int threads = threads_for(num_threads, cycles);
-    const bool is_one_run = work.call.num_rows <= item_rows;
-    const int64_t groups = is_one_run ? balanced(item_groups, work.num_groups, threads) : item_groups;
+    // Items of few rows are small as they are, and those of several runs many.
+    const bool is_large = work.call.num_rows > kMostTileRows && work.call.num_rows <= item_rows;
+    const int64_t groups = is_large ? balanced(item_groups, work.num_groups, threads) : item_groups;
     const int64_t num_columns = ceil_div(work.num_groups, groups);
     const int64_t num_items = num_columns * ceil_div(work.call.num_rows, item_rows);
     share(num_items, threads, [&](int64_t item) {
