@@ -34,51 +34,68 @@ struct Factors {
   int64_t num_units, a_bytes;
 };
 
-// Weights of a later step, which are fetched into the nearest cache if weights are read once. A few lines at a time: one
-// that has to wait for its turn holds up all that comes after it.
-struct NextStep {
-  const uint32_t* units;
-  int64_t group_stride, step;
+// Factors of a later step, which are fetched into the nearest cache. A few lines at a time: one that has to wait for its
+// turn holds up all that comes after it.
+struct LaterStep {
+  TileA a;
+  TileB b;
 
   template <int N>
-  INLINE void fetch(int64_t group, int64_t first) const {
+  INLINE void fetch_columns(int64_t group, int64_t first) const {
 #pragma GCC unroll 8
-    for (int64_t k = first; k < first + N; k++) prefetch_near(units + group * group_stride + k * step);
+    for (int64_t k = first; k < first + N; k++) prefetch_near(b.units + group * b.group_stride + k * b.step);
+  }
+  template <int N>
+  INLINE void fetch_rows(int64_t first) const {
+#pragma GCC unroll 8
+    for (int64_t m = first; m < first + N; m++) prefetch_near(a.rows + m * a.stride_bytes);
   }
 };
 
+// What is done meanwhile, with every step of a product. Nothing:
+struct Nothing {
+  static constexpr bool kFetchesRows = false, kFetchesColumns = false;
+  INLINE void step() {}
+  INLINE LaterStep later(const Factors&, int64_t) const { return {}; }
+};
+
 // One step of k: MT tiles of rows by NG groups.
-template <int MT, int NG, bool kFetches>
-INLINE void multiply_step(const char* a, int64_t a_stride, const uint32_t* b, int64_t group_stride, int64_t step_bytes,
-                          const NextStep& next) {
+template <int MT, int NG, class M>
+INLINE void multiply_step(TileA a, TileB b, const LaterStep& later) {
   static_assert(kStepUnits == 16);
-  _tile_loadd(4, a, a_stride);
-  if (kFetches) next.fetch<8>(0, 0);
-  _tile_loadd(6, b, step_bytes);
-  if (kFetches) next.fetch<8>(0, 8);
+  constexpr bool kFetches = M::kFetchesColumns;
+  const int64_t step_bytes = b.step * 4;
+  _tile_loadd(4, a.rows, a.stride_bytes);
+  if (kFetches) later.fetch_columns<8>(0, 0);
+  if (M::kFetchesRows) later.fetch_rows<8>(0);
+  _tile_loadd(6, b.units, step_bytes);
+  if (kFetches) later.fetch_columns<8>(0, 8);
+  if (M::kFetchesRows) later.fetch_rows<8>(8);
   _tile_dpbf16ps(0, 4, 6);
   if (NG >= 2) {
-    if (kFetches) next.fetch<4>(1, 0);
-    _tile_loadd(7, b + group_stride, step_bytes);
-    if (kFetches) next.fetch<4>(1, 4);
+    if (kFetches) later.fetch_columns<4>(1, 0);
+    _tile_loadd(7, b.units + b.group_stride, step_bytes);
+    if (kFetches) later.fetch_columns<4>(1, 4);
+    if (M::kFetchesRows && MT == 2) later.fetch_rows<8>(16);
     _tile_dpbf16ps(1, 4, 7);
-    if (kFetches) next.fetch<4>(1, 8);
+    if (kFetches) later.fetch_columns<4>(1, 8);
   }
   if (MT == 2) {
-    _tile_loadd(5, a + 16 * a_stride, a_stride);
-    if (kFetches && NG >= 2) next.fetch<4>(1, 12);
+    _tile_loadd(5, a.rows + 16 * a.stride_bytes, a.stride_bytes);
+    if (kFetches && NG >= 2) later.fetch_columns<4>(1, 12);
+    if (M::kFetchesRows) later.fetch_rows<8>(24);
     _tile_dpbf16ps(2, 5, 6);
     if (NG >= 2) _tile_dpbf16ps(3, 5, 7);
   }
-  if (MT == 1 && NG >= 2 && kFetches) next.fetch<4>(1, 12);
+  if (MT == 1 && NG >= 2 && kFetches) later.fetch_columns<4>(1, 12);
   if (MT == 1 && NG == 4) {
-    if (kFetches) next.fetch<8>(2, 0);
-    _tile_loadd(6, b + 2 * group_stride, step_bytes);
-    if (kFetches) next.fetch<8>(2, 8);
+    if (kFetches) later.fetch_columns<8>(2, 0);
+    _tile_loadd(6, b.units + 2 * b.group_stride, step_bytes);
+    if (kFetches) later.fetch_columns<8>(2, 8);
     _tile_dpbf16ps(2, 4, 6);
-    if (kFetches) next.fetch<8>(3, 0);
-    _tile_loadd(7, b + 3 * group_stride, step_bytes);
-    if (kFetches) next.fetch<8>(3, 8);
+    if (kFetches) later.fetch_columns<8>(3, 0);
+    _tile_loadd(7, b.units + 3 * b.group_stride, step_bytes);
+    if (kFetches) later.fetch_columns<8>(3, 8);
     _tile_dpbf16ps(3, 4, 7);
   }
 }
@@ -92,57 +109,27 @@ __attribute__((noinline)) void multiply_rest(int num_rows, const char* a, int64_
   for (int g = 0; g < NG; g++)
     for (int64_t k = 0; k < num_units; k++) memcpy(columns[g][k], b + g * of_b.group_stride + k * of_b.step, 64);
   __asm__ volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
-  multiply_step<MT, NG, false>(rows[0], 64, reinterpret_cast<const uint32_t*>(columns), kStepUnits * kGroup, 64, {});
+  multiply_step<MT, NG, Nothing>({rows[0], 64},
+                                 {reinterpret_cast<const uint32_t*>(columns), kStepUnits * kGroup, kGroup}, {});
 }
 
-// What is fetched meanwhile. If weights are read once: those of a few steps later, and then of the next product, which
-// are like these in size. If many rows pass by them: some lines of what comes after these.
-enum class Fetch { kNothing, kNextStep, kBeside };
-struct Stream {
-  Fetch fetch = Fetch::kNothing;
-  const uint32_t* next = nullptr;
-  Ahead* beside = nullptr;
-
-  static constexpr int64_t kUnitsAhead = 4 * kStepUnits;
-  INLINE NextStep after(const Factors& factors, int64_t unit) const {
-    const uint32_t* from = factors.b.units;
-    int64_t later = unit + kUnitsAhead;
-    if (later >= factors.num_units) {
-      later -= factors.num_units, from = next;
-      if (next == nullptr || later >= factors.num_units) from = factors.b.units, later = unit;  // is there already
-    }
-    return {from + later * factors.b.step, factors.b.group_stride, factors.b.step};
+template <int MT, int NG, class M>
+INLINE void multiply_all(int num_rows, const Factors& factors, M& meanwhile) {
+  const TileA a = factors.a;
+  const TileB b = factors.b;
+  int64_t unit = 0;
+  for (; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
+    meanwhile.step();
+    multiply_step<MT, NG, M>({a.rows + unit * 4, a.stride_bytes}, {b.units + unit * b.step, b.group_stride, b.step},
+                             meanwhile.later(factors, unit));
   }
-};
-
-template <int MT, int NG, Fetch kFetch>
-INLINE void multiply_steps(const Factors& factors, Stream stream) {
-  constexpr bool kFetches = kFetch == Fetch::kNextStep;
-  const char* a = factors.a.rows;
-  const uint32_t* b = factors.b.units;
-  const int64_t group_stride = factors.b.group_stride, step = factors.b.step;
-  for (int64_t unit = 0; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
-    if (kFetch == Fetch::kBeside) stream.beside->step();
-    multiply_step<MT, NG, kFetches>(a + unit * 4, factors.a.stride_bytes, b + unit * step, group_stride, step * 4,
-                                    kFetches ? stream.after(factors, unit) : NextStep{});
-  }
-}
-
-template <int MT, int NG>
-INLINE void multiply_all(int num_rows, const Factors& factors, Stream stream) {
-  switch (stream.fetch) {
-    case Fetch::kNothing: multiply_steps<MT, NG, Fetch::kNothing>(factors, stream); break;
-    case Fetch::kNextStep: multiply_steps<MT, NG, Fetch::kNextStep>(factors, stream); break;
-    case Fetch::kBeside: multiply_steps<MT, NG, Fetch::kBeside>(factors, stream); break;
-  }
-  const int64_t unit = factors.num_units / kStepUnits * kStepUnits, step = factors.b.step;
   if (unit < factors.num_units)
-    multiply_rest<MT, NG>(num_rows, factors.a.rows + unit * 4, factors.a.stride_bytes, factors.b.units + unit * step,
-                          factors.b, factors.num_units - unit, factors.a_bytes - unit * 4);
+    multiply_rest<MT, NG>(num_rows, a.rows + unit * 4, a.stride_bytes, b.units + unit * b.step, b,
+                          factors.num_units - unit, factors.a_bytes - unit * 4);
 }
 
-template <int MT, int NG>
-INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* more, TileC c, Stream stream) {
+template <int MT, int NG, class M>
+INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* more, TileC c, M& meanwhile) {
   char *sums = reinterpret_cast<char*>(c.sums), *low = sums + 16 * c.stride * 4;
   const int64_t stride = c.stride * 4;
   configure_tiles(num_rows);
@@ -160,8 +147,9 @@ INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* 
     _tile_zero(2);
     _tile_zero(3);
   }
-  multiply_all<MT, NG>(num_rows, factors, stream);
-  if (more) multiply_all<MT, NG>(num_rows, *more, {});
+  multiply_all<MT, NG>(num_rows, factors, meanwhile);
+  Nothing nothing;
+  if (more) multiply_all<MT, NG>(num_rows, *more, nothing);
   _tile_stored(0, sums, stride);
   if (NG >= 2) _tile_stored(1, sums + 64, stride);
   if (MT == 2) _tile_stored(2, low, stride);
@@ -171,22 +159,27 @@ INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* 
 }
 
 // Up to 32 rows by one or two groups, up to 16 by four; then the same rows and columns of more factors, if any.
-template <int NG>
+template <int NG, class M>
 __attribute__((noinline)) void tile_product(int num_rows, const Factors& factors, const Factors* more, TileC c,
-                                            Stream stream = {}) {
+                                            M& meanwhile) {
   if (NG == 4 || num_rows <= 16)
-    multiply_tiles<1, NG>(num_rows, factors, more, c, stream);
+    multiply_tiles<1, NG>(num_rows, factors, more, c, meanwhile);
   else
-    multiply_tiles<2, NG>(num_rows, factors, more, c, stream);
+    multiply_tiles<2, NG>(num_rows, factors, more, c, meanwhile);
+}
+template <int NG>
+INLINE void tile_product(int num_rows, const Factors& factors, TileC c) {
+  Nothing nothing;
+  tile_product<NG>(num_rows, factors, nullptr, c, nothing);
 }
 
 // Any number of groups.
 INLINE void tile_product(int num_rows, int64_t num_groups, Factors factors, TileC c) {
   for (; num_groups >= 2; num_groups -= 2) {
-    tile_product<2>(num_rows, factors, nullptr, c);
+    tile_product<2>(num_rows, factors, c);
     factors.b.units += 2 * factors.b.group_stride, c.sums += 2 * kGroup;
   }
-  if (num_groups) tile_product<1>(num_rows, factors, nullptr, c);
+  if (num_groups) tile_product<1>(num_rows, factors, c);
 }
 
 // One row by NG groups, in the same order: a row alone is read faster without tiles.

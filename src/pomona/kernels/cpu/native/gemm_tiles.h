@@ -83,10 +83,64 @@ struct AdapterColumns {
     for (int i = 0; i < groups; i++, sums += kGroup) {
       if (num_units[g + i] == 0) continue;
       if (num_rows >= kFewestTileRows)
-        tile_product<1>(num_rows, factors(row, g + i), nullptr, {sums, stride, true});
+        tile_product<1>(num_rows, factors(row, g + i), {sums, stride, true});
       else
         for (int m = 0; m < num_rows; m++) row_product<1>(factors(row + m, g + i), sums + m * stride, true);
     }
+  }
+};
+
+// What is done beside an item's products: with every step, two rows of the last product's sums are stored and factors
+// fetched. If weights are read once: those of a few steps later, and then of the next product. If many rows pass by them,
+// they are in the L2 cache: those of the next step; and some lines of the next item's.
+template <class T, int NG, bool kIsReadOnce>
+struct Beside {
+  static constexpr bool kFetchesRows = NG == 2, kFetchesColumns = true;  // 16 rows stay in the L1 cache
+  static constexpr int64_t kUnitsAhead = (kIsReadOnce ? 4 : 1) * kStepUnits, kStride = NG * kGroup;
+  const GemmWork<T>& work;
+  Ahead ahead;
+  const char* next_rows = nullptr;         // of the next product
+  const uint32_t* next_columns = nullptr;  // if they are known
+  int64_t row = 0, group = 0;              // of the sums that are left to be stored
+  const float* left = nullptr;
+  int num_left = 0, tile = 0;
+  alignas(64) float tiles[2][kMostTileRows * 2 * kGroup];
+
+  Beside(const GemmWork<T>& of_work, Ahead next_item) : work(of_work), ahead(next_item) {}
+
+  INLINE void step() {
+    if (!kIsReadOnce) ahead.step();
+    if (num_left >= 2) store_some(2);
+  }
+  INLINE LaterStep later(const Factors& factors, int64_t unit) const {
+    const TileA& a = factors.a;
+    const TileB& b = factors.b;
+    const char* rows = unit + kStepUnits < factors.num_units ? a.rows + (unit + kStepUnits) * 4 : next_rows;
+    const uint32_t* columns = b.units;
+    int64_t at = unit + kUnitsAhead;
+    if (at >= factors.num_units) {
+      at -= factors.num_units, columns = next_columns;
+      if (next_columns == nullptr || at >= factors.num_units) columns = b.units, at = unit;  // is there already
+    }
+    return {{rows, a.stride_bytes}, {columns + at * b.step, b.group_stride, b.step}};
+  }
+
+  float* sums() { return tiles[tile]; }
+  // The sums are all there. What is left of the last ones is stored before.
+  template <int kGroups>
+  void store(int64_t new_row, int num_rows, int64_t new_group) {
+    store_some(num_left);
+    if (kGroups != NG || num_rows == 1 || work.call.is_out_float || (new_group + NG) * kGroup > work.call.out_features)
+      return work.template store_rows<kGroups>(sums(), kGroups * kGroup, new_row, num_rows, new_group, nullptr);
+    row = new_row, group = new_group, left = sums(), num_left = num_rows;
+    tile = 1 - tile;
+  }
+  INLINE void store_some(int num_rows) {
+    if (work.is_plain)
+      work.template store_whole<NG, true>(left, kStride, row, num_rows, group);
+    else
+      work.template store_whole<NG, false>(left, kStride, row, num_rows, group);
+    left += num_rows * kStride, row += num_rows, num_left -= num_rows;
   }
 };
 
@@ -96,7 +150,7 @@ struct TileGemm {
   int64_t item_groups, item_rows;
 
   explicit TileGemm(const pomona::GemmCall& call) : work(call) {
-    const int64_t most = call.num_rows <= 16 ? 4 : call.num_rows <= kMostTileRows ? 2 : kMostItemGroups;
+    const int64_t most = call.num_rows <= 16 ? 4 : call.num_rows <= kMostTileRows ? 6 : kMostItemGroups;
     item_groups = max64(2, min64(most, kItemBytes / group_bytes() / 2 * 2));
     item_rows = max64(kRowsPerItem, kItemRowsBytes / (work.num_units * 4) / kRowsPerItem * kRowsPerItem);
   }
@@ -118,27 +172,29 @@ struct TileGemm {
   }
 
   // Up to 32 rows by NG groups, the first_group-th of an item's and those after it.
-  template <int NG>
-  void sum(int64_t row, int num_rows, int64_t group, int first_group, Stream stream,
+  template <int NG, class B>
+  void sum(int64_t row, int num_rows, int64_t group, int first_group, B& beside,
            AdapterColumns<T>* adapters) const {
     constexpr int64_t kStride = NG * kGroup;
     const int64_t column = (group + first_group) * kGroup, group_units = work.num_units * kGroup;
     const TileB columns{weights(group + first_group), group_units, kGroup};
     const Factors factors{work.inputs(row, 0), columns, work.num_units, work.num_units * 4};
-    alignas(64) float own[kMostTileRows * kStride];
     int32_t segment;
     const bool is_one_run = same_adapter(row, num_rows, &segment) == num_rows;
     if (is_one_run && segment == pomona::kAddedLater)
-      return multiply<NG>(num_rows, factors, {later(row, column), work.call.out_features, false}, stream);
+      return multiply<NG>(num_rows, factors, {later(row, column), work.call.out_features, false}, beside);
+    float* own = beside.sums();
     if (is_one_run && segment >= 0 && num_rows > 1) {
       adapters->keep(segment);
       if (adapters->is_one_slice(first_group, NG)) {
         const Factors adapter = adapters->factors(row, first_group);
-        tile_product<NG>(num_rows, factors, &adapter, {own, kStride, false}, stream);
-        return work.template store_rows<NG>(own, kStride, row, num_rows, group + first_group, nullptr);
+        tile_product<NG>(num_rows, factors, &adapter, {own, kStride, false}, beside);
+        return beside.template store<NG>(row, num_rows, group + first_group);
       }
     }
-    multiply<NG>(num_rows, factors, {own, kStride, false}, stream);
+    multiply<NG>(num_rows, factors, {own, kStride, false}, beside);
+    if (is_one_run && segment == pomona::kNoAdapter)
+      return beside.template store<NG>(row, num_rows, group + first_group);
     for (int first = 0, end; first < num_rows; first = end) {
       end = first + same_adapter(row + first, num_rows - first, &segment);
       float* sums = own + first * kStride;
@@ -158,21 +214,34 @@ struct TileGemm {
     return work.call.sums + row * work.call.out_features + column;
   }
 
-  template <int NG>
-  INLINE static void multiply(int num_rows, const Factors& factors, TileC c, Stream stream) {
+  template <int NG, class B>
+  INLINE static void multiply(int num_rows, const Factors& factors, TileC c, B& beside) {
     num_rows == 1 ? row_product<NG>(factors, c.sums, c.is_added_to)
-                  : tile_product<NG>(num_rows, factors, nullptr, c, stream);
+                  : tile_product<NG>(num_rows, factors, nullptr, c, beside);
   }
 
-  void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, Stream stream,
+  // next_columns: of the thread's next item, if any, of which `ahead` fetches some.
+  template <int NG, bool kIsReadOnce>
+  void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const uint32_t* next_columns, Ahead ahead,
            AdapterColumns<T>* adapters) const {
-    if (num_groups == 4 && num_rows <= 16) return sum<4>(row, num_rows, group, 0, stream, adapters);
+    Beside<T, NG, kIsReadOnce> beside(work, ahead);
     for (int64_t r = 0; r < num_rows; r += kMostTileRows) {
       const int rows = static_cast<int>(min64(kMostTileRows, num_rows - r));
-      int g = 0;
-      for (; g + 2 <= num_groups; g += 2) sum<2>(row + r, rows, group, g, stream, adapters);
-      if (g < num_groups) sum<1>(row + r, rows, group, g, stream, adapters);
+      for (int g = 0; g < num_groups;) {
+        const int left = num_groups - g, groups = left >= NG ? NG : left >= 2 ? 2 : 1;
+        const bool is_last = groups == left;
+        beside.next_rows = work.inputs(row + r + (is_last ? rows : 0), 0).rows;
+        beside.next_columns = !is_last ? weights(group + g + groups) : kIsReadOnce ? next_columns : weights(group);
+        if (groups == NG)
+          sum<NG>(row + r, rows, group, g, beside, adapters);
+        else if (groups == 2)
+          sum<2>(row + r, rows, group, g, beside, adapters);
+        else
+          sum<1>(row + r, rows, group, g, beside, adapters);
+        g += groups;
+      }
     }
+    beside.store_some(beside.num_left);
   }
 
   // As many groups of columns for an item, or fewer, as leave all threads the same work.
@@ -189,8 +258,8 @@ struct TileGemm {
   void run_all(int num_threads, const S& share) const {
     const int64_t cycles = work.num_units * work.num_groups * (1 + work.call.num_rows * kGroupVectors / 8);
     const int threads = threads_for(num_threads, cycles);
-    // Items of few rows are small as they are, and those of several runs many.
-    const bool is_large = work.call.num_rows > kMostTileRows && work.call.num_rows <= item_rows;
+    // Items of fewer rows are small as they are, and those of several runs many.
+    const bool is_large = work.call.num_rows > 16 && work.call.num_rows <= item_rows;
     const int64_t groups = is_large ? balanced(item_groups, work.num_groups, threads) : item_groups;
     const int64_t num_columns = ceil_div(work.num_groups, groups);
     const int64_t num_items = num_columns * ceil_div(work.call.num_rows, item_rows);
@@ -203,20 +272,23 @@ struct TileGemm {
       const int64_t next_groups = min64(groups, work.num_groups - group - groups);
       const bool has_next = next_groups > 0 && item + threads < num_items;
       const bool has_equal_next = has_next && next_groups == num_some;
-      Stream stream;
-      Ahead beside;
-      if (num_rows <= kMostTileRows) {
-        stream = {Fetch::kNextStep, has_equal_next ? weights(group + groups) : nullptr, nullptr};
-      } else if (has_next) {
-        const char* next = reinterpret_cast<const char*>(weights(group + groups));
-        const int64_t num_bytes = next_groups * group_bytes(), num_steps = ceil_div(work.num_units, kStepUnits);
-        const int64_t num_products = ceil_div(num_rows, kMostTileRows) * ceil_div(num_some, 2);
-        beside = {next, next + num_bytes, ceil_div(num_bytes, 64 * num_steps * num_products)};
-        stream = {Fetch::kBeside, nullptr, &beside};
-      }
-      if (work.call.long_runs == nullptr) return run(row, num_rows, group, num_some, stream, nullptr);
+      const uint32_t* next_columns = has_next ? weights(group + groups) : nullptr;
+      const auto run_item = [&](AdapterColumns<T>* adapters) {
+        if (num_rows <= 16) return run<4, true>(row, num_rows, group, num_some, next_columns, {}, adapters);
+        if (num_rows <= kMostTileRows)
+          return run<2, true>(row, num_rows, group, num_some, next_columns, {}, adapters);
+        Ahead ahead;
+        if (has_next) {
+          const char* next = reinterpret_cast<const char*>(next_columns);
+          const int64_t num_bytes = next_groups * group_bytes(), num_steps = ceil_div(work.num_units, kStepUnits);
+          const int64_t num_products = ceil_div(num_rows, kMostTileRows) * ceil_div(num_some, 2);
+          ahead = {next, next + num_bytes, ceil_div(num_bytes, 64 * num_steps * num_products)};
+        }
+        run<2, false>(row, num_rows, group, num_some, next_columns, ahead, adapters);
+      };
+      if (work.call.long_runs == nullptr) return run_item(nullptr);
       AdapterColumns<T> adapters(work.call, group, num_some, has_equal_next ? groups : 0);
-      run(row, num_rows, group, num_some, stream, &adapters);
+      run_item(&adapters);
     });
   }
 };

@@ -249,7 +249,7 @@ struct Lora {
                                                     (block.start + r) * call.x_stride);
       const TileA inputs{x, call.x_stride * static_cast<int64_t>(sizeof(Elem))};
       alignas(64) float sums[kMostTileRows][kRankPart];
-      tile_product<1>(num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(num_bytes, 4), num_bytes}, nullptr,
+      tile_product<1>(num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(num_bytes, 4), num_bytes},
                       {sums[0], kRankPart, false});
       for (int m = 0; m < num_rows; m++) {
         const int64_t at = slice * step.num_tokens + block.start + r + m;

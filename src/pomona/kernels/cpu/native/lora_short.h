@@ -318,7 +318,7 @@ struct ShortRuns {
       const uint32_t* columns = lay_out_columns(chunk.a + first, chunk.num_ranks - first, chunk.a_bytes,
                                                 [&] { ahead.fetch(min64(kRankPart, chunk.num_ranks - first)); });
       tile_product<1>(block.num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(chunk.a_bytes, 4), chunk.a_bytes},
-                      nullptr, {sums[0], kRankPart, false});
+                      {sums[0], kRankPart, false});
       for (int m = 0; m < block.num_rows; m++) store_floats(v[m] + first, T::round(scaling * load_floats(sums[m])));
     }
     const bool is_last = chunk.first_rank + chunk.num_ranks == work.rank_of(chunk.slice, block.segment);
