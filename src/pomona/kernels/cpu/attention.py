@@ -16,8 +16,10 @@ from pomona.kernels.attention import AttentionBatch, DecodeShape
 from pomona.kernels.cpu import binding
 from pomona.kernels.reference import attention as reference
 
-_ROWS_PER_ITEM = 64
-"""Query rows times heads of a group that are attended to together."""
+_ROWS_PER_ITEM, _ROWS_PER_SMALL_ITEM = 192, 64
+"""Query rows times heads of a group that are attended to together: each item lays out keys and values for itself. The
+second where the first would leave threads without work. Results do not depend on it."""
+_ITEMS_PER_THREAD = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +126,8 @@ def paged_attention(
     assert query.dtype is key_cache.dtype is value_cache.dtype
     group = num_heads // num_kv_heads
     assert group * num_kv_heads == num_heads
-    step = _step_of(batch, max(1, _ROWS_PER_ITEM // group))
+    has_many_items = num_tokens * num_heads >= _ROWS_PER_ITEM * _ITEMS_PER_THREAD * torch.get_num_threads()
+    step = _step_of(batch, max(1, (_ROWS_PER_ITEM if has_many_items else _ROWS_PER_SMALL_ITEM) // group))
     assert step.num_tokens == num_tokens
     out = binding.empty((num_tokens, num_heads, head_dim), query.dtype)
     binding.library().pomona_attention(

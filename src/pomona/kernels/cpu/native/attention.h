@@ -15,9 +15,9 @@
 
 namespace {
 
-constexpr int64_t kTokenTile = 64;
 constexpr int64_t kChunk = 512;
 constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
+constexpr int64_t kFewestColumns = 17;  // rows of an item that are multiplied as columns
 // Lines of the next tile that few rows fetch at each step of a product with keys, each sixteenth of the scores and each
 // pair of values: about as many as there are, about as often as they arrive.
 constexpr int64_t kLinesPerStep = 24, kLinesPerRow = 16, kLinesPerPair = 4;
@@ -38,6 +38,8 @@ struct Attention {
   using Elem = typename T::Elem;
   static constexpr int kRows = ProductSize<T>::kRows;
   static constexpr int64_t kTokensPerStep = ProductSize<T>::kUnits * T::kPerUnit;
+  static constexpr int64_t kBlockGroups = kUsesTiles<T> ? 2 : kTileGroups, kBlockLanes = kBlockGroups * kGroup;
+  static constexpr int64_t kTileUnits = kTokenTile / T::kPerUnit;
   const pomona::AttentionCall& call;
   int64_t group, num_units, value_width;  // query heads per kv head; units of head_dim; head_dim padded
   int64_t heads_per_item, max_rows;       // kv heads; rows times heads, at most
@@ -52,10 +54,18 @@ struct Attention {
 
   // Scratch of one thread, carved from one allocation.
   struct Space {
-    uint32_t *query, *keys, *values, *weights;
+    uint32_t *query, *keys, *values, *columns, *weights;
     float* scores;
     Softmax chunk, merged;
   };
+
+  // Many rows of a head are the columns of its products, some blocks of kBlockLanes; keys are rows as they lie in the cache.
+  bool has_columns(const Item& it) const { return has_columns(it.rows_per_head()); }
+  static bool has_columns(int64_t rows_per_head) { return rows_per_head >= kFewestColumns; }
+  // How many rows of scratch a head has.
+  static int64_t padded(int64_t rows_per_head) {
+    return has_columns(rows_per_head) ? ceil_div(rows_per_head, kBlockLanes) * kBlockLanes : rows_per_head;
+  }
 
   // Few enough rows for attention_tiles.h, and heads and blocks of which tiles can be loaded.
   bool has_lanes(const Item& it) const {
@@ -70,15 +80,16 @@ struct Attention {
 
   Space space() const {
     const int64_t most_lanes = max64(max_rows, kUsesTiles<T> ? heads_per_item * kLanes : 0);
-    const int64_t sizes[] = {most_lanes * num_units, kTokenTile * (num_units + 15), kTokenTile * value_width,
-                             max_rows * kTokenTile, most_lanes * kTokenTile, softmax_floats(), softmax_floats()};
+    const int64_t sizes[] = {most_lanes * num_units,   kTokenTile * (num_units + 15), kTokenTile * value_width,
+                             kTokenTile * value_width, max_rows * kTokenTile,         most_lanes * kTokenTile,
+                             softmax_floats(),         softmax_floats()};
     int64_t total = 0;
     for (int64_t size : sizes) total += ceil_div(size, 16) * 16;
     uint32_t* at = static_cast<uint32_t*>(pomona::scratch(pomona::kPanel, total * 4));
-    uint32_t* parts[7];
-    for (int i = 0; i < 7; i++) parts[i] = at, at += ceil_div(sizes[i], 16) * 16;
-    return {parts[0], parts[1], parts[2], parts[3], reinterpret_cast<float*>(parts[4]),
-            softmax_at(reinterpret_cast<float*>(parts[5])), softmax_at(reinterpret_cast<float*>(parts[6]))};
+    uint32_t* parts[8];
+    for (int i = 0; i < 8; i++) parts[i] = at, at += ceil_div(sizes[i], 16) * 16;
+    return {parts[0], parts[1], parts[2], parts[3], parts[4], reinterpret_cast<float*>(parts[5]),
+            softmax_at(reinterpret_cast<float*>(parts[6])), softmax_at(reinterpret_cast<float*>(parts[7]))};
   }
 
   Item item(int64_t index) const {
@@ -94,8 +105,9 @@ struct Attention {
            ((it.first_head + head) * group + row % group) * call.query_head_stride;
   }
 
-  // [head][row][unit], or where tiles take few rows, [head][unit][lane].
+  // [head][row][unit]; or as columns, [head][16 rows][unit][row]; or where tiles take few rows, [head][unit][lane].
   void load_query(const Item& it, uint32_t* out) const {
+    if (has_columns(it)) return load_query_columns(it, out);
     if (has_lanes(it)) return load_lanes(it, out);
     for (int64_t h = 0; h < it.num_heads; h++)
       for (int64_t row = 0; row < it.rows_per_head(); row++, out += num_units) {
@@ -113,6 +125,40 @@ struct Attention {
         for (int64_t unit = 0; unit < num_units; unit++)
           memcpy(out + unit * kLanes + lane, query + unit * T::kPerUnit, 4);
       }
+  }
+
+  void load_query_columns(const Item& it, uint32_t* out) const {
+    const char* zeros = static_cast<const char*>(pomona::zeros(num_units * 4));
+    for (int64_t h = 0; h < it.num_heads; h++)
+      for (int64_t first = 0; first < padded(it.rows_per_head()); first += kGroup, out += num_units * kGroup) {
+        const char* rows[kGroup];
+        for (int64_t i = 0; i < kGroup; i++) {
+          const bool is_row = first + i < it.rows_per_head();
+          rows[i] = is_row ? reinterpret_cast<const char*>(query_of(it, h, first + i)) : zeros;
+        }
+        lay_out_units(rows, call.head_dim * sizeof(Elem), out, kGroup, [] {});
+      }
+  }
+
+  // Of 16 rows, the units: out[unit][row]. fetch() is called before each 16 of them.
+  template <class F>
+  static void lay_out_units(const char* const* rows, int64_t num_bytes, uint32_t* out, int64_t stride, const F& fetch) {
+    const int64_t whole = num_bytes / 64 * 64;
+    for (int64_t at = 0; at < whole; at += 64) {
+      fetch();
+      transpose_units(rows, at, out + at / 4 * stride, stride);
+    }
+    if (whole == num_bytes) return;
+    char rest[kGroup][64] = {};
+    const char* rest_rows[kGroup];
+    for (int64_t i = 0; i < kGroup; i++) {
+      memcpy(rest[i], rows[i] + whole, num_bytes - whole);
+      rest_rows[i] = rest[i];
+    }
+    alignas(64) uint32_t units[16 * kGroup];
+    transpose_units(rest_rows, 0, units, kGroup);
+    for (int64_t unit = 0; unit < ceil_div(num_bytes - whole, 4); unit++)
+      memcpy(out + (whole / 4 + unit) * stride, units + unit * kGroup, kGroup * 4);
   }
 
   // Where the tile's keys (or values) of the first kv head are; positions outside [low, high) get zeros: a freed block
@@ -174,23 +220,11 @@ struct Attention {
   // keys[unit][token of the tile] of one kv head; unspecified from the first group past the tile's end on.
   void load_keys(const Elem* const* tokens, int64_t num_tokens, int64_t kv_head, uint32_t* keys,
                  NextBlocks& blocks) const {
-    const int64_t num_bytes = call.head_dim * sizeof(Elem), whole = num_bytes / 64 * 64;
     for (int64_t t = 0; t < num_tokens; t += kGroup, keys += kGroup) {
       const char* rows[kGroup];
       for (int64_t i = 0; i < kGroup; i++)
         rows[i] = reinterpret_cast<const char*>(tokens[t + i] + kv_head * call.head_dim);
-      for (int64_t at = 0; at < whole; at += 64) {
-        blocks.fetch(kGroup);
-        transpose_units(rows, at, keys + at / 4 * kTokenTile, kTokenTile);
-      }
-      if (whole == num_bytes) continue;
-      char rest[kGroup][64] = {};
-      const char* rest_rows[kGroup];
-      for (int64_t i = 0; i < kGroup; i++) {
-        memcpy(rest[i], rows[i] + whole, num_bytes - whole);
-        rest_rows[i] = rest[i];
-      }
-      transpose_units(rest_rows, 0, keys + whole / 4 * kTokenTile, kTokenTile);
+      lay_out_units(rows, call.head_dim * sizeof(Elem), keys, kTokenTile, [&] { blocks.fetch(kGroup); });
     }
   }
 
@@ -258,16 +292,9 @@ struct Attention {
 
 #if defined(__AMX_BF16__)
   // Scores of rows side by side, of whole heads, become weights. The softmax of the first is the first_row-th.
-  void soften_lanes(const Item& it, const Tile& tile, int64_t num_rows, float* scores, int64_t first_row,
-                    const Softmax& softmax, NextBlocks& blocks) const {
-    Seen seen{tile.high, tile.low, false, {}, {}};
-    for (int64_t row = 0; row < num_rows; row++) {
-      const Span span = seen_by(it, tile, row % it.rows_per_head());
-      seen.low[row] = static_cast<int32_t>(span.low), seen.high[row] = static_cast<int32_t>(span.high);
-      if (span.low < span.high) seen.first = min64(seen.first, span.low), seen.last = max64(seen.last, span.high);
-    }
-    for (int64_t row = 0; row < num_rows; row++)
-      seen.is_partial |= seen.low[row] != seen.first || seen.high[row] != seen.last;
+  void weigh_lanes(const Item& it, const Tile& tile, int64_t num_rows, float* scores, int64_t first_row,
+                   const Softmax& softmax, NextBlocks& blocks) const {
+    const Seen seen = seen_by_lanes(it, tile, 0, num_rows);
     for (int64_t t = tile.low / 2 * 2; t < ceil_div(tile.high, 2) * 2; t++)
       if (t < seen.first || t >= seen.last) memset(scores + t * kLanes, 0, kLanes * 4);
     if (seen.first >= seen.last) return;
@@ -275,8 +302,12 @@ struct Attention {
     float *maxima = softmax.maxima + first_row, *totals = softmax.totals + first_row;
     vf most = load_one<Float32>(maxima, n), total = load_one<Float32>(totals, n);
     alignas(64) float decays[kLanes];
-    const vf decay = soften_tile(scores, seen, splat(call.scale * kLog2E), most, total,
-                                 [&] { blocks.fetch(kLinesPerRow); });
+    const vf decay = soften_lanes(
+        scores, kLanes, seen, splat(call.scale * kLog2E), most, total, [&] { blocks.fetch(2 * kLinesPerRow); },
+        [&](int64_t t, const vf* two) {
+          store_floats(scores + t * kLanes, T::round(two[0]));
+          store_floats(scores + (t + 1) * kLanes, T::round(two[1]));
+        });
     store_floats(decays, decay);
     store_one<Float32>(maxima, most, n);
     store_one<Float32>(totals, total, n);
@@ -301,7 +332,7 @@ struct Attention {
       const int64_t num_heads = min64(heads_at_once(it), it.num_heads - first), head = it.first_head + first;
       score_tiles(keys, head * head_bytes, num_heads * head_bytes, s.query + first * num_units * kLanes, s.scores,
                   [&] { blocks.fetch(kLinesPerStep); });
-      soften_lanes(it, tile, num_heads * rows, s.scores, first * rows, softmax, blocks);
+      weigh_lanes(it, tile, num_heads * rows, s.scores, first * rows, softmax, blocks);
       for (int64_t h = 0; h < num_heads; h++)
         add_values(rows, call.head_dim, values, (head + h) * call.head_dim, tile.low, tile.high, s.scores + h * rows,
                    softmax.values + (first + h) * rows * value_width, value_width,
@@ -310,13 +341,110 @@ struct Attention {
   }
 #endif
 
+  // As attend_tile_rows, of rows that are columns: scores[position][row], weights[unit of positions][row] and sums of
+  // values[head_dim][row], of kBlockLanes rows at a time. Values are the rows of the second product.
+  void attend_columns(const Item& it, const Tile& tile, const Elem* const* keys, const Elem* const* values,
+                      const Space& s, const Softmax& softmax, NextBlocks& blocks) const {
+    constexpr int64_t kUnits = ProductSize<T>::kUnits;
+    const int64_t rows = it.rows_per_head(), num_lanes = padded(rows), first = tile.low / kTokensPerStep * kUnits;
+    for (int64_t h = 0; h < it.num_heads; h++) {
+      copy_keys(keys, tile.high, it.first_head + h, s.keys, blocks);
+      const int64_t end = ceil_div(tile.high, kTokensPerStep) * kUnits;
+      load_values(values, first, end, it.first_head + h, s.values, blocks);
+      lay_out_values(end - first, s.values, s.columns);
+      for (int64_t row = 0; row < rows; row += kBlockLanes) {
+        const int64_t num_rows = min64(kBlockLanes, rows - row), num_groups = ceil_div(num_rows, kGroup);
+        const int64_t newest = it.block.first_position + (row + num_rows - 1) / group - tile.begin;
+        if (newest < tile.low) continue;
+        const int64_t seen = min64(newest + 1, tile.high), at = h * num_lanes + row;
+        multiply(ceil_div(seen, kGroup) * kGroup, num_groups, num_units,
+                 TileA{reinterpret_cast<const char*>(s.keys), num_units * 4},
+                 TileB{s.query + at * num_units, num_units * kGroup, kGroup}, TileC{s.scores, kBlockLanes, false},
+                 blocks);
+        float* sums = softmax.values + at * value_width;
+        for (int64_t lane = 0; lane < num_rows; lane += W) {
+          const Seen of_lanes = seen_by_lanes(it, tile, row + lane, min64(W, num_rows - lane));
+          weigh_columns(of_lanes, s.scores + lane, softmax.maxima + at + lane, softmax.totals + at + lane,
+                        s.weights + lane / kGroup * kTileUnits * kGroup + lane % kGroup, sums + lane);
+        }
+        multiply(value_width, num_groups, ceil_div(seen, kTokensPerStep) * kUnits - first,
+                 TileA{reinterpret_cast<const char*>(s.columns), kTileUnits * 4},
+                 TileB{s.weights + first * kGroup, kTileUnits * kGroup, kGroup}, TileC{sums, kBlockLanes, true}, blocks);
+      }
+    }
+  }
+
+  // Scores of W rows become weights, units of which stand kGroup apart, and the sums of values so far are scaled.
+  void weigh_columns(const Seen& seen, const float* scores, float* maxima, float* totals, uint32_t* weights,
+                     float* sums) const {
+    const auto store = [&](int64_t t, const vf* two) {
+      Elem* to = reinterpret_cast<Elem*>(weights + t / T::kPerUnit * kGroup);
+      if (T::kPerUnit == 2) return T::store_two(to, two);
+      T::store(to, two[0]);
+      T::store(to + kGroup, two[1]);
+    };
+    if (seen.is_partial || seen.first > 0 || seen.last < kTokenTile) {
+      const vf none[2] = {};
+      for (int64_t t = 0; t < kTokenTile; t += 2) store(t, none);
+      if (seen.first >= seen.last) return;
+    }
+    vf most = load_floats(maxima), total = load_floats(totals);
+    const vf decay =
+        soften_lanes(scores, kBlockLanes, seen, splat(call.scale * kLog2E), most, total, [] {}, store);
+    store_floats(maxima, most);
+    store_floats(totals, total);
+    if (fold_max((vi)(decay != splat(1.0f)) & 1) == 0) return;
+    for (int64_t i = 0; i < value_width; i++) {
+      float* sum = sums + i * kBlockLanes;
+      store_floats(sum, load_floats(sum) * decay);
+    }
+  }
+
+  // What up to W rows of a kv head see of a tile, from a row on, and then those of other heads. Other lanes see nothing.
+  Seen seen_by_lanes(const Item& it, const Tile& tile, int64_t row, int64_t num_rows) const {
+    const bool is_one_head = row + num_rows <= it.rows_per_head();
+    const Span of_oldest = seen_by(it, tile, is_one_head ? row : 0);
+    const Span of_newest = seen_by(it, tile, is_one_head ? row + num_rows - 1 : it.rows_per_head() - 1);
+    Seen seen{of_oldest.low, of_newest.high, false, {}, {}};
+    if (of_oldest.low == of_newest.low && of_oldest.high == of_newest.high) return seen;
+    seen.is_partial = true;
+    for (int64_t i = 0, token = row / group, head = row % group; i < num_rows; i++) {
+      const Span span = seen_by_token(it, tile, token);
+      seen.low[i] = static_cast<int32_t>(span.low), seen.high[i] = static_cast<int32_t>(span.high);
+      if (++head == group) head = 0, token++;
+      if (token == it.block.num_rows) token = 0;
+    }
+    return seen;
+  }
+
+  // keys[token of the tile][unit] of one kv head.
+  void copy_keys(const Elem* const* tokens, int64_t num_tokens, int64_t kv_head, uint32_t* keys,
+                 NextBlocks& blocks) const {
+    for (int64_t t = 0; t < ceil_div(num_tokens, kGroup) * kGroup; t++, keys += num_units) {
+      if (t % kGroup == 0) blocks.fetch(kGroup * num_units / kGroup);
+      keys[num_units - 1] = 0;
+      memcpy(keys, tokens[t] + kv_head * call.head_dim, call.head_dim * sizeof(Elem));
+    }
+  }
+
+  // values[unit of tokens][head_dim] as columns[head_dim][unit of tokens].
+  void lay_out_values(int64_t units, const uint32_t* values, uint32_t* columns) const {
+    for (int64_t unit = 0; unit < units; unit += kGroup)
+      for (int64_t i = 0; i < value_width; i += kGroup) {
+        const char* rows[kGroup];
+        for (int64_t k = 0; k < kGroup; k++)
+          rows[k] = reinterpret_cast<const char*>(values + (unit + k) * value_width + i);
+        transpose_units(rows, 0, columns + i * kTileUnits + unit, kTileUnits);
+      }
+  }
+
   // Attention of an item's rows to the positions [begin, end) of one chunk.
   // `following` is what this thread will do next, or null.
   void attend(const Item& it, int64_t begin, int64_t end, const Space& s, const Softmax& softmax,
               const Item* following) const {
-    const int64_t rows = it.rows_per_head();
-    for (int64_t i = 0; i < rows * it.num_heads; i++) softmax.maxima[i] = -INFINITY, softmax.totals[i] = 0.0f;
-    memset(softmax.values, 0, rows * it.num_heads * value_width * 4);
+    const int64_t rows = it.rows_per_head(), num_rows = padded(rows) * it.num_heads;
+    for (int64_t i = 0; i < num_rows; i++) softmax.maxima[i] = -INFINITY, softmax.totals[i] = 0.0f;
+    memset(softmax.values, 0, num_rows * value_width * 4);
     for (int64_t at = begin / kTokenTile * kTokenTile; at < end; at += kTokenTile) {
       const Tile tile{at, max64(begin - at, 0), min64(end - at, kTokenTile)};
       const bool is_last = at + kTokenTile >= end;
@@ -333,6 +461,10 @@ struct Attention {
         }
 #endif
       find_tokens(call.key_cache, call.key_block_stride, it.table, tile, keys);
+      if (has_columns(it)) {
+        attend_columns(it, tile, keys, values, s, softmax, blocks);
+        continue;
+      }
       for (int64_t h = 0; h < it.num_heads; h++) {
         const int64_t row = h * rows;
         const Softmax part{softmax.maxima + row, softmax.totals + row, softmax.values + row * value_width};
@@ -357,7 +489,11 @@ struct Attention {
                               NextBlocks& blocks) {
 #if defined(__AMX_BF16__)
     if constexpr (kUsesTiles<T>)
-      return tile_product(static_cast<int>(num_rows), num_groups, {a, b, num_units, num_units * 4}, c);
+      for (int64_t row = 0; row < num_rows; row += kMostTileRows)
+        tile_product(static_cast<int>(min64(kMostTileRows, num_rows - row)), num_groups,
+                     {{a.rows + row * a.stride_bytes, a.stride_bytes}, b, num_units, num_units * 4},
+                     {c.sums + row * c.stride, c.stride, c.is_added_to});
+    if constexpr (kUsesTiles<T>) return;
 #endif
     product<T>(num_rows, num_groups, num_units, a, b, c, [&](int64_t steps) { return blocks.take(steps); });
   }
@@ -378,7 +514,10 @@ struct Attention {
     int64_t low, high;
   };
   Span seen_by(const Item& it, const Tile& tile, int64_t row) const {
-    const int64_t newest = it.block.first_position + row / group - tile.begin;
+    return seen_by_token(it, tile, row / group);
+  }
+  Span seen_by_token(const Item& it, const Tile& tile, int64_t token) const {
+    const int64_t newest = it.block.first_position + token - tile.begin;
     return {call.window ? max64(tile.low, newest - call.window + 1) : tile.low, min64(newest + 1, tile.high)};
   }
 
@@ -397,7 +536,9 @@ struct Attention {
     }
   }
 
-  void merge(const Softmax& chunk, int64_t num_rows, const Softmax& into) const {
+  void merge(const Item& it, const Softmax& chunk, const Softmax& into) const {
+    const int64_t num_rows = padded(it.rows_per_head()) * it.num_heads;
+    if (has_columns(it)) return merge_columns(chunk, num_rows, into);
     for (int64_t row = 0; row < num_rows; row++) {
       const float added = chunk.maxima[row], before = into.maxima[row];
       if (added == -INFINITY && chunk.totals[row] == 0.0f) continue;
@@ -411,22 +552,61 @@ struct Attention {
     }
   }
 
+  void merge_columns(const Softmax& chunk, int64_t num_rows, const Softmax& into) const {
+    for (int64_t row = 0; row < num_rows; row += W) {
+      const vf nothing = splat(-INFINITY), added = load_floats(chunk.maxima + row);
+      const vf before = load_floats(into.maxima + row), more = load_floats(chunk.totals + row);
+      const vi is_empty = (added == nothing) & (more == vf{});
+      const vf now = is_empty ? before : added > before ? added : before;
+      const vf keep = is_empty ? splat(1.0f) : before == nothing ? vf{} : exp2_lanes(before - now);
+      const vf take = is_empty ? vf{} : exp2_lanes(added - now);
+      store_floats(into.maxima + row, now);
+      store_floats(into.totals + row, load_floats(into.totals + row) * keep + more * take);
+      const int64_t first = row / kBlockLanes * kBlockLanes * value_width + row % kBlockLanes;
+      for (int64_t i = first; i < first + value_width * kBlockLanes; i += kBlockLanes)
+        store_floats(into.values + i, fma(load_floats(into.values + i), keep, load_floats(chunk.values + i) * take));
+    }
+  }
+
   void store(const Item& it, const Softmax& softmax) const {
+    if (has_columns(it)) return store_columns(it, softmax);
     for (int64_t h = 0, row = 0; h < it.num_heads; h++)
       for (int64_t r = 0; r < it.block.num_rows; r++)
         for (int64_t g = 0; g < group; g++, row++) {
-          Elem* out = static_cast<Elem*>(call.out) +
-                      ((it.block.row + r) * call.num_heads + (it.first_head + h) * group + g) * call.head_dim;
-          const vf factor = splat(1.0f / softmax.totals[row]);
-          const float* values = softmax.values + row * value_width;
-          for (int64_t i = 0; i < call.head_dim; i += 2 * W) {
-            const vf two[2] = {load_floats(values + i) * factor, load_floats(values + i + W) * factor};
-            if (i + 2 * W <= call.head_dim)
-              T::store_two(out + i, two);
-            else
-              store_two_part<T>(out + i, two, call.head_dim - i);
-          }
+          store_row(it, h, r * group + g, softmax.values + row * value_width, softmax.totals[row]);
         }
+  }
+
+  void store_columns(const Item& it, const Softmax& softmax) const {
+    const int64_t rows = it.rows_per_head();
+    float* values = static_cast<float*>(pomona::scratch(pomona::kSums, kGroup * value_width * 4));
+    for (int64_t h = 0; h < it.num_heads; h++)
+      for (int64_t row = 0; row < rows; row += kGroup) {
+        const int64_t at = h * padded(rows) + row, lane = at % kBlockLanes;
+        const float* sums = softmax.values + (at - lane) * value_width + lane;
+        for (int64_t i = 0; i < value_width; i += kGroup) {
+          const char* of_dims[kGroup];
+          for (int64_t k = 0; k < kGroup; k++)
+            of_dims[k] = reinterpret_cast<const char*>(sums + (i + k) * kBlockLanes);
+          transpose_units(of_dims, 0, reinterpret_cast<uint32_t*>(values) + i, value_width);
+        }
+        for (int64_t k = 0; k < min64(kGroup, rows - row); k++)
+          store_row(it, h, row + k, values + k * value_width, softmax.totals[at + k]);
+      }
+  }
+
+  void store_row(const Item& it, int64_t head, int64_t row, const float* values, float total) const {
+    Elem* out = static_cast<Elem*>(call.out) +
+                ((it.block.row + row / group) * call.num_heads + (it.first_head + head) * group + row % group) *
+                    call.head_dim;
+    const vf factor = splat(1.0f / total);
+    for (int64_t i = 0; i < call.head_dim; i += 2 * W) {
+      const vf two[2] = {load_floats(values + i) * factor, load_floats(values + i + W) * factor};
+      if (i + 2 * W <= call.head_dim)
+        T::store_two(out + i, two);
+      else
+        store_two_part<T>(out + i, two, call.head_dim - i);
+    }
   }
 
   int64_t first_read(const Item& it) const {
@@ -445,7 +625,7 @@ struct Attention {
       const Item* following = (chunk + 1) * kChunk >= end && next_index < num_items ? &after : nullptr;
       attend(it, max64(begin, chunk * kChunk), min64(end, (chunk + 1) * kChunk), s, is_first ? s.merged : s.chunk,
              following);
-      if (!is_first) merge(s.chunk, it.rows_per_head() * it.num_heads, s.merged);
+      if (!is_first) merge(it, s.chunk, s.merged);
     }
     store(it, s.merged);
   }
@@ -462,7 +642,7 @@ struct Attention {
     if (__atomic_add_fetch(num_done, 1, __ATOMIC_ACQ_REL) < last - first + 1) return;
     const Softmax merged = softmax_at(parts + first * softmax_floats());
     for (int64_t i = first + 1; i <= last; i++)
-      merge(softmax_at(parts + i * softmax_floats()), it.rows_per_head() * it.num_heads, merged);
+      merge(it, softmax_at(parts + i * softmax_floats()), merged);
     store(it, merged);
   }
 };
@@ -483,7 +663,7 @@ void attention(const pomona::AttentionCall& call, int num_threads) {
   const int64_t heads_per_item = most_rows * call.num_heads <= kRowsTogether && is_enough ? call.num_kv_heads : 1;
   const Attention<T> work{call, group, ceil_div(call.head_dim, T::kPerUnit),
                           ceil_div(call.head_dim, padding) * padding, heads_per_item,
-                          most_rows * group * heads_per_item};
+                          Attention<T>::padded(most_rows * group) * heads_per_item};
   const int64_t num_items = call.num_blocks * ceil_div(call.num_kv_heads, heads_per_item);
   if (threads == 1 || num_chunks == 1 || num_items >= 4 * threads) {
     for_items(num_items, threads, [&](int64_t item) { work.whole(item, item + threads, num_items); });

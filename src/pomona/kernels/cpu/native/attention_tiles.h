@@ -5,8 +5,8 @@
 // go: a head's queries have zeros where other heads' rows are. Values are multiplied by vectors. What is added in which
 // order is the same as in attention.h, whichever factor is on the left, and zeros change no sum: so are the bits.
 #pragma once
+#include "softmax_lanes.h"
 #include "tile_registers.h"
-#include "vec.h"
 
 namespace {
 
@@ -48,51 +48,6 @@ INLINE void score_tiles(const KeyRows* keys, int64_t first_byte, int64_t num_byt
   _tile_stored(2, scores + 512, 64);
   _tile_stored(3, scores + 768, 64);
   __asm__ volatile("" ::: "memory");
-}
-
-// Which positions of a tile each row sees, [low, high) of [first, last).
-struct Seen {
-  int64_t first, last;
-  bool is_partial;  // not all rows see all of them
-  alignas(64) int32_t low[kLanes], high[kLanes];
-};
-
-// As soften() in attention.h, of 16 rows: scores become weights. Maxima and totals go on; what earlier sums of values
-// are to be multiplied by is returned.
-template <class F>
-INLINE vf soften_tile(float* scores, const Seen& seen, vf scale, vf& maxima, vf& totals, const F& fetch) {
-  const vf nothing = splat(-INFINITY), before = maxima;
-  vi low, high;
-  memcpy(&low, seen.low, sizeof low);
-  memcpy(&high, seen.high, sizeof high);
-  vf largest = nothing;
-  for (int64_t t = seen.first; t < seen.last; t++) {
-    vf score = load_floats(scores + t * kLanes) * scale;
-    if (seen.is_partial) {
-      const vi at = vi{} + static_cast<int32_t>(t);
-      score = (at >= low) & (at < high) ? score : nothing;
-    }
-    store_floats(scores + t * kLanes, score);
-    largest = larger(largest, score);
-  }
-  maxima = largest > before ? largest : before;
-  const vf shift = maxima == nothing ? vf{} : maxima;
-  vf parts[16];
-  for (int64_t i = 0; i < 16; i++) {
-    fetch();
-    parts[i] = vf{};
-    for (int64_t t = i; t < 64; t += 16) {
-      if (t < seen.first || t >= seen.last) continue;
-      const vf weight = exp2_lanes(load_floats(scores + t * kLanes) - shift);
-      parts[i] += weight;
-      store_floats(scores + t * kLanes, BFloat16::round(weight));
-    }
-  }
-  for (int width = 8; width > 0; width /= 2)  // as fold_sum does
-    for (int i = 0; i < width; i++) parts[i] += parts[i + width];
-  const vf decay = before == nothing ? splat(1.0f) : exp2_lanes(before - maxima);  // nothing yet: sums are zero
-  totals = totals * decay + parts[0];
-  return decay;
 }
 
 // R rows' sums over NV vectors of columns (+)= weights * values, over the positions [low, high) of a tile, in the order
