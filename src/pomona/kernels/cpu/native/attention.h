@@ -2,9 +2,9 @@
 //
 // An item is a run of one sequence's rows and some kv heads with all the query heads that read them, so that each key
 // and value is read once for the whole group. Decodes take all kv heads at once, which lie beside each other in memory,
-// and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied
-// by the same product as dense layers; those of few rows are taken as they lie where there are tile registers
-// (attention_tiles.h). Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and
+// and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied by
+// the same product as dense layers: few rows are the rows of that product, many rows its columns. Where there are tile
+// registers, those of few rows are taken as they lie (attention_tiles.h). The bits are the same in all three. Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and
 // chunks are merged in order. The cuts depend on positions alone, so a row's result does not depend on its company or on
 // how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
 #pragma once
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kChunk = 512;
 constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
-constexpr int64_t kFewestColumns = 17;  // rows of an item that are multiplied as columns
+constexpr int64_t kFewestColumns = 17;  // rows of a kv head that are multiplied as columns
 // Lines of the next tile that few rows fetch at each step of a product with keys, each sixteenth of the scores and each
 // pair of values: about as many as there are, about as often as they arrive.
 constexpr int64_t kLinesPerStep = 24, kLinesPerRow = 16, kLinesPerPair = 4;
@@ -59,7 +59,7 @@ struct Attention {
     Softmax chunk, merged;
   };
 
-  // Many rows of a head are the columns of its products, some blocks of kBlockLanes; keys are rows as they lie in the cache.
+  // Many rows of a head are the columns of its products, in blocks of kBlockLanes.
   bool has_columns(const Item& it) const { return has_columns(it.rows_per_head()); }
   static bool has_columns(int64_t rows_per_head) { return rows_per_head >= kFewestColumns; }
   // How many rows of scratch a head has.
@@ -341,8 +341,8 @@ struct Attention {
   }
 #endif
 
-  // As attend_tile_rows, of rows that are columns: scores[position][row], weights[unit of positions][row] and sums of
-  // values[head_dim][row], of kBlockLanes rows at a time. Values are the rows of the second product.
+  // Attention of rows that are columns to one tile: scores[position][row], weights[unit of positions][row] and sums of
+  // values[head_dim][row], of kBlockLanes rows at a time. Keys and transposed values are the rows of the products.
   void attend_columns(const Item& it, const Tile& tile, const Elem* const* keys, const Elem* const* values,
                       const Space& s, const Softmax& softmax, NextBlocks& blocks) const {
     constexpr int64_t kUnits = ProductSize<T>::kUnits;
@@ -421,7 +421,7 @@ struct Attention {
   void copy_keys(const Elem* const* tokens, int64_t num_tokens, int64_t kv_head, uint32_t* keys,
                  NextBlocks& blocks) const {
     for (int64_t t = 0; t < ceil_div(num_tokens, kGroup) * kGroup; t++, keys += num_units) {
-      if (t % kGroup == 0) blocks.fetch(kGroup * num_units / kGroup);
+      if (t % kGroup == 0) blocks.fetch(num_units);  // lines, as many as are copied
       keys[num_units - 1] = 0;
       memcpy(keys, tokens[t] + kv_head * call.head_dim, call.head_dim * sizeof(Elem));
     }
