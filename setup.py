@@ -10,16 +10,14 @@ import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 NATIVE = "src/pomona/kernels/cpu/native"
-HEADERS = (
-    *("adapted", "amx", "api", "attention", "attention_tiles", "fixed_point", "fused", "gemm", "gemm_int8"),
-    *("gemm_tiles", "lora", "lora_pages", "lora_short", "rows", "tile", "tile_registers", "transpose", "vec", "work"),
-)
+HEADERS = sorted(path.as_posix() for path in Path(NATIVE).glob("*.h"))
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 # gcc 12 takes its own intrinsics' undefined lanes for mistakes of ours.
 FLAGS += ["-Wall", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -95,7 +93,7 @@ setup(
         Extension(
             "pomona.kernels.cpu._native",
             sources=[f"{NATIVE}/api.cpp", f"{NATIVE}/threads.cpp", f"{NATIVE}/isa.cpp"],
-            depends=[f"{NATIVE}/{name}.h" for name in HEADERS],
+            depends=HEADERS,
             language="c++",
         )
     ],
