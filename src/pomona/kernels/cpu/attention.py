@@ -126,12 +126,13 @@ def paged_attention(
     assert query.dtype is key_cache.dtype is value_cache.dtype
     group = num_heads // num_kv_heads
     assert group * num_kv_heads == num_heads
-    has_many_items = num_tokens * num_heads >= _ROWS_PER_ITEM * _ITEMS_PER_THREAD * torch.get_num_threads()
+    num_threads = torch.get_num_threads()
+    has_many_items = num_tokens * num_heads >= _ROWS_PER_ITEM * _ITEMS_PER_THREAD * num_threads
     step = _step_of(batch, max(1, (_ROWS_PER_ITEM if has_many_items else _ROWS_PER_SMALL_ITEM) // group))
     assert step.num_tokens == num_tokens
     out = binding.empty((num_tokens, num_heads, head_dim), query.dtype)
     binding.library().pomona_attention(
-        *(dtype, torch.get_num_threads(), step.address, query.data_ptr(), query_strides[0], query_strides[1]),
+        *(dtype, num_threads, step.address, query.data_ptr(), query_strides[0], query_strides[1]),
         *(num_heads, key_cache.data_ptr(), value_cache.data_ptr(), key_strides[0], value_strides[0]),
         *(block_size, num_kv_heads, head_dim, sliding_window or 0, scale, out.data_ptr()),
     )
