@@ -207,10 +207,16 @@ def test_a_prompt_is_attended_to_the_same_whole_in_chunks_and_token_by_token(
         assert torch.equal(two_threads, alone)
 
 
-def test_a_long_context_shared_by_threads_is_attended_to_the_same() -> None:
-    contexts = make_contexts([3000], heads=(2, 1, 64))
-    [one] = contexts.attend([(0, 2999, 3000)])
-    assert torch.equal(one, _on_threads(2, lambda: contexts.attend([(0, 2999, 3000)])[0]))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 40])
+def test_a_long_context_shared_by_threads_is_attended_to_the_same(num_rows: int, dtype: torch.dtype) -> None:
+    contexts = make_contexts([3000], heads=(2, 1, 64), dtype=dtype)
+    first = 3000 - num_rows
+    [one] = contexts.attend([(0, first, 3000)])
+    for num_threads in (2, 3):
+        assert torch.equal(one, _on_threads(num_threads, lambda: contexts.attend([(0, first, 3000)])[0]))
+    [alone] = contexts.attend([(0, first, first + 1)])
+    assert torch.equal(one[0], alone[0])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

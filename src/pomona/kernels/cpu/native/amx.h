@@ -173,13 +173,18 @@ INLINE void tile_product(int num_rows, const Factors& factors, TileC c) {
   tile_product<NG>(num_rows, factors, nullptr, c, nothing);
 }
 
-// Any number of groups.
-INLINE void tile_product(int num_rows, int64_t num_groups, Factors factors, TileC c) {
-  for (; num_groups >= 2; num_groups -= 2) {
-    tile_product<2>(num_rows, factors, c);
-    factors.b.units += 2 * factors.b.group_stride, c.sums += 2 * kGroup;
+// Any number of rows and groups.
+INLINE void tile_product(int64_t num_rows, int64_t num_groups, const Factors& factors, TileC c) {
+  for (int64_t row = 0; row < num_rows; row += kMostTileRows) {
+    const int rows = static_cast<int>(min64(kMostTileRows, num_rows - row));
+    Factors some = factors;
+    some.a.rows += row * some.a.stride_bytes;
+    TileC part{c.sums + row * c.stride, c.stride, c.is_added_to};
+    for (int64_t left = num_groups; left > 0; left -= 2) {
+      left >= 2 ? tile_product<2>(rows, some, part) : tile_product<1>(rows, some, part);
+      some.b.units += 2 * some.b.group_stride, part.sums += 2 * kGroup;
+    }
   }
-  if (num_groups) tile_product<1>(num_rows, factors, c);
 }
 
 // One row by NG groups, in the same order: a row alone is read faster without tiles.

@@ -4,9 +4,11 @@
 // and value is read once for the whole group. Decodes take all kv heads at once, which lie beside each other in memory,
 // and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied by
 // the same product as dense layers: few rows are the rows of that product, many rows its columns. Where there are tile
-// registers, those of few rows are taken as they lie (attention_tiles.h). The bits are the same in all three. Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and
-// chunks are merged in order. The cuts depend on positions alone, so a row's result does not depend on its company or on
-// how many threads share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
+// registers, those of few rows are taken as they lie (attention_tiles.h). The bits are the same in all three.
+//
+// Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and chunks are merged in order.
+// The cuts depend on positions alone, so a row's result does not depend on its company or on how many threads share a
+// long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
 #pragma once
 #include "amx.h"
 #include "attention_tiles.h"
@@ -17,7 +19,6 @@ namespace {
 
 constexpr int64_t kChunk = 512;
 constexpr int64_t kRowsTogether = 128;  // rows times query heads up to which an item takes all kv heads
-constexpr int64_t kFewestColumns = 17;  // rows of a kv head that are multiplied as columns
 // Lines of the next tile that few rows fetch at each step of a product with keys, each sixteenth of the scores and each
 // pair of values: about as many as there are, about as often as they arrive.
 constexpr int64_t kLinesPerStep = 24, kLinesPerRow = 16, kLinesPerPair = 4;
@@ -59,9 +60,9 @@ struct Attention {
     Softmax chunk, merged;
   };
 
-  // Many rows of a head are the columns of its products, in blocks of kBlockLanes.
-  bool has_columns(const Item& it) const { return has_columns(it.rows_per_head()); }
-  static bool has_columns(int64_t rows_per_head) { return rows_per_head >= kFewestColumns; }
+  // More rows of a head than kLanes are the columns of its products, in blocks of kBlockLanes.
+  static bool has_columns(int64_t rows_per_head) { return rows_per_head > kLanes; }
+  static bool has_columns(const Item& it) { return has_columns(it.rows_per_head()); }
   // How many rows of scratch a head has.
   static int64_t padded(int64_t rows_per_head) {
     return has_columns(rows_per_head) ? ceil_div(rows_per_head, kBlockLanes) * kBlockLanes : rows_per_head;
@@ -80,9 +81,11 @@ struct Attention {
 
   Space space() const {
     const int64_t most_lanes = max64(max_rows, kUsesTiles<T> ? heads_per_item * kLanes : 0);
-    const int64_t sizes[] = {most_lanes * num_units,   kTokenTile * (num_units + 15), kTokenTile * value_width,
-                             kTokenTile * value_width, max_rows * kTokenTile,         most_lanes * kTokenTile,
-                             softmax_floats(),         softmax_floats()};
+    // 15 units more: units are laid out 16 at a time.
+    const int64_t sizes[] = {most_lanes * num_units + 15 * kGroup, kTokenTile * (num_units + 15),
+                             kTokenTile * value_width,             kTokenTile * value_width,
+                             max_rows * kTokenTile,                most_lanes * kTokenTile,
+                             softmax_floats(),                     softmax_floats()};
     int64_t total = 0;
     for (int64_t size : sizes) total += ceil_div(size, 16) * 16;
     uint32_t* at = static_cast<uint32_t*>(pomona::scratch(pomona::kPanel, total * 4));
@@ -138,27 +141,6 @@ struct Attention {
         }
         lay_out_units(rows, call.head_dim * sizeof(Elem), out, kGroup, [] {});
       }
-  }
-
-  // Of 16 rows, the units: out[unit][row]. fetch() is called before each 16 of them.
-  template <class F>
-  static void lay_out_units(const char* const* rows, int64_t num_bytes, uint32_t* out, int64_t stride, const F& fetch) {
-    const int64_t whole = num_bytes / 64 * 64;
-    for (int64_t at = 0; at < whole; at += 64) {
-      fetch();
-      transpose_units(rows, at, out + at / 4 * stride, stride);
-    }
-    if (whole == num_bytes) return;
-    char rest[kGroup][64] = {};
-    const char* rest_rows[kGroup];
-    for (int64_t i = 0; i < kGroup; i++) {
-      memcpy(rest[i], rows[i] + whole, num_bytes - whole);
-      rest_rows[i] = rest[i];
-    }
-    alignas(64) uint32_t units[16 * kGroup];
-    transpose_units(rest_rows, 0, units, kGroup);
-    for (int64_t unit = 0; unit < ceil_div(num_bytes - whole, 4); unit++)
-      memcpy(out + (whole / 4 + unit) * stride, units + unit * kGroup, kGroup * 4);
   }
 
   // Where the tile's keys (or values) of the first kv head are; positions outside [low, high) get zeros: a freed block
@@ -488,12 +470,7 @@ struct Attention {
   INLINE static void multiply(int64_t num_rows, int64_t num_groups, int64_t num_units, TileA a, TileB b, TileC c,
                               NextBlocks& blocks) {
 #if defined(__AMX_BF16__)
-    if constexpr (kUsesTiles<T>)
-      for (int64_t row = 0; row < num_rows; row += kMostTileRows)
-        tile_product(static_cast<int>(min64(kMostTileRows, num_rows - row)), num_groups,
-                     {{a.rows + row * a.stride_bytes, a.stride_bytes}, b, num_units, num_units * 4},
-                     {c.sums + row * c.stride, c.stride, c.is_added_to});
-    if constexpr (kUsesTiles<T>) return;
+    if constexpr (kUsesTiles<T>) return tile_product(num_rows, num_groups, {a, b, num_units, num_units * 4}, c);
 #endif
     product<T>(num_rows, num_groups, num_units, a, b, c, [&](int64_t steps) { return blocks.take(steps); });
   }

@@ -169,23 +169,12 @@ int64_t row_units_of(const pomona::LoraStep& step) {
 template <class F>
 INLINE const uint32_t* lay_out_columns(const char* const* rank_rows, int64_t num_ranks, int64_t num_bytes,
                                        const F& fetch) {
-  const int64_t whole = num_bytes / 64 * 64, num_units = ceil_div(num_bytes, 64) * kStepUnits;
+  const int64_t num_units = ceil_div(num_bytes, 64) * kStepUnits;
   auto* columns = static_cast<uint32_t*>(pomona::scratch(pomona::kAdapterPanel, num_units * kRankPart * 4));
   const char* rows[kRankPart];
   for (int64_t j = 0; j < kRankPart; j++)
     rows[j] = j < num_ranks ? rank_rows[j] : static_cast<const char*>(pomona::zeros(num_bytes));
-  for (int64_t at = 0; at < whole; at += 64) {
-    fetch();
-    transpose_units(rows, at, columns + at / 4 * kRankPart, kRankPart);
-  }
-  if (whole < num_bytes) {
-    char rest[kRankPart][64] = {};
-    for (int j = 0; j < kRankPart; j++) {
-      memcpy(rest[j], rows[j] + whole, num_bytes - whole);
-      rows[j] = rest[j];
-    }
-    transpose_units(rows, 0, columns + whole / 4 * kRankPart, kRankPart);
-  }
+  lay_out_units(rows, num_bytes, columns, kRankPart, fetch);
   return columns;
 }
 #endif

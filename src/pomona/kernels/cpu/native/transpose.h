@@ -1,4 +1,4 @@
-// The transpose of 16 by 16 units that attention lays keys out with. Included by isa.cpp.
+// The transpose of 16 by 16 units, and rows laid out as columns by it. Included by isa.cpp.
 #pragma once
 #include "vec.h"
 
@@ -46,5 +46,24 @@ INLINE void transpose_units(const char* const* rows, int64_t offset, uint32_t* o
   }
 }
 #endif
+
+// 16 rows of num_bytes as columns of units: out[unit][row], zeros after the last byte up to 16 whole units. fetch() is
+// called before each 16 units.
+template <class F>
+INLINE void lay_out_units(const char* const* rows, int64_t num_bytes, uint32_t* out, int64_t stride, const F& fetch) {
+  const int64_t whole = num_bytes / 64 * 64;
+  for (int64_t at = 0; at < whole; at += 64) {
+    fetch();
+    transpose_units(rows, at, out + at / 4 * stride, stride);
+  }
+  if (whole == num_bytes) return;
+  char rest[16][64] = {};
+  const char* rest_rows[16];
+  for (int i = 0; i < 16; i++) {
+    memcpy(rest[i], rows[i] + whole, num_bytes - whole);
+    rest_rows[i] = rest[i];
+  }
+  transpose_units(rest_rows, 0, out + whole / 4 * stride, stride);
+}
 
 }  // namespace
