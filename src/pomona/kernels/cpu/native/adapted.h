@@ -53,7 +53,7 @@ void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_cal
   const auto in_turn = [&](int64_t num_items, int threads, const auto& product) {
     const auto shrink = [&](int64_t item) { work.shrink(item); };
     const auto run_few = [&](int64_t item) { few.run(item); };
-    for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_pairs * work.rank_parts, shrink},
+    for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_shrinks(), shrink},
               Kind{num_items, product}, Kind{few.num_items(), run_few});
   };
   base_product<T>(base, num_threads, in_turn);

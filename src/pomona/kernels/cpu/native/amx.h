@@ -34,68 +34,85 @@ struct Factors {
   int64_t num_units, a_bytes;
 };
 
-// Factors of a later step, which are fetched into the nearest cache. A few lines at a time: one that has to wait for its
-// turn holds up all that comes after it.
+// What is fetched with a step: factors of a later one into the nearest cache, and columns of a later item into the next
+// one, of several groups in turn, since memory answers reads of several pages sooner than those of one. A few lines at a
+// time: one that has to wait for its turn holds up all that comes after it.
 struct LaterStep {
   TileA a;
-  TileB b;
+  TileB b, far;
 
-  template <int N>
-  INLINE void fetch_columns(int64_t group, int64_t first) const {
+  // The slot-th of num_slots parts.
+  template <int MT, int NG, class M>
+  INLINE void fetch(int slot, int num_slots) const {
+    if (M::kFetchesRows)
 #pragma GCC unroll 8
-    for (int64_t k = first; k < first + N; k++) prefetch_near(b.units + group * b.group_stride + k * b.step);
-  }
-  template <int N>
-  INLINE void fetch_rows(int64_t first) const {
-#pragma GCC unroll 8
-    for (int64_t m = first; m < first + N; m++) prefetch_near(a.rows + m * a.stride_bytes);
+      for (int m = slot * MT * 16 / num_slots; m < (slot + 1) * MT * 16 / num_slots; m++)
+        prefetch_near(a.rows + m * a.stride_bytes);
+    if (M::kFetchesColumns)
+#pragma GCC unroll 16
+      for (int i = slot * NG * 16 / num_slots; i < (slot + 1) * NG * 16 / num_slots; i++)
+        prefetch_near(b.units + i / 16 * b.group_stride + i % 16 * b.step);
+    constexpr int kLines = M::kFarGroups * M::kFarUnits;
+#pragma GCC unroll 16
+    for (int i = slot * kLines / num_slots; i < (slot + 1) * kLines / num_slots; i++)
+      prefetch(far.units + i % M::kFarGroups * far.group_stride + i / M::kFarGroups * far.step);
   }
 };
 
 // What is done meanwhile, with every step of a product. Nothing:
 struct Nothing {
   static constexpr bool kFetchesRows = false, kFetchesColumns = false;
+  static constexpr int kFarGroups = 1, kFarUnits = 0;
   INLINE void step() {}
-  INLINE LaterStep later(const Factors&, int64_t) const { return {}; }
+  INLINE LaterStep later(const Factors&, int64_t) { return {}; }
+};
+
+// Rows of the next step, and of the next rows after the last one.
+struct NextRows : Nothing {
+  static constexpr bool kFetchesRows = true;
+  INLINE LaterStep later(const Factors& factors, int64_t unit) {
+    const TileA& a = factors.a;
+    const int64_t next = unit + kStepUnits;
+    return {{a.rows + (next < factors.num_units ? next * 4 : kMostTileRows * a.stride_bytes), a.stride_bytes}, {}, {}};
+  }
 };
 
 // One step of k: MT tiles of rows by NG groups.
 template <int MT, int NG, class M>
 INLINE void multiply_step(TileA a, TileB b, const LaterStep& later) {
   static_assert(kStepUnits == 16);
-  constexpr bool kFetches = M::kFetchesColumns;
+  constexpr int kHalf = NG >= 2 ? 5 : 3, kSlots = NG == 4 || (MT == 2 && NG == 2) ? 8 : MT == 2 ? 5 : kHalf;
+  const auto fetch = [&](int slot) __attribute__((always_inline)) { later.fetch<MT, NG, M>(slot, kSlots); };
   const int64_t step_bytes = b.step * 4;
   _tile_loadd(4, a.rows, a.stride_bytes);
-  if (kFetches) later.fetch_columns<8>(0, 0);
-  if (M::kFetchesRows) later.fetch_rows<8>(0);
+  fetch(0);
   _tile_loadd(6, b.units, step_bytes);
-  if (kFetches) later.fetch_columns<8>(0, 8);
-  if (M::kFetchesRows) later.fetch_rows<8>(8);
+  fetch(1);
   _tile_dpbf16ps(0, 4, 6);
+  fetch(2);
   if (NG >= 2) {
-    if (kFetches) later.fetch_columns<4>(1, 0);
     _tile_loadd(7, b.units + b.group_stride, step_bytes);
-    if (kFetches) later.fetch_columns<4>(1, 4);
-    if (M::kFetchesRows && MT == 2) later.fetch_rows<8>(16);
+    fetch(3);
     _tile_dpbf16ps(1, 4, 7);
-    if (kFetches) later.fetch_columns<4>(1, 8);
+    fetch(4);
   }
   if (MT == 2) {
     _tile_loadd(5, a.rows + 16 * a.stride_bytes, a.stride_bytes);
-    if (kFetches && NG >= 2) later.fetch_columns<4>(1, 12);
-    if (M::kFetchesRows) later.fetch_rows<8>(24);
+    fetch(kHalf);
     _tile_dpbf16ps(2, 5, 6);
-    if (NG >= 2) _tile_dpbf16ps(3, 5, 7);
+    fetch(kHalf + 1);
+    if (NG >= 2) {
+      _tile_dpbf16ps(3, 5, 7);
+      fetch(7);
+    }
   }
-  if (MT == 1 && NG >= 2 && kFetches) later.fetch_columns<4>(1, 12);
-  if (MT == 1 && NG == 4) {
-    if (kFetches) later.fetch_columns<8>(2, 0);
+  if (NG == 4) {
     _tile_loadd(6, b.units + 2 * b.group_stride, step_bytes);
-    if (kFetches) later.fetch_columns<8>(2, 8);
+    fetch(5);
     _tile_dpbf16ps(2, 4, 6);
-    if (kFetches) later.fetch_columns<8>(3, 0);
+    fetch(6);
     _tile_loadd(7, b.units + 3 * b.group_stride, step_bytes);
-    if (kFetches) later.fetch_columns<8>(3, 8);
+    fetch(7);
     _tile_dpbf16ps(3, 4, 7);
   }
 }

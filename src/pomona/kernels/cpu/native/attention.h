@@ -169,25 +169,32 @@ struct Attention {
     int64_t block = 0, last = -1;  // positions in the table
     int64_t num_lines = 0;
     bool is_value = false;
-    const char *at = nullptr, *end = nullptr;
+    AheadInTurn<4> ahead;
 
     INLINE void fetch(int64_t lines) {
       if (!kUsesTiles<T>) return;
-      for (; lines > 0 && at < end; lines--, at += 64) prefetch(at);
-      if (at < end) return;
-      const Ahead next = take(1);
-      at = next.at, end = next.end;
+      ahead.fetch(lines);
+      if (!ahead.is_any() && block <= last) turn();
+    }
+    void turn() {
+      for (int i = 0; i < 4; i++) ahead.places[i] = at(min64(block + i, last));
+      ahead.at = 0, ahead.end = num_lines * 64;
+      if (is_value) block += 4;
+      is_value = !is_value;
+    }
+    const char* at(int64_t index) const {
+      const auto& call = work->call;
+      const void* cache = is_value ? call.value_cache : call.key_cache;
+      const int64_t stride = is_value ? call.value_block_stride : call.key_block_stride;
+      return reinterpret_cast<const char*>(static_cast<const Elem*>(cache) + table[index] * stride);
     }
 
     Ahead take(int64_t num_steps) {
       if (block > last) return {};
-      const auto& call = work->call;
-      const void* cache = is_value ? call.value_cache : call.key_cache;
-      const int64_t stride = is_value ? call.value_block_stride : call.key_block_stride;
-      const char* at = reinterpret_cast<const char*>(static_cast<const Elem*>(cache) + table[block] * stride);
+      const char* lines = at(block);
       if (is_value) block++;
       is_value = !is_value;
-      return {at, at + num_lines * 64, ceil_div(num_lines, num_steps)};
+      return {lines, lines + num_lines * 64, ceil_div(num_lines, num_steps)};
     }
   };
 
@@ -196,7 +203,7 @@ struct Attention {
     const int64_t bytes = call.block_size * call.num_kv_heads * call.head_dim * sizeof(Elem);
     const int64_t last = min64(end, begin / kTokenTile * kTokenTile + kTokenTile) - 1;
     return {this, it.table, begin / call.block_size, it.num_heads == call.num_kv_heads ? last / call.block_size : -1,
-            ceil_div(bytes, 64), false};
+            ceil_div(bytes, 64), false, {}};
   }
 
   // keys[unit][token of the tile] of one kv head; unspecified from the first group past the tile's end on.

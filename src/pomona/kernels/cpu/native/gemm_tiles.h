@@ -91,47 +91,59 @@ struct AdapterColumns {
 };
 
 // What is done beside an item's products: with every step, two rows of the last product's sums are stored and factors
-// fetched. If weights are read once: those of a few steps later, and then of the next product. If many rows pass by them,
-// they are in the L2 cache: those of the next step; and some lines of the next item's.
-template <class T, int NG, bool kIsReadOnce>
+// fetched. If weights are read once: those of a few steps later, or if they are in the L2 cache already, of the next
+// two steps; and into that, if there are kGroups > 0 of them, those of this thread's next item, or of 16 rows, where the
+// same step reads from four groups as well, half of them. If many rows pass by them, they are in the L2 cache: those of
+// the next step; and some lines of the next item's.
+template <class T, int NG, bool kIsReadOnce, int kGroups = 0>
 struct Beside {
   static constexpr bool kFetchesRows = NG == 2, kFetchesColumns = true;  // 16 rows stay in the L1 cache
-  static constexpr int64_t kUnitsAhead = (kIsReadOnce ? 4 : 1) * kStepUnits, kStride = NG * kGroup;
+  static constexpr int kFarGroups = kGroups ? kGroups : 1;
+  static constexpr int kFarUnits = kGroups == 0 ? 0 : NG == 4 ? 8 : (NG * 16 + kGroups - 1) / kFarGroups;
+  static constexpr int64_t kStride = NG * kGroup;
   const GemmWork<T>& work;
   Ahead ahead;
-  const char* next_rows = nullptr;         // of the next product
-  const uint32_t* next_columns = nullptr;  // if they are known
-  int64_t row = 0, group = 0;              // of the sums that are left to be stored
+  int64_t units_ahead = kStepUnits;
+  const char* next_rows = nullptr;  // of the next product
+  const uint32_t *next_columns = nullptr, *next_item = nullptr;  // if they are known
+  int64_t next_unit = 0;  // of the next item's
+  int64_t row = 0, group = 0;  // of the sums that are left to be stored
   const float* left = nullptr;
   int num_left = 0, tile = 0;
   alignas(64) float tiles[2][kMostTileRows * 2 * kGroup];
 
-  Beside(const GemmWork<T>& of_work, Ahead next_item) : work(of_work), ahead(next_item) {}
+  explicit Beside(const GemmWork<T>& of_work) : work(of_work) {}
 
   INLINE void step() {
     if (!kIsReadOnce) ahead.step();
     if (num_left >= 2) store_some(2);
   }
-  INLINE LaterStep later(const Factors& factors, int64_t unit) const {
+  INLINE LaterStep later(const Factors& factors, int64_t unit) {
     const TileA& a = factors.a;
     const TileB& b = factors.b;
     const char* rows = unit + kStepUnits < factors.num_units ? a.rows + (unit + kStepUnits) * 4 : next_rows;
     const uint32_t* columns = b.units;
-    int64_t at = unit + kUnitsAhead;
+    int64_t at = unit + units_ahead;
     if (at >= factors.num_units) {
       at -= factors.num_units, columns = next_columns;
       if (next_columns == nullptr || at >= factors.num_units) columns = b.units, at = unit;  // is there already
     }
-    return {{rows, a.stride_bytes}, {columns + at * b.step, b.group_stride, b.step}};
+    const TileB near{columns + at * b.step, b.group_stride, b.step};
+    if (kFarUnits == 0) return {{rows, a.stride_bytes}, near, {}};
+    if (next_item == nullptr) return {{rows, a.stride_bytes}, near, {b.units, 0, 0}};
+    const TileB far{next_item + next_unit * b.step, b.group_stride, b.step};
+    next_unit += kFarUnits;
+    if (next_unit >= factors.num_units) next_item = nullptr;
+    return {{rows, a.stride_bytes}, near, far};
   }
 
   float* sums() { return tiles[tile]; }
   // The sums are all there. What is left of the last ones is stored before.
-  template <int kGroups>
+  template <int kNow>
   void store(int64_t new_row, int num_rows, int64_t new_group) {
     store_some(num_left);
-    if (kGroups != NG || num_rows == 1 || work.call.is_out_float || (new_group + NG) * kGroup > work.call.out_features)
-      return work.template store_rows<kGroups>(sums(), kGroups * kGroup, new_row, num_rows, new_group, nullptr);
+    if (kNow != NG || num_rows == 1 || work.call.is_out_float || (new_group + NG) * kGroup > work.call.out_features)
+      return work.template store_rows<kNow>(sums(), kNow * kGroup, new_row, num_rows, new_group, nullptr);
     row = new_row, group = new_group, left = sums(), num_left = num_rows;
     tile = 1 - tile;
   }
@@ -220,18 +232,28 @@ struct TileGemm {
                   : tile_product<NG>(num_rows, factors, nullptr, c, beside);
   }
 
-  // next_columns: of the thread's next item, if any, of which `ahead` fetches some.
-  template <int NG, bool kIsReadOnce>
-  void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const uint32_t* next_columns, Ahead ahead,
+  // What a thread knows of its next item: its columns, whether they are as many as now, and what is fetched of them.
+  struct Next {
+    const uint32_t* columns = nullptr;
+    bool is_equal = false;
+    Ahead ahead;
+  };
+
+  // is_near: the columns are in the L2 cache already.
+  template <int NG, bool kIsReadOnce, int kGroups = 0>
+  void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const Next& next, bool is_near,
            AdapterColumns<T>* adapters) const {
-    Beside<T, NG, kIsReadOnce> beside(work, ahead);
+    Beside<T, NG, kIsReadOnce, kGroups> beside(work);
+    beside.ahead = next.ahead;
+    if (kIsReadOnce) beside.units_ahead = (is_near ? 2 : 4) * kStepUnits;
+    if (kGroups > 0 && next.is_equal) beside.next_item = next.columns;
     for (int64_t r = 0; r < num_rows; r += kMostTileRows) {
       const int rows = static_cast<int>(min64(kMostTileRows, num_rows - r));
       for (int g = 0; g < num_groups;) {
         const int left = num_groups - g, groups = left >= NG ? NG : left >= 2 ? 2 : 1;
         const bool is_last = groups == left;
         beside.next_rows = work.inputs(row + r + (is_last ? rows : 0), 0).rows;
-        beside.next_columns = !is_last ? weights(group + g + groups) : kIsReadOnce ? next_columns : weights(group);
+        beside.next_columns = !is_last ? weights(group + g + groups) : kIsReadOnce ? next.columns : weights(group);
         if (groups == NG)
           sum<NG>(row + r, rows, group, g, beside, adapters);
         else if (groups == 2)
@@ -271,23 +293,27 @@ struct TileGemm {
       // The columns after these are most likely this thread's too.
       const int64_t next_groups = min64(groups, work.num_groups - group - groups);
       const bool has_next = next_groups > 0 && item + threads < num_items;
-      const bool has_equal_next = has_next && next_groups == num_some;
-      const uint32_t* next_columns = has_next ? weights(group + groups) : nullptr;
+      Next next;
+      if (has_next) next = {weights(group + groups), next_groups == num_some, {}};
       const auto run_item = [&](AdapterColumns<T>* adapters) {
-        if (num_rows <= 16) return run<4, true>(row, num_rows, group, num_some, next_columns, {}, adapters);
+        const bool is_near = item >= threads && num_some == groups;  // this thread fetched them
+        if (num_rows <= 16)
+          return groups == 4 ? run<4, true, 4>(row, num_rows, group, num_some, next, is_near, adapters)
+                             : run<4, true>(row, num_rows, group, num_some, next, false, adapters);
         if (num_rows <= kMostTileRows)
-          return run<2, true>(row, num_rows, group, num_some, next_columns, {}, adapters);
-        Ahead ahead;
+          return groups == 6   ? run<2, true, 6>(row, num_rows, group, num_some, next, is_near, adapters)
+                 : groups == 4 ? run<2, true, 4>(row, num_rows, group, num_some, next, is_near, adapters)
+                               : run<2, true>(row, num_rows, group, num_some, next, false, adapters);
         if (has_next) {
-          const char* next = reinterpret_cast<const char*>(next_columns);
+          const char* columns = reinterpret_cast<const char*>(next.columns);
           const int64_t num_bytes = next_groups * group_bytes(), num_steps = ceil_div(work.num_units, kStepUnits);
           const int64_t num_products = ceil_div(num_rows, kMostTileRows) * ceil_div(num_some, 2);
-          ahead = {next, next + num_bytes, ceil_div(num_bytes, 64 * num_steps * num_products)};
+          next.ahead = {columns, columns + num_bytes, ceil_div(num_bytes, 64 * num_steps * num_products)};
         }
-        run<2, false>(row, num_rows, group, num_some, next_columns, ahead, adapters);
+        run<2, false>(row, num_rows, group, num_some, next, true, adapters);
       };
       if (work.call.long_runs == nullptr) return run_item(nullptr);
-      AdapterColumns<T> adapters(work.call, group, num_some, has_equal_next ? groups : 0);
+      AdapterColumns<T> adapters(work.call, group, num_some, next.is_equal ? groups : 0);
       run_item(&adapters);
     });
   }

@@ -185,14 +185,26 @@ struct Lora {
   const pomona::LoraCall& call;
   const pomona::LoraSite& site;
   const pomona::LoraStep& step;
-  int64_t num_pairs, rank_parts, column_tile, column_tiles;  // pairs: (run of rows, slice)
+  const int threads;
+  int64_t num_long;                                          // blocks
+  int64_t num_pairs, rank_parts, column_tile, column_tiles;  // pairs: (block, slice)
   uint32_t* v_units;  // [num_slices, num_tokens, row_units], if both halves are done here; else call.v has floats
 
   int64_t row_units() const { return row_units_of<T>(step); }
   int64_t rank_of(int64_t slice, int64_t segment) const { return call.ranks[slice * step.num_segments + segment]; }
 
-  // Some ranks of one slice for a block's rows.
+  // Where there are enough blocks, an item is all of one, and a thread has those side by side: their rows are read once,
+  // and are near for the product that comes next.
+  bool has_whole_blocks() const { return num_long >= 2 * threads; }
+  int64_t num_shrinks() const { return has_whole_blocks() ? num_long : num_pairs * rank_parts; }
   void shrink(int64_t item) const {
+    if (!has_whole_blocks()) return shrink_part(item);
+    const int64_t parts = site.num_slices * rank_parts, first = side_by_side(item, num_long, threads) * parts;
+    for (int64_t part = first; part < first + parts; part++) shrink_part(part);
+  }
+
+  // Some ranks of one slice for a block's rows.
+  void shrink_part(int64_t item) const {
     const int64_t pair = item / rank_parts, first_rank = item % rank_parts * kRankPart, slice = pair % site.num_slices;
     const pomona::RowBlock& block = step.blocks[pair / site.num_slices];
     const int64_t num_ranks = min64(kRankPart, rank_of(slice, block.segment) - first_rank);
@@ -238,8 +250,9 @@ struct Lora {
                                                     (block.start + r) * call.x_stride);
       const TileA inputs{x, call.x_stride * static_cast<int64_t>(sizeof(Elem))};
       alignas(64) float sums[kMostTileRows][kRankPart];
-      tile_product<1>(num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(num_bytes, 4), num_bytes},
-                      {sums[0], kRankPart, false});
+      NextRows next;
+      tile_product<1>(num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(num_bytes, 4), num_bytes}, nullptr,
+                      {sums[0], kRankPart, false}, next);
       for (int m = 0; m < num_rows; m++) {
         const int64_t at = slice * step.num_tokens + block.start + r + m;
         if (v_units == nullptr) {
@@ -361,8 +374,8 @@ Lora<T> long_work(const pomona::LoraCall& call, const Shares& shares, uint32_t* 
       max64(1, min64(ceil_div(8 * shares.threads, max64(1, num_pairs)), ceil_div(widest, 4 * kColumnStep)));
   const int64_t column_tile =
       shares.threads == 1 ? widest : ceil_div(ceil_div(widest, cuts), kColumnStep) * kColumnStep;
-  return {call, site, *call.step, num_pairs, ceil_div(call.step->max_rank, kRankPart), column_tile,
-          ceil_div(widest, max64(1, column_tile)), v_units};
+  return {call, site, *call.step, shares.threads, shares.num_long, num_pairs, ceil_div(call.step->max_rank, kRankPart),
+          column_tile, ceil_div(widest, max64(1, column_tile)), v_units};
 }
 
 // Room for v as units, for all rows.

@@ -17,21 +17,33 @@ struct Chunk {
   const char *a[kChunkRanks], *b[kChunkRanks + 1];
 };
 
-// Fetches a chunk's rows one after the other, a few cache lines whenever it is asked to.
+#if defined(__AMX_BF16__)
+constexpr int kPlacesInTurn = 4;  // as many as 16 ranks have pages, of 4
+#else
+constexpr int kPlacesInTurn = 1;
+#endif
+
+// Fetches a chunk's rows of A, then of B, a few cache lines whenever it is asked to.
 struct Fetcher {
   const Chunk& chunk;
-  int64_t num_begun = 0;  // of A's rows, then B's
-  const char *at = nullptr, *end = nullptr;
+  AheadInTurn<kPlacesInTurn> rows{};
+  int64_t num_begun = 0;  // of those at one place, A's and then B's
+
+  explicit Fetcher(const Chunk& of_chunk) : chunk(of_chunk) {}
 
   INLINE void fetch(int64_t num_lines) {
-    for (int64_t i = 0; i < num_lines && at < end; i++, at += 64) prefetch(at);
-    if (at >= end) turn();
+    rows.fetch(num_lines);
+    if (!rows.is_any()) turn();
   }
   void turn() {
-    if (chunk.block == nullptr || num_begun >= 2 * chunk.num_ranks) return;
-    const bool is_a = num_begun < chunk.num_ranks;
-    at = is_a ? chunk.a[num_begun] : chunk.b[num_begun - chunk.num_ranks];
-    end = at + (is_a ? chunk.a_bytes : chunk.b_bytes);
+    if (chunk.block == nullptr) return;
+    const int64_t per_place = ceil_div(chunk.num_ranks, kPlacesInTurn);
+    if (num_begun >= 2 * per_place) return;
+    const bool is_a = num_begun < per_place;
+    const char* const* ranks = is_a ? chunk.a : chunk.b;
+    for (int i = 0; i < kPlacesInTurn; i++)
+      rows.places[i] = ranks[min64(num_begun % per_place + i * per_place, chunk.num_ranks - 1)];
+    rows.at = 0, rows.end = is_a ? chunk.a_bytes : chunk.b_bytes;
     num_begun++;
   }
 };
@@ -330,7 +342,7 @@ struct ShortRuns {
   void finish(const pomona::RowBlock& block, int64_t slice) const {
     Chunk nothing;
     nothing.num_ranks = 0;
-    Fetcher idle{nothing};
+    Fetcher idle(nothing);
     const float v[kFewRows<T>][kChunkRanks] = {};
     expand_tiles(block.num_rows, site.out_features[slice], nothing, v, expansion(block, slice, true), idle);
   }
@@ -356,7 +368,7 @@ struct ShortRuns {
   }
 
   void compute_rows(const Chunk& chunk, const Chunk& next) const {
-    Fetcher ahead{next};
+    Fetcher ahead(next);
 #if defined(__AMX_BF16__)
     if constexpr (kUsesTiles<T>) return compute_tiles(chunk, ahead);
 #endif
@@ -390,7 +402,7 @@ void lora(const pomona::LoraCall& call, int num_threads, int phases) {
   if (shares.is_idle) return;
   const Lora<T> work = long_work<T>(call, shares, phases == 3 ? new_v<T>(call) : nullptr);
   const ShortRuns<T> few{work, shares, nullptr};
-  const int64_t num_shrinks = phases & 1 ? work.num_pairs * work.rank_parts : 0;
+  const int64_t num_shrinks = phases & 1 ? work.num_shrinks() : 0;
   const auto shrink = [&](int64_t item) {
     item < num_shrinks ? work.shrink(item) : few.run(item - num_shrinks);
   };

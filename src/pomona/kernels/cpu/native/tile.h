@@ -41,6 +41,20 @@ struct Ahead {
   }
 };
 
+// Likewise, from several places a line each in turn: memory answers reads of several pages sooner than those of one.
+template <int kPlaces>
+struct AheadInTurn {
+  const char* places[kPlaces];
+  int64_t at = 0, end = 0;  // bytes from each place
+
+  bool is_any() const { return at < end; }
+  INLINE void fetch(int64_t num_lines) {
+    for (; num_lines > 0 && at < end; num_lines -= kPlaces, at += 64)
+#pragma GCC unroll 8
+      for (int i = 0; i < kPlaces; i++) prefetch(places[i] + at);
+  }
+};
+
 // Likewise, pages that lie anywhere.
 struct AheadPages {
   const char* const* page = nullptr;  // the next one
