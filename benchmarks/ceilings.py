@@ -74,16 +74,18 @@ class Probe:
         in_features, out_features, count = (64, 64, 1) if is_quick else (896, 9728, 8)
         self._weights = [pack(torch.randn(out_features, in_features).bfloat16()) for _ in range(count)]
         self._rows = torch.randn(self._NUM_ROWS, in_features).bfloat16()
-        self._buffer = torch.ones((1 if is_quick else 32) << 20)
+        self._matrix = torch.ones((1 if is_quick else 32) << 8, 4096)
+        self._vector = torch.ones(4096)
 
     def measure(self) -> Ceilings:
-        """Takes about a tenth of a second: reads by summing and by a product with one row, the better of them; and
-        products with many rows."""
+        """Takes about a tenth of a second: reads by summing, by a matrix times a vector (several rows at once) and by a
+        packed product with one row, the best of them; and products with many rows."""
         row, weight = self._rows[:1], self._weights[0]
         num_bytes = sum(weight.num_bytes for weight in self._weights)
         flops = 2 * self._NUM_ROWS * weight.in_features * weight.out_features
         read = max(
-            self._buffer.nbytes / _median_s(self._buffer.sum),
+            self._matrix.nbytes / _median_s(self._matrix.sum),
+            self._matrix.nbytes / _median_s(lambda: torch.mv(self._matrix, self._vector)),
             num_bytes / _median_s(lambda: [packed_linear(row, weight) for weight in self._weights]),
         )
         return Ceilings(flops / _median_s(lambda: packed_linear(self._rows, weight)), read)

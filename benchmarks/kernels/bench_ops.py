@@ -66,8 +66,9 @@ def measure(run: Callable[[], None], seconds: float, clock: Callable[[], float])
 
 def ceilings(dtype: torch.dtype, seconds: float, clock: Callable[[], float]) -> tuple[float, float]:
     """(bytes per second of reading memory, FLOPs per second of a large product), the best of torch's and our own."""
-    big = torch.ones(64 << 20)
-    bandwidth = big.numel() * 4 / measure(lambda: big.sum(), seconds, clock)[0]
+    big, vector = torch.ones(16 << 10, 4096), torch.ones(4096)
+    reads = (big.sum, lambda: torch.mv(big, vector))
+    bandwidth = big.nbytes / min(measure(read, seconds, clock)[0] for read in reads)
     x, weight = torch.randn(1024, 1024).to(dtype), torch.randn(2048, 1024).to(dtype)
     packed = pack(weight)
     runs = (lambda: packed_linear(x, packed), lambda: torch.nn.functional.linear(x, weight))

@@ -1,13 +1,15 @@
 """Every measuring command end to end at tiny sizes, and the pages that come of its rows. The numbers mean nothing."""
 
+import shutil
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from benchmarks import ceilings, engine, report, results, server, step
-from benchmarks.kernels import bench_ops
+from benchmarks.kernels import bench_ops, compare_builds
 from benchmarks.peers import run as peers
+from pomona.kernels.cpu import binding
 
 
 @pytest.fixture
@@ -49,6 +51,16 @@ def test_steps_are_timed_and_shown(quick, capsys):
 def test_ops_are_timed_and_shown(quick, capsys):
     pages = {"benchmarks/ops.md": "rank 128 beside 31 of 4", "benchmarks/ops-tiny.svg": "tiny: ops under the roof"}
     _check(bench_ops.main, ["--threads", "1"], "ops", pages, quick, capsys)
+
+
+@pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
+def test_builds_are_compared(tmp_path, capsys):
+    same = shutil.copy(binding.library()._name, tmp_path)
+    words = [same, "--shape", "tiny", "--ops", "attention,linear", "--threads", "1", "--seconds", "0"]
+    compare_builds.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("attention  decode 1, context 160") for line in lines)
+    assert any("rows=2048" in line and " ratio " in line for line in lines)
 
 
 def test_jobs_are_timed_and_shown(quick, capsys):

@@ -22,26 +22,26 @@ def test_asking_on_the_command_line_says_what_will_run_or_why_nothing_will(capsy
     assert (binding.available_isas() or ["not available"])[-1] in said
 
 
-def test_a_missing_library_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_find_library", lambda: None)
-    library, reason = binding._load()
+def test_a_missing_library_is_a_reason_and_no_error() -> None:
+    library, reason = binding._load(None)
     assert library is None
     assert "no C++ compiler" in reason
 
 
-def test_a_library_that_does_not_load_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_library_that_does_not_load_is_a_reason_and_no_error(tmp_path: Path) -> None:
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(binding, "_find_library", lambda: broken)
-    library, reason = binding._load()
+    library, reason = binding._load(broken)
     assert library is None
     assert "_native.so does not load" in reason
+    with pytest.raises(OSError, match=r"_native\.so does not load"):
+        binding.load(broken)
 
 
 @pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "_ABI", -1)
-    library, reason = binding._load()
+    library, reason = binding._load(binding._find_library())
     assert library is None
     assert "another version" in reason
 
@@ -53,6 +53,17 @@ def test_the_best_instruction_set_is_used_unless_another_is_asked_for() -> None:
     with binding.use_isa("plain"):
         assert "CPU kernels: plain," in binding.describe()
     assert f"CPU kernels: {best}," in binding.describe()
+
+
+@pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
+def test_another_build_is_used_while_it_is_asked_for(tmp_path: Path) -> None:
+    path = binding._find_library()
+    assert path is not None
+    other = binding.load(Path(shutil.copy(path, tmp_path)))
+    here = binding.library()
+    with binding.use_library(other):
+        assert binding.library() is other
+    assert binding.library() is here
 
 
 @pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)

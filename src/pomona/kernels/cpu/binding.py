@@ -112,9 +112,8 @@ def _find_library() -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-def _load() -> tuple[CDLL | None, str]:
-    """The library, or None and the reason."""
-    path = _find_library()
+def _load(path: Path | None) -> tuple[CDLL | None, str]:
+    """The library at a path, or None and the reason."""
     if path is None:
         return None, "not built: no C++ compiler when pomona was installed, or an install that skipped setup.py"
     try:
@@ -141,7 +140,7 @@ def _share_torch_threads(library: CDLL) -> bool:
     return True
 
 
-_library, REASON = _load()
+_library, REASON = _load(_find_library())
 """REASON: why the kernels are not available; empty if they are."""
 HAS_THREADS = _library is not None and _share_torch_threads(_library)
 
@@ -155,6 +154,30 @@ def library() -> CDLL:
     """The loaded library; only to be called where ``is_available()``."""
     assert _library is not None, f"CPU kernels are not available: {REASON}"
     return _library
+
+
+def load(path: Path) -> CDLL:
+    """Another build of the library, for ``use_library``.
+
+    Raises:
+        OSError: there is none at ``path``, or one of another interface.
+    """
+    other, reason = _load(path)
+    if other is None:
+        raise OSError(reason)
+    _share_torch_threads(other)
+    return other
+
+
+@contextmanager
+def use_library(other: CDLL) -> Iterator[None]:
+    """Run every kernel of the process with another build while the context lasts. For benchmarks."""
+    global _library
+    before, _library = _library, other
+    try:
+        yield
+    finally:
+        _library = before
 
 
 def available_isas() -> tuple[str, ...]:
