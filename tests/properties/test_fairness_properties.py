@@ -178,6 +178,21 @@ class FairRun:
         return 2 * (config.max_lead + max(admission, step) / least_weight)
 
 
+def test_pages_are_not_charged_while_a_higher_class_takes_every_step():
+    prices = ServicePrices(per_input_token=1.0, per_output_token=1.0, per_page_second=1.0)
+    config = {"num_kv_blocks": 11, "block_size": 1, "max_num_batched_tokens": 2, "max_num_seqs": 3}
+    run = FairRun({**config, "num_adapter_pages": 2}, FairnessConfig(policy="vtc", prices=prices))
+    run.play(
+        [
+            Burst(0, "p", 1, 1, 1, None, Priority.INTERACTIVE),
+            Burst(0, "p", 2, 1, 2, "wide"),
+            Burst(0, "q", 1, 1, 1, None),
+            Burst(1, "p", 40, 2, 5, None, Priority.INTERACTIVE),
+        ]
+    )
+    assert run.ledger.largest <= run.bound()
+
+
 @given(config=CONFIGS, prices=PRICES, policy=st.sampled_from(["vtc", "wvtc"]), data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_the_gap_between_two_backlogged_tenants_is_bounded_for_any_arrivals(config, prices, policy, data):

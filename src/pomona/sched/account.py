@@ -21,6 +21,7 @@ class Account:
         "_num_pins",
         "_settled_s",
         "counter",
+        "is_computing",
         "num_held_pages",
         "num_running",
         "num_waiting",
@@ -44,6 +45,8 @@ class Account:
         """Prompt tokens of its waiting requests."""
         self.num_held_pages = 0
         """Pages of the distinct adapters that its running sequences pin."""
+        self.is_computing = False
+        """True if any of its sequences has a part in the latest step."""
         self._num_pins: dict[AdapterId, int] = {}
         self._settled_s = 0.0
         self._last_outputs: deque[int] = deque(maxlen=_NUM_REMEMBERED_OUTPUTS)
@@ -72,7 +75,8 @@ class Account:
             self.num_held_pages -= num_pages
 
     def settle(self, now_s: float, per_page_second: float) -> None:
-        """Charge for the adapter pages held since the last time."""
-        if self.num_held_pages:
+        """Charge for the adapter pages held since the last time, if that was of any use: what is set aside, or left out
+        because a higher class takes whole steps, still holds its pages, and only because nobody else needs them."""
+        if self.num_held_pages and self.is_computing:
             self.counter += per_page_second * self.num_held_pages * (now_s - self._settled_s) / self.weight
         self._settled_s = now_s

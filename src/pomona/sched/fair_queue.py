@@ -9,7 +9,7 @@ computes again is charged to nobody: the tenant gets nothing for it, and it was 
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -200,6 +200,13 @@ class FairQueue:
         if price:
             for account in self.running:
                 account.settle(now_s, price)
+
+    def note_computing(self, chosen: Iterable[Sequence]) -> None:
+        """Note whose sequences compute in the step that begins: pages are charged to them alone."""
+        for account in self.running:
+            account.is_computing = False
+        for seq in chosen:
+            seq.account.is_computing = True
 
     def must_yield(self, account: Account, waiting: Account) -> bool:
         """True if running sequences of one account have to make way for a waiting one of another: they are of a lower

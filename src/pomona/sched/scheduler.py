@@ -188,6 +188,8 @@ class Scheduler:
         for seq in self._preempted:
             self._queue.requeue(seq)
         self._preempted.clear()
+        if self._queue.config.prices.per_page_second:
+            self._queue.note_computing(chosen)
         return chosen
 
     def _allowance(self) -> Allowance:

@@ -161,15 +161,16 @@ struct Attention {
     }
   }
 
-  // The blocks that the next tile lies in, keys and values in turn: handed out to the products that run meanwhile, or
-  // fetched while keys and values are laid out, where products are too short.
+  // The blocks that the next tile lies in, keys and values in turn: handed out to the products that run meanwhile, or,
+  // where products are too short, fetched with each step of all that is done, from several blocks in turn.
   struct NextBlocks {
     const Attention* work = nullptr;
     const int32_t* table = nullptr;
     int64_t block = 0, last = -1;  // positions in the table
     int64_t num_lines = 0;
     bool is_value = false;
-    AheadInTurn<4> ahead;
+    static constexpr int kPlaces = 4;  // blocks of 16 positions in a tile
+    AheadInTurn<kPlaces> ahead;
 
     INLINE void fetch(int64_t lines) {
       if (!kUsesTiles<T>) return;
@@ -177,9 +178,9 @@ struct Attention {
       if (!ahead.is_any() && block <= last) turn();
     }
     void turn() {
-      for (int i = 0; i < 4; i++) ahead.places[i] = at(min64(block + i, last));
+      for (int i = 0; i < kPlaces; i++) ahead.places[i] = at(min64(block + i, last));
       ahead.at = 0, ahead.end = num_lines * 64;
-      if (is_value) block += 4;
+      if (is_value) block += kPlaces;
       is_value = !is_value;
     }
     const char* at(int64_t index) const {

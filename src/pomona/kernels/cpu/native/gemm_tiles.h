@@ -90,23 +90,24 @@ struct AdapterColumns {
   }
 };
 
-// What is done beside an item's products: with every step, two rows of the last product's sums are stored and factors
-// fetched. If weights are read once: those of a few steps later, or if they are in the L2 cache already, of the next
-// two steps; and into that, if there are kGroups > 0 of them, those of this thread's next item, or of 16 rows, where the
-// same step reads from four groups as well, half of them. If many rows pass by them, they are in the L2 cache: those of
-// the next step; and some lines of the next item's.
+// What is done beside an item's products: with every step, two rows of the last product's sums are stored, and factors
+// are fetched. Weights that are read once: those of four steps later; or, where items have kGroups > 0 groups, the next
+// item of this thread into the L2 cache, from all of its groups in turn, and from there those of two steps later. Weights
+// that many rows pass by are in the L2 cache: those of the next step, and some lines of the next item.
 template <class T, int NG, bool kIsReadOnce, int kGroups = 0>
 struct Beside {
   static constexpr bool kFetchesRows = NG == 2, kFetchesColumns = true;  // 16 rows stay in the L1 cache
   static constexpr int kFarGroups = kGroups ? kGroups : 1;
-  static constexpr int kFarUnits = kGroups == 0 ? 0 : NG == 4 ? 8 : (NG * 16 + kGroups - 1) / kFarGroups;
+  // As many as a step takes; half of them if that reads from four places itself.
+  static constexpr int kFarUnits = kGroups == 0 ? 0 : NG == 4 ? 8 : (NG * kStepUnits + kGroups - 1) / kFarGroups;
   static constexpr int64_t kStride = NG * kGroup;
   const GemmWork<T>& work;
   Ahead ahead;
   int64_t units_ahead = kStepUnits;
-  const char* next_rows = nullptr;  // of the next product
-  const uint32_t *next_columns = nullptr, *next_item = nullptr;  // if they are known
-  int64_t next_unit = 0;  // of the next item's
+  const char* next_rows = nullptr;         // of the next product
+  const uint32_t* next_columns = nullptr;  // if they are known
+  const uint32_t* next_item = nullptr;     // if any of it is left to be fetched, from next_unit on
+  int64_t next_unit = 0;
   int64_t row = 0, group = 0;  // of the sums that are left to be stored
   const float* left = nullptr;
   int num_left = 0, tile = 0;

@@ -185,7 +185,7 @@ struct Lora {
   const pomona::LoraCall& call;
   const pomona::LoraSite& site;
   const pomona::LoraStep& step;
-  const int threads;
+  int threads;
   int64_t num_long;                                          // blocks
   int64_t num_pairs, rank_parts, column_tile, column_tiles;  // pairs: (block, slice)
   uint32_t* v_units;  // [num_slices, num_tokens, row_units], if both halves are done here; else call.v has floats
