@@ -16,13 +16,12 @@ from rich.progress import Progress
 
 from benchmarks import meter, results
 from benchmarks.roofline import Ceilings
+from pomona.cli.ceilings import CeilingsConfig, measure, render, ways_to_read
 from pomona.kernels.linear import pack, packed_linear
 
 
 def run(output: Path, console: Console, *, is_small: bool) -> dict[str, Any]:
     """Measure with a progress bar, append the row with how far others disturbed it, and show it."""
-    from pomona.cli.ceilings import CeilingsConfig, measure, render
-
     config = CeilingsConfig(num_runs=1, run_s=0.01, is_small=True) if is_small else CeilingsConfig()
     with Progress(console=console) as progress, meter.Meter() as clock:
         task = progress.add_task("ceilings", total=None)
@@ -53,8 +52,6 @@ def current(console: Console, *, is_quick: bool = False) -> Ceilings:
     clean = [row for row in rows if row["is_clean"]] or rows
     if clean:
         return from_row(clean[-1])
-    from pomona.cli.ceilings import CeilingsConfig, measure
-
     console.print("no ceilings of this machine in benchmarks/results: measuring them, for this run only")
     small = CeilingsConfig(num_runs=1, run_s=0.01, is_small=True)
     return from_row(measure(small if is_quick else CeilingsConfig(num_runs=1, run_s=0.05)))
@@ -74,18 +71,16 @@ class Probe:
         in_features, out_features, count = (64, 64, 1) if is_quick else (896, 9728, 8)
         self._weights = [pack(torch.randn(out_features, in_features).bfloat16()) for _ in range(count)]
         self._rows = torch.randn(self._NUM_ROWS, in_features).bfloat16()
-        self._matrix = torch.ones((1 if is_quick else 32) << 8, 4096)
-        self._vector = torch.ones(4096)
+        self._buffer = torch.ones((1 if is_quick else 32) << 20)
 
     def measure(self) -> Ceilings:
-        """Takes about a tenth of a second: reads by summing, by a matrix times a vector (several rows at once) and by a
-        packed product with one row, the best of them; and products with many rows."""
+        """Takes about a tenth of a second: reads in torch's two ways and by a packed product with one row, the best of
+        them; and products with many rows."""
         row, weight = self._rows[:1], self._weights[0]
         num_bytes = sum(weight.num_bytes for weight in self._weights)
         flops = 2 * self._NUM_ROWS * weight.in_features * weight.out_features
         read = max(
-            self._matrix.nbytes / _median_s(self._matrix.sum),
-            self._matrix.nbytes / _median_s(lambda: torch.mv(self._matrix, self._vector)),
+            *(self._buffer.nbytes / _median_s(read) for read in ways_to_read(self._buffer).values()),
             num_bytes / _median_s(lambda: [packed_linear(row, weight) for weight in self._weights]),
         )
         return Ceilings(flops / _median_s(lambda: packed_linear(self._rows, weight)), read)

@@ -23,6 +23,7 @@ from rich.console import Console
 from benchmarks import meter, results
 from benchmarks.kernels.cases import Case, attention_cases, linear_cases, lora_cases, make_spec, row_cases
 from benchmarks.shapes import SHAPES, ModelShape
+from pomona.cli.ceilings import ways_to_read
 from pomona.kernels.cpu import binding
 from pomona.kernels.dispatch import backends_of, use_backend
 from pomona.kernels.linear import pack, packed_linear
@@ -66,9 +67,8 @@ def measure(run: Callable[[], None], seconds: float, clock: Callable[[], float])
 
 def ceilings(dtype: torch.dtype, seconds: float, clock: Callable[[], float]) -> tuple[float, float]:
     """(bytes per second of reading memory, FLOPs per second of a large product), the best of torch's and our own."""
-    big, vector = torch.ones(16 << 10, 4096), torch.ones(4096)
-    reads = (big.sum, lambda: torch.mv(big, vector))
-    bandwidth = big.nbytes / min(measure(read, seconds, clock)[0] for read in reads)
+    big = torch.ones(64 << 20)
+    bandwidth = big.nbytes / min(measure(read, seconds, clock)[0] for read in ways_to_read(big).values())
     x, weight = torch.randn(1024, 1024).to(dtype), torch.randn(2048, 1024).to(dtype)
     packed = pack(weight)
     runs = (lambda: packed_linear(x, packed), lambda: torch.nn.functional.linear(x, weight))

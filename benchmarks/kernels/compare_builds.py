@@ -66,7 +66,8 @@ def main(words: Sequence[str] | None = None) -> None:
     console = Console(soft_wrap=True)
     builds = (binding.load(arguments.other), binding.library())
     isa = arguments.isa or binding.available_isas()[-1]
-    assert isa in binding.available_isas(), f"instruction set {isa} is not available here"
+    if isa not in binding.available_isas():
+        parser.error(f"--isa {isa}: this machine has {', '.join(binding.available_isas())}")
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     for build in builds:

@@ -249,14 +249,23 @@ class _Weights:
 
 
 def _read_tests(device: str, *, is_small: bool) -> Iterator[Test]:
-    """Two ways to read a large buffer once and write next to nothing."""
+    """What reads a large buffer once and writes next to nothing."""
     num_bytes = 1 << 20 if is_small else min(_READ_BYTES, available_host_bytes() // 8)
     buffer = torch.ones(num_bytes // 4, device=device)
-    matrix = buffer[: buffer.numel() // LARGE * LARGE].view(-1, LARGE)
-    vector = torch.ones(LARGE, device=device)
-    calls: dict[str, Callable[[], Tensor]] = {"sum": buffer.sum, "matrix x vector": lambda: torch.mv(matrix, vector)}
-    for name, call in calls.items():
+    for name, call in ways_to_read(buffer).items():
         yield Test("read", name, "GB/s", buffer.nbytes / 1e9, call, {"bytes": buffer.nbytes})
+
+
+def ways_to_read(buffer: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Two ways to read a large buffer from end to end: from one place on, and several rows of a matrix at once, which
+    memory may answer sooner.
+
+    Args:
+        buffer: [elems], float32.
+    """
+    matrix = buffer[: buffer.numel() // LARGE * LARGE].view(-1, LARGE)
+    vector = torch.ones(LARGE, device=buffer.device)
+    return {"sum": buffer.sum, "matrix x vector": lambda: torch.mv(matrix, vector)}
 
 
 def _copy_tests() -> Iterator[Test]:

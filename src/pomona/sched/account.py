@@ -75,8 +75,8 @@ class Account:
             self.num_held_pages -= num_pages
 
     def settle(self, now_s: float, per_page_second: float) -> None:
-        """Charge for the adapter pages held since the last time, if that was of any use: what is set aside, or left out
-        because a higher class takes whole steps, still holds its pages, and only because nobody else needs them."""
+        """Charge for the adapter pages held since the last time, unless nothing was computed for the tenant: set aside,
+        or left out because a higher class takes whole steps, it gets nothing from the pages that it keeps."""
         if self.num_held_pages and self.is_computing:
             self.counter += per_page_second * self.num_held_pages * (now_s - self._settled_s) / self.weight
         self._settled_s = now_s
