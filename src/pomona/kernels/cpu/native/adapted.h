@@ -13,7 +13,7 @@ namespace {
 
 // Where the long runs' shrunk inputs will be, whose rows are whose, and which get their adapter's part later.
 template <class T>
-pomona::LongRuns plan_rows(const Lora<T>& work, int64_t num_long) {
+pomona::LongRuns plan_rows(const Lora<T>& work, int64_t num_long, const int64_t& num_shrunk) {
   const pomona::LoraStep& step = work.step;
   auto* segments = static_cast<int32_t*>(pomona::scratch(pomona::kSegments, step.num_tokens * sizeof(int32_t)));
   for (int64_t row = 0; row < step.num_tokens; row++) segments[row] = pomona::kNoAdapter;
@@ -21,7 +21,8 @@ pomona::LongRuns plan_rows(const Lora<T>& work, int64_t num_long) {
     const int32_t segment = block < step.blocks + num_long ? block->segment : pomona::kAddedLater;
     for (int32_t row = 0; row < block->num_rows; row++) segments[block->start + row] = segment;
   }
-  return {segments, work.v_units, step.num_tokens * work.row_units(), work.row_units()};
+  return {segments, work.v_units, step.num_tokens * work.row_units(), work.row_units(), &num_shrunk,
+          work.num_shrinks()};
 }
 
 template <class T, class S = OnlyItems>
@@ -45,15 +46,19 @@ void adapted(const pomona::GemmCall& gemm_call, const pomona::LoraCall& lora_cal
   const Lora<T> work = long_work<T>(lora_call, shares, new_v<T>(lora_call));
   const ShortRuns<T> few{work, shares, &base};
   const bool has_sums = kUsesTiles<T> && few.num_items() > 0;
+  int64_t num_shrunk = 0;
   const pomona::LongRuns long_runs =
-      shares.num_long > 0 || has_sums ? plan_rows<T>(work, shares.num_long) : pomona::LongRuns{};
+      shares.num_long > 0 || has_sums ? plan_rows<T>(work, shares.num_long, num_shrunk) : pomona::LongRuns{};
   if (long_runs.segments) base.long_runs = &long_runs;
   if (has_sums)
     base.sums = static_cast<float*>(pomona::scratch(pomona::kLaterSums, base.num_rows * base.out_features * 4));
   const auto in_turn = [&](int64_t num_items, int threads, const auto& product) {
-    const auto shrink = [&](int64_t item) { work.shrink(item); };
+    const auto shrink = [&](int64_t item) {
+      work.shrink(item);
+      __atomic_fetch_add(&num_shrunk, 1, __ATOMIC_RELEASE);
+    };
     const auto run_few = [&](int64_t item) { few.run(item); };
-    for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_shrinks(), shrink},
+    for_kinds(threads > shares.threads ? threads : shares.threads, Kind{work.num_shrinks(), shrink, false},
               Kind{num_items, product}, Kind{few.num_items(), run_few});
   };
   base_product<T>(base, num_threads, in_turn);

@@ -52,18 +52,19 @@ struct LaterStep {
 #pragma GCC unroll 16
       for (int i = slot * NG * 16 / num_slots; i < (slot + 1) * NG * 16 / num_slots; i++)
         prefetch_near(b.units + i / 16 * b.group_stride + i % 16 * b.step);
-    constexpr int kLines = M::kFarGroups * M::kFarUnits;
+    constexpr int kLines = M::kFarPlaces * M::kFarUnits;
 #pragma GCC unroll 16
     for (int i = slot * kLines / num_slots; i < (slot + 1) * kLines / num_slots; i++)
-      prefetch(far.units + i % M::kFarGroups * far.group_stride + i / M::kFarGroups * far.step);
+      prefetch(far.units + i % M::kFarPlaces * far.group_stride + i / M::kFarPlaces * far.step);
   }
 };
 
 // What is done meanwhile, with every step of a product. Nothing:
 struct Nothing {
   static constexpr bool kFetchesRows = false, kFetchesColumns = false;
-  static constexpr int kFarGroups = 1, kFarUnits = 0;
+  static constexpr int kFarPlaces = 1, kFarUnits = 0;
   INLINE void step() {}
+  INLINE void before_more() {}
   INLINE LaterStep later(const Factors&, int64_t) { return {}; }
 };
 
@@ -166,7 +167,10 @@ INLINE void multiply_tiles(int num_rows, const Factors& factors, const Factors* 
   }
   multiply_all<MT, NG>(num_rows, factors, meanwhile);
   Nothing nothing;
-  if (more) multiply_all<MT, NG>(num_rows, *more, nothing);
+  if (more) {
+    meanwhile.before_more();
+    multiply_all<MT, NG>(num_rows, *more, nothing);
+  }
   _tile_stored(0, sums, stride);
   if (NG >= 2) _tile_stored(1, sums + 64, stride);
   if (MT == 2) _tile_stored(2, low, stride);

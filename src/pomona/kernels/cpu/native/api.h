@@ -73,6 +73,8 @@ struct LongRuns {
   const int32_t* segments;      // of each row; or one of the two above
   const uint32_t* v;            // units [num_slices, num_tokens, row_units]
   int64_t slice_units, row_units;
+  const int64_t* num_shrunk;    // items of shrinking that are done: v is there when all are
+  int64_t num_shrinks;
 };
 
 struct GemmCall {

@@ -13,6 +13,9 @@ INLINE bool can_fuse(const pomona::LoraSite& site) {
   return true;
 }
 
+// Until the long runs' shrunk inputs are there. Threads begin to shrink before they take what waits here, so this ends.
+INLINE void wait_for_shrunk(const pomona::LongRuns& runs) { wait_for(*runs.num_shrunk, runs.num_shrinks); }
+
 // NG groups of columns from `first_group` on; B of one segment at a time is kept for them, as the tile wants it.
 template <class T, int NG>
 struct FusedColumns {
@@ -66,6 +69,7 @@ struct FusedColumns {
   // one slice; store_plain(g) stores a group whose slice has no rank.
   template <class F, class G>
   INLINE void multiply(int64_t row, int num_rows, const F& store_of, const G& store_plain) const {
+    wait_for_shrunk(runs);
     for (int g = 0; g < NG;) {
       if (num_units[g] == 0) {
         store_plain(g++);

@@ -80,6 +80,7 @@ struct AdapterColumns {
 
   // Adds v * B of the kept adapter to the sums of its rows.
   void add(int64_t row, int num_rows, int g, int groups, float* sums, int64_t stride) const {
+    wait_for_shrunk(runs);
     for (int i = 0; i < groups; i++, sums += kGroup) {
       if (num_units[g + i] == 0) continue;
       if (num_rows >= kFewestTileRows)
@@ -91,24 +92,22 @@ struct AdapterColumns {
 };
 
 // What is done beside an item's products: with every step, two rows of the last product's sums are stored, and factors
-// are fetched. Weights that are read once: those of four steps later; or, where items have kGroups > 0 groups, the next
-// item of this thread into the L2 cache, from all of its groups in turn, and from there those of two steps later. Weights
+// are fetched. Weights that are read once: those of the next product into the L2 cache, from several places in turn, and
+// from there those of two steps later; of the first product, which nothing has fetched, those of four steps later. Weights
 // that many rows pass by are in the L2 cache: those of the next step, and some lines of the next item.
-template <class T, int NG, bool kIsReadOnce, int kGroups = 0>
+template <class T, int NG, bool kIsReadOnce>
 struct Beside {
   static constexpr bool kFetchesRows = NG == 2, kFetchesColumns = true;  // 16 rows stay in the L1 cache
-  static constexpr int kFarGroups = kGroups ? kGroups : 1;
-  // As many as a step takes; half of them if that reads from four places itself.
-  static constexpr int kFarUnits = kGroups == 0 ? 0 : NG == 4 ? 8 : (NG * kStepUnits + kGroups - 1) / kFarGroups;
+  // As many lines as a step of two groups takes. That of four reads from four places itself: half of them is better.
+  static constexpr int kFarPlaces = NG == 2 ? 8 : 4, kFarUnits = kIsReadOnce ? 2 * kStepUnits / kFarPlaces : 0;
   static constexpr int64_t kStride = NG * kGroup;
   const GemmWork<T>& work;
   Ahead ahead;
   int64_t units_ahead = kStepUnits;
   const char* next_rows = nullptr;         // of the next product
   const uint32_t* next_columns = nullptr;  // if they are known
-  const uint32_t* next_item = nullptr;     // if any of it is left to be fetched, from next_unit on
-  int64_t next_unit = 0;
-  int64_t row = 0, group = 0;  // of the sums that are left to be stored
+  int64_t place_units = 0, far_unit = 0;   // of next_columns: in each place, and of these the next to be fetched
+  int64_t row = 0, group = 0;              // of the sums that are left to be stored
   const float* left = nullptr;
   int num_left = 0, tile = 0;
   alignas(64) float tiles[2][kMostTileRows * 2 * kGroup];
@@ -119,6 +118,7 @@ struct Beside {
     if (!kIsReadOnce) ahead.step();
     if (num_left >= 2) store_some(2);
   }
+  INLINE void before_more() { wait_for_shrunk(*work.call.long_runs); }
   INLINE LaterStep later(const Factors& factors, int64_t unit) {
     const TileA& a = factors.a;
     const TileB& b = factors.b;
@@ -131,10 +131,9 @@ struct Beside {
     }
     const TileB near{columns + at * b.step, b.group_stride, b.step};
     if (kFarUnits == 0) return {{rows, a.stride_bytes}, near, {}};
-    if (next_item == nullptr) return {{rows, a.stride_bytes}, near, {b.units, 0, 0}};
-    const TileB far{next_item + next_unit * b.step, b.group_stride, b.step};
-    next_unit += kFarUnits;
-    if (next_unit >= factors.num_units) next_item = nullptr;
+    if (far_unit >= place_units) return {{rows, a.stride_bytes}, near, {b.units, 0, 0}};
+    const TileB far{next_columns + far_unit * b.step, place_units * b.step, b.step};
+    far_unit += kFarUnits;
     return {{rows, a.stride_bytes}, near, far};
   }
 
@@ -163,8 +162,8 @@ struct TileGemm {
   int64_t item_groups, item_rows;
 
   explicit TileGemm(const pomona::GemmCall& call) : work(call) {
-    const int64_t most = call.num_rows <= 16 ? 4 : call.num_rows <= kMostTileRows ? 6 : kMostItemGroups;
-    item_groups = max64(2, min64(most, kItemBytes / group_bytes() / 2 * 2));
+    const int64_t most = max64(2, min64(kMostItemGroups, kItemBytes / group_bytes() / 2 * 2));
+    item_groups = call.num_rows <= 16 ? 4 : call.num_rows <= kMostTileRows ? 6 : most;
     item_rows = max64(kRowsPerItem, kItemRowsBytes / (work.num_units * 4) / kRowsPerItem * kRowsPerItem);
   }
 
@@ -233,21 +232,19 @@ struct TileGemm {
                   : tile_product<NG>(num_rows, factors, nullptr, c, beside);
   }
 
-  // What a thread knows of its next item: its columns, whether they are as many as now, and what is fetched of them.
+  // What a thread knows of its next item: its columns, and what is fetched of them where many rows pass by.
   struct Next {
     const uint32_t* columns = nullptr;
-    bool is_equal = false;
+    int64_t num_groups = 0;
     Ahead ahead;
   };
 
-  // is_near: the columns are in the L2 cache already.
-  template <int NG, bool kIsReadOnce, int kGroups = 0>
+  // is_near: the first columns are in the L2 cache already.
+  template <int NG, bool kIsReadOnce>
   void run(int64_t row, int64_t num_rows, int64_t group, int num_groups, const Next& next, bool is_near,
            AdapterColumns<T>* adapters) const {
-    Beside<T, NG, kIsReadOnce, kGroups> beside(work);
+    Beside<T, NG, kIsReadOnce> beside(work);
     beside.ahead = next.ahead;
-    if (kIsReadOnce) beside.units_ahead = (is_near ? 2 : 4) * kStepUnits;
-    if (kGroups > 0 && next.is_equal) beside.next_item = next.columns;
     for (int64_t r = 0; r < num_rows; r += kMostTileRows) {
       const int rows = static_cast<int>(min64(kMostTileRows, num_rows - r));
       for (int g = 0; g < num_groups;) {
@@ -255,6 +252,11 @@ struct TileGemm {
         const bool is_last = groups == left;
         beside.next_rows = work.inputs(row + r + (is_last ? rows : 0), 0).rows;
         beside.next_columns = !is_last ? weights(group + g + groups) : kIsReadOnce ? next.columns : weights(group);
+        if (kIsReadOnce) {
+          const int64_t next_groups = min64(NG, is_last ? next.num_groups : left - groups);
+          beside.units_ahead = (is_near || g > 0 ? 2 : 4) * kStepUnits;
+          beside.place_units = ceil_div(next_groups * work.num_units, beside.kFarPlaces), beside.far_unit = 0;
+        }
         if (groups == NG)
           sum<NG>(row + r, rows, group, g, beside, adapters);
         else if (groups == 2)
@@ -295,16 +297,11 @@ struct TileGemm {
       const int64_t next_groups = min64(groups, work.num_groups - group - groups);
       const bool has_next = next_groups > 0 && item + threads < num_items;
       Next next;
-      if (has_next) next = {weights(group + groups), next_groups == num_some, {}};
+      if (has_next) next = {weights(group + groups), next_groups, {}};
       const auto run_item = [&](AdapterColumns<T>* adapters) {
-        const bool is_near = item >= threads && num_some == groups;  // this thread fetched them
-        if (num_rows <= 16)
-          return groups == 4 ? run<4, true, 4>(row, num_rows, group, num_some, next, is_near, adapters)
-                             : run<4, true>(row, num_rows, group, num_some, next, false, adapters);
-        if (num_rows <= kMostTileRows)
-          return groups == 6   ? run<2, true, 6>(row, num_rows, group, num_some, next, is_near, adapters)
-                 : groups == 4 ? run<2, true, 4>(row, num_rows, group, num_some, next, is_near, adapters)
-                               : run<2, true>(row, num_rows, group, num_some, next, false, adapters);
+        const bool is_near = item >= threads;  // this thread fetched them
+        if (num_rows <= 16) return run<4, true>(row, num_rows, group, num_some, next, is_near, adapters);
+        if (num_rows <= kMostTileRows) return run<2, true>(row, num_rows, group, num_some, next, is_near, adapters);
         if (has_next) {
           const char* columns = reinterpret_cast<const char*>(next.columns);
           const int64_t num_bytes = next_groups * group_bytes(), num_steps = ceil_div(work.num_units, kStepUnits);
@@ -314,7 +311,7 @@ struct TileGemm {
         run<2, false>(row, num_rows, group, num_some, next, true, adapters);
       };
       if (work.call.long_runs == nullptr) return run_item(nullptr);
-      AdapterColumns<T> adapters(work.call, group, num_some, next.is_equal ? groups : 0);
+      AdapterColumns<T> adapters(work.call, group, num_some, next.columns ? groups : 0);
       run_item(&adapters);
     });
   }

@@ -13,37 +13,27 @@ constexpr int64_t kChunkRanks = 32;  // with both projections' rows, and the nex
 // Some rank rows of one slice of a block.
 struct Chunk {
   const pomona::RowBlock* block = nullptr;  // null: no more work
-  int64_t slice, first_rank, num_ranks, a_bytes, b_bytes;
+  int64_t slice = 0, first_rank = 0, num_ranks = 0, a_bytes = 0, b_bytes = 0;
   const char *a[kChunkRanks], *b[kChunkRanks + 1];
 };
 
-#if defined(__AMX_BF16__)
-constexpr int kPlacesInTurn = 4;  // as many as 16 ranks have pages, of 4
-#else
-constexpr int kPlacesInTurn = 1;
-#endif
-
-// Fetches a chunk's rows of A, then of B, a few cache lines whenever it is asked to.
+// Fetches a chunk's rows one after the other, a few cache lines whenever it is asked to.
 struct Fetcher {
   const Chunk& chunk;
-  AheadInTurn<kPlacesInTurn> rows{};
-  int64_t num_begun = 0;  // of those at one place, A's and then B's
+  int64_t num_begun = 0;  // of A's rows, then B's
+  const char *at = nullptr, *end = nullptr;
 
   explicit Fetcher(const Chunk& of_chunk) : chunk(of_chunk) {}
 
   INLINE void fetch(int64_t num_lines) {
-    rows.fetch(num_lines);
-    if (!rows.is_any()) turn();
+    for (int64_t i = 0; i < num_lines && at < end; i++, at += 64) prefetch(at);
+    if (at >= end) turn();
   }
   void turn() {
-    if (chunk.block == nullptr) return;
-    const int64_t per_place = ceil_div(chunk.num_ranks, kPlacesInTurn);
-    if (num_begun >= 2 * per_place) return;
-    const bool is_a = num_begun < per_place;
-    const char* const* ranks = is_a ? chunk.a : chunk.b;
-    for (int i = 0; i < kPlacesInTurn; i++)
-      rows.places[i] = ranks[min64(num_begun % per_place + i * per_place, chunk.num_ranks - 1)];
-    rows.at = 0, rows.end = is_a ? chunk.a_bytes : chunk.b_bytes;
+    if (chunk.block == nullptr || num_begun >= 2 * chunk.num_ranks) return;
+    const bool is_a = num_begun < chunk.num_ranks;
+    at = is_a ? chunk.a[num_begun] : chunk.b[num_begun - chunk.num_ranks];
+    end = at + (is_a ? chunk.a_bytes : chunk.b_bytes);
     num_begun++;
   }
 };
@@ -139,6 +129,32 @@ INLINE void expand_run(int64_t num_columns, const Chunk& chunk, const uint32_t (
 }
 
 #if defined(__AMX_BF16__)
+// Fetches rank rows in the order of their use, a line of each, a few steps before: A of a chunk's ranks by parts, B, and
+// A of the next chunk.
+struct LinesAhead {
+  static constexpr int64_t kSteps = 4;
+  const Chunk &chunk, &next;
+
+  INLINE static void fetch(const char* const* rows, int64_t num_rows, int64_t line) {
+    for (int64_t j = 0; j < num_rows; j++) prefetch_near(rows[j] + line * 64);
+  }
+  INLINE static void fetch_a(const Chunk& of, int64_t first_rank, int64_t line) {
+    fetch(of.a + first_rank, min64(kRankPart, of.num_ranks - first_rank), line);
+  }
+  // Beside a line of A, of a part's ranks.
+  INLINE void beside_a(int64_t first_rank, int64_t line) const {
+    const int64_t num_lines = ceil_div(chunk.a_bytes, 64), later = line + kSteps;
+    if (later < num_lines) return fetch_a(chunk, first_rank, later);
+    if (first_rank + kRankPart < chunk.num_ranks) return fetch_a(chunk, first_rank + kRankPart, later - num_lines);
+    fetch(chunk.b, chunk.num_ranks, later - num_lines);
+  }
+  INLINE void beside_b(int64_t line) const {
+    const int64_t num_lines = ceil_div(chunk.b_bytes, 64), later = line + kSteps;
+    if (later < num_lines) return fetch(chunk.b, chunk.num_ranks, later);
+    if (next.block) fetch_a(next, 0, later - num_lines);
+  }
+};
+
 constexpr int64_t kSumsAhead = 4 * W;
 
 // As expand_run, in the order of tile registers, of bfloat16 that are scaled already: onto a product's sums, which then
@@ -170,13 +186,12 @@ INLINE void store_apart(float* to, const vf* two, int n) {
   memcpy(to, some, n * 4);
 }
 
-// M rows' columns from i on. fetch() is called for each two ranks.
-template <int M, class F>
-INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[kChunkRanks], const TileExpansion& to,
-                         const F& fetch) {
+// M rows' columns from i on.
+template <int M>
+INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[kChunkRanks],
+                         const TileExpansion& to) {
   vf even[M][2] = {}, odd[M][2] = {};  // of ranks, and in them of columns
   for (int64_t j = 0; j < chunk.num_ranks; j += 2) {
-    fetch();
     vf weights[2], others[2];
     load_some<BFloat16>(reinterpret_cast<const uint16_t*>(chunk.b[j]) + i, n, weights);
     load_some<BFloat16>(reinterpret_cast<const uint16_t*>(chunk.b[j + 1]) + i, n, others);
@@ -206,32 +221,27 @@ INLINE void expand_lanes(int64_t i, int n, const Chunk& chunk, const float (*v)[
   }
 }
 
-// Rows by four, and the rest. Half of the sums are in another core's cache, and a line of each rank row follows no
-// pattern that the processor knows: both are fetched a little ahead.
+// Rows by four, and the rest. Half of the sums are in another core's cache, and are fetched a little ahead too.
 template <int kRest>
 INLINE void expand_fours(int num_rows, int64_t num_columns, const Chunk& chunk, const float (*v)[kChunkRanks],
-                         const TileExpansion& to, Fetcher& ahead) {
-  const auto fetch = [&] { ahead.fetch(2); };
+                         const TileExpansion& to, const LinesAhead& ahead) {
   for_lanes(num_columns, LANES {
     for (int m = 0; m < num_rows; m++)
       for (int64_t line = 0; line < 2; line++)
         prefetch_near(to.sums + m * to.sums_stride + i + kSumsAhead + line * W);
-    for (int64_t j = 0; j < chunk.num_ranks; j++)
-      prefetch_near(chunk.b[j] + (i + 2 * W) * static_cast<int64_t>(sizeof(uint16_t)));
+    ahead.beside_b(i / (2 * W));
     TileExpansion part = to;
     int row = 0;
     for (; row + 4 <= num_rows; row += 4) {
-      row == 0 ? expand_lanes<4>(i, n, chunk, v, part, fetch) : expand_lanes<4>(i, n, chunk, v + row, part, [] {});
+      expand_lanes<4>(i, n, chunk, v + row, part);
       part.sums += 4 * to.sums_stride, part.out += 4 * to.out_stride;
     }
-    if constexpr (kRest > 0)
-      row == 0 ? expand_lanes<kRest>(i, n, chunk, v, part, fetch)
-               : expand_lanes<kRest>(i, n, chunk, v + row, part, [] {});
+    if constexpr (kRest > 0) expand_lanes<kRest>(i, n, chunk, v + row, part);
   });
 }
 
 INLINE void expand_tiles(int num_rows, int64_t num_columns, const Chunk& chunk, const float (*v)[kChunkRanks],
-                         const TileExpansion& to, Fetcher& ahead) {
+                         const TileExpansion& to, const LinesAhead& ahead) {
   switch (num_rows % 4) {
     case 0: return expand_fours<0>(num_rows, num_columns, chunk, v, to, ahead);
     case 1: return expand_fours<1>(num_rows, num_columns, chunk, v, to, ahead);
@@ -320,15 +330,17 @@ struct ShortRuns {
   }
 
   // All rows of the chunk's block.
-  void compute_tiles(const Chunk& chunk, Fetcher& ahead) const {
+  void compute_tiles(const Chunk& chunk, const Chunk& next) const {
+    const LinesAhead ahead{chunk, next};
     const pomona::RowBlock& block = *chunk.block;
     const Elem* x = static_cast<const Elem*>(call.x) + block.start * call.x_stride;
     const vf scaling = splat(call.scalings[chunk.slice * step.num_segments + block.segment]);
     const TileA inputs{reinterpret_cast<const char*>(x), call.x_stride * static_cast<int64_t>(sizeof(Elem))};
     alignas(64) float v[kFewRows<T>][kChunkRanks], sums[kFewRows<T>][kRankPart];
     for (int64_t first = 0; first < chunk.num_ranks; first += kRankPart) {
+      int64_t line = 0;
       const uint32_t* columns = lay_out_columns(chunk.a + first, chunk.num_ranks - first, chunk.a_bytes,
-                                                [&] { ahead.fetch(min64(kRankPart, chunk.num_ranks - first)); });
+                                                [&] { ahead.beside_a(first, line++); });
       tile_product<1>(block.num_rows, {inputs, {columns, 0, kRankPart}, ceil_div(chunk.a_bytes, 4), chunk.a_bytes},
                       {sums[0], kRankPart, false});
       for (int m = 0; m < block.num_rows; m++) store_floats(v[m] + first, T::round(scaling * load_floats(sums[m])));
@@ -340,11 +352,10 @@ struct ShortRuns {
 
   // Outputs of a slice that the block's adapter does not have.
   void finish(const pomona::RowBlock& block, int64_t slice) const {
-    Chunk nothing;
-    nothing.num_ranks = 0;
-    Fetcher idle(nothing);
+    const Chunk nothing{};
     const float v[kFewRows<T>][kChunkRanks] = {};
-    expand_tiles(block.num_rows, site.out_features[slice], nothing, v, expansion(block, slice, true), idle);
+    expand_tiles(block.num_rows, site.out_features[slice], nothing, v, expansion(block, slice, true),
+                 {nothing, nothing});
   }
 #endif
 
@@ -368,10 +379,10 @@ struct ShortRuns {
   }
 
   void compute_rows(const Chunk& chunk, const Chunk& next) const {
-    Fetcher ahead(next);
 #if defined(__AMX_BF16__)
-    if constexpr (kUsesTiles<T>) return compute_tiles(chunk, ahead);
+    if constexpr (kUsesTiles<T>) return compute_tiles(chunk, next);
 #endif
+    Fetcher ahead(next);
     const int num_rows = chunk.block->num_rows;
     for (int row = 0; row < num_rows; row += kRowsAtOnce)
       compute_some(chunk, row, static_cast<int>(min64(kRowsAtOnce, num_rows - row)), ahead);

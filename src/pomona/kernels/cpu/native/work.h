@@ -10,6 +10,16 @@ namespace {
 
 constexpr int kMostQueues = 64;  // with more threads, some share theirs
 
+// Until so many are done, whichever threads do them.
+inline void wait_for(const int64_t& num_done, int64_t num) {
+  for (int spins = 0; __atomic_load_n(&num_done, __ATOMIC_ACQUIRE) < num; spins++) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (spins > 4000) sched_yield();
+  }
+}
+
 template <class F>
 struct Items {
   struct alignas(64) Queue {
@@ -40,15 +50,8 @@ struct Items {
     }
     if (taken) __atomic_fetch_add(&num_done, taken, __ATOMIC_RELEASE);
   }
-  // Until every item is done, whichever thread took it. A taken item is being run, so this ends.
-  void wait() {
-    for (int spins = 0; __atomic_load_n(&num_done, __ATOMIC_ACQUIRE) < num_items; spins++) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-      if (spins > 4000) sched_yield();
-    }
-  }
+  // Until every item is done. A taken item is being run, so this ends.
+  void wait() const { wait_for(num_done, num_items); }
 };
 
 // f(item) for every item, on up to num_threads threads.
@@ -70,14 +73,16 @@ void for_items(int64_t num_items, int num_threads, const F& f) {
       &items);
 }
 
-// Items of one kind, of which there may be none.
+// Items of one kind, of which there may be none. The next kind begins when all of them are done, or, if nobody awaits
+// them, when none is left to be taken.
 template <class F>
 struct Kind {
   int64_t num_items;
   const F& run;
+  bool is_awaited = true;
 };
 template <class F>
-Kind(int64_t, const F&) -> Kind<F>;
+Kind(int64_t, const F&, bool = true) -> Kind<F>;
 
 // All of the first kind, then all of the second, then all of the third, in one go: threads are not sent home between.
 template <class F, class G, class H>
@@ -93,16 +98,18 @@ void for_kinds(int num_threads, Kind<F> first, Kind<G> second, Kind<H> third) {
     Items<F> first;
     Items<G> second;
     Items<H> third;
+    bool is_first_awaited;
   } all{{first.run, first.num_items, num_threads},
         {second.run, second.num_items, num_threads},
-        {third.run, third.num_items, num_threads}};
+        {third.run, third.num_items, num_threads},
+        first.is_awaited};
   pomona::run_threads(
       num_threads,
       [](void* state, int thread) {
         const TileRegisters registers;
         All* all = static_cast<All*>(state);
         all->first.take(thread);
-        all->first.wait();
+        if (all->is_first_awaited) all->first.wait();
         all->second.take(thread);
         if (all->third.num_items == 0) return;
         all->second.wait();
