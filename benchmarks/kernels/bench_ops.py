@@ -21,7 +21,15 @@ import torch
 from rich.console import Console
 
 from benchmarks import meter, results
-from benchmarks.kernels.cases import Case, attention_cases, linear_cases, lora_cases, make_spec, row_cases
+from benchmarks.kernels.cases import (
+    Case,
+    adapted_cases,
+    attention_cases,
+    linear_cases,
+    lora_cases,
+    make_spec,
+    row_cases,
+)
 from benchmarks.shapes import SHAPES, ModelShape
 from pomona.cli.ceilings import ways_to_read
 from pomona.kernels.cpu import binding
@@ -84,6 +92,8 @@ def all_cases(ops: set[str], shape: ModelShape, dtype: torch.dtype) -> Iterator[
         yield from lora_cases(spec, dtype, {"decode 1 row": [1]}, ranks=[128])
         yield from lora_cases(spec, dtype, {"decode 32 distinct": [1] * 32}, ranks=[4] * 32)
         yield from lora_cases(spec, dtype, {"decode 32 distinct": [1] * 32}, ranks=[128] + [4] * 31)
+    if "adapted" in ops:
+        yield from adapted_cases(spec, dtype, DECODE_SEGMENTS | PREFILL_SEGMENTS, ranks=[16] * 32)
     if "attention" in ops:
         yield from attention_cases(spec, dtype, MIXES)
     if "linear" in ops:

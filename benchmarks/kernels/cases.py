@@ -5,7 +5,7 @@ Bytes and FLOPs are what the op must move and compute, from the formulas, not wh
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from benchmarks.shapes import ModelShape
 from pomona.kernels.activation import silu_mul
 from pomona.kernels.attention import AttentionBatch, paged_attention, write_kv
 from pomona.kernels.linear import pack, packed_linear
-from pomona.kernels.lora import LoraBatch, LoraRanks, lora
+from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices, adapted_linear, lora
 from pomona.kernels.norm import add_rms_norm
 from pomona.kernels.rope import apply_rope
 from pomona.model.lora import PageLayout
@@ -22,6 +22,7 @@ from pomona.model.spec import ModelSpec, RopeSpec, Site, Target
 
 BLOCK_SIZE = 16
 ROWS_PER_PAGE = 4
+_MOST_WEIGHT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -89,24 +90,32 @@ def linear_cases(spec: ModelSpec, dtype: torch.dtype, rows: tuple[int, ...]) -> 
             yield Case("linear", label, run, used, moved * dtype.itemsize, flops, plain)
 
 
-def lora_cases(spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int]], ranks: list[int]) -> Iterator[Case]:
-    """All four sites of every layer.
+@dataclass(frozen=True)
+class _LoraStep:
+    """One step's segments and inputs, and the adapters' pages of all layers."""
 
-    Args:
-        spec: the model.
-        dtype: of everything.
-        segments: name -> rows of each adapter's run.
-        ranks: of each adapter, at least as many as there are runs.
-    """
+    label: str
+    batch: LoraBatch
+    ranks: dict[Site, LoraRanks]
+    slices: dict[tuple[int, Site], LoraSlices]
+    x: dict[Site, Tensor]
+    adapter_elems: int
+    """Of a layer."""
+    flops: int
+    """Of a layer's adapters."""
+
+
+def _lora_steps(
+    spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int]], ranks: list[int]
+) -> Iterator[_LoraStep]:
     layout = PageLayout(spec, ROWS_PER_PAGE)
     num_pages = [-(-lora_rank // ROWS_PER_PAGE) for lora_rank in ranks]
     pool = torch.empty(sum(num_pages), layout.page_elems, dtype=dtype).uniform_(-0.05, 0.05)
     order = torch.randperm(sum(num_pages), generator=torch.Generator().manual_seed(0)).int()
     pages = [tuple(part.tolist()) for part in order.split(num_pages)]
     slices = {(layer, site): layout.slices(pool, layer, site) for layer in range(spec.num_layers) for site in Site}
-    widths = {site: [spec.target_shape(target) for target in site.value] for site in Site}
+    elems = sum(sum(spec.target_shape(target)) for target in Target)
     for name, runs in segments.items():
-        num_tokens = sum(runs)
         ends = [sum(runs[: i + 1]) for i in range(len(runs))]
         bounds = [(end - run, end) for run, end in zip(runs, ends, strict=True)]
         used = ranks[: len(runs)]
@@ -121,20 +130,82 @@ def lora_cases(spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int
             host_pages=tuple(pages[: len(runs)]),
             max_rank=max(used),
         )
-        ranks_of = {site: _same_in_all_slices(len(site.value), used) for site in Site}
-        x = {site: torch.randn(num_tokens, widths[site][0][0]).to(dtype) for site in Site}
-        out = {site: torch.zeros(num_tokens, sum(w for _, w in widths[site]), dtype=dtype) for site in Site}
+        yield _LoraStep(
+            label=f"{name}, rank {ranks_text(used)}",
+            batch=batch,
+            ranks={site: _same_in_all_slices(len(site.value), used) for site in Site},
+            slices=slices,
+            x={site: torch.randn(sum(runs), spec.target_shape(site.value[0])[0]).to(dtype) for site in Site},
+            adapter_elems=sum(used) * elems,
+            flops=2 * sum(lora_rank * rows for lora_rank, rows in zip(used, runs, strict=True)) * elems,
+        )
 
-        def run(batch: LoraBatch = batch, ranks_of: dict = ranks_of, x: dict = x, out: dict = out) -> None:
-            for (_, site), weights in slices.items():
-                lora(out[site], x[site], weights, ranks_of[site], batch)
 
-        elems = sum(sum(spec.target_shape(target)) for target in Target)
-        activations = sum(x[site].numel() + 2 * out[site].numel() for site in Site)
-        moved = (sum(used) * elems + activations) * dtype.itemsize
-        flops = 2 * sum(lora_rank * rows for lora_rank, rows in zip(used, runs, strict=True)) * elems
-        label = f"layer of 4 sites, {name}, rank {ranks_text(used)}"
-        yield Case("lora", label, run, spec.num_layers, moved, flops)
+def _out_features(spec: ModelSpec, site: Site) -> int:
+    return sum(spec.target_shape(target)[1] for target in site.value)
+
+
+def lora_cases(spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int]], ranks: list[int]) -> Iterator[Case]:
+    """All four sites of every layer.
+
+    Args:
+        spec: the model.
+        dtype: of everything.
+        segments: name -> rows of each adapter's run.
+        ranks: of each adapter, at least as many as there are runs.
+    """
+    for step in _lora_steps(spec, dtype, segments, ranks):
+        out = {site: torch.zeros(len(x), _out_features(spec, site), dtype=dtype) for site, x in step.x.items()}
+
+        def run(step: _LoraStep = step, out: dict[Site, Tensor] = out) -> None:
+            for (_, site), weights in step.slices.items():
+                lora(out[site], step.x[site], weights, step.ranks[site], step.batch)
+
+        activations = sum(step.x[site].numel() + 2 * out[site].numel() for site in Site)
+        moved = (step.adapter_elems + activations) * dtype.itemsize
+        yield Case("lora", f"layer of 4 sites, {step.label}", run, spec.num_layers, moved, step.flops)
+
+
+def adapted_cases(
+    spec: ModelSpec, dtype: torch.dtype, segments: dict[str, list[int]], ranks: list[int]
+) -> Iterator[Case]:
+    """The four products of every layer with their adapters, in the order of a step, and without any first.
+
+    Args:
+        spec: the model; of a large one, as many layers as have weights of a gigabyte.
+        dtype: of everything.
+        segments: name -> rows of each adapter's run.
+        ranks: of each adapter, at least as many as there are runs.
+    """
+    shapes = {site: (spec.target_shape(site.value[0])[0], _out_features(spec, site)) for site in Site}
+    weight_elems = sum(in_features * out_features for in_features, out_features in shapes.values())
+    num_layers = max(1, min(spec.num_layers, _MOST_WEIGHT_BYTES // (weight_elems * dtype.itemsize)))
+    spec = replace(spec, num_layers=num_layers, sliding_windows=spec.sliding_windows[:num_layers])
+    packed = {
+        (layer, site): pack(torch.randn(out_features, in_features).to(dtype))
+        for layer in range(num_layers)
+        for site, (in_features, out_features) in shapes.items()
+    }
+    num_bases: set[int] = set()
+    for step in _lora_steps(spec, dtype, segments, ranks):
+        num_rows = len(step.x[Site.QKV])
+
+        def base(step: _LoraStep = step) -> None:
+            for (_, site), weight in packed.items():
+                packed_linear(step.x[site], weight)
+
+        def run(step: _LoraStep = step) -> None:
+            for at, weight in packed.items():
+                site = at[1]
+                adapted_linear(step.x[site], weight, None, step.slices[at], step.ranks[site], step.batch)
+
+        moved = (weight_elems + num_rows * sum(sum(shape) for shape in shapes.values())) * dtype.itemsize
+        flops = 2 * num_rows * weight_elems
+        if num_rows not in num_bases:
+            num_bases.add(num_rows)
+            yield Case("adapted", f"layer of 4 products, {num_rows} rows, no adapter", base, num_layers, moved, flops)
+        moved += step.adapter_elems * dtype.itemsize
+        yield Case("adapted", f"layer of 4 products, {step.label}", run, num_layers, moved, flops + step.flops)
 
 
 def ranks_text(ranks: list[int]) -> str:

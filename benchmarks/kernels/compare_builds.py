@@ -2,7 +2,7 @@
 
     git worktree add /tmp/before HEAD~1
     (cd /tmp/before && python setup.py build_ext --inplace)
-    python -m benchmarks.kernels.compare_builds /tmp/before/src/pomona/kernels/cpu/_native*.so --ops attention,linear
+    python -m benchmarks.kernels.compare_builds /tmp/before/src/pomona/kernels/cpu/_native*.so --ops adapted,attention
 
 Both are loaded into one process and take turns, call by call: on a machine that others use too, what a call takes may
 double from one minute to the next, and the ratio of neighbouring calls stays. Shown are medians, and the middle half of
@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("other", type=Path, help="the other build's library; it comes first in ratios")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--ops", default="lora,attention,linear,rows")
+    parser.add_argument("--ops", default="lora,adapted,attention,linear,rows")
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--threads", type=int, default=results.hardware()["cores"], help="default: all")
     parser.add_argument("--isa", choices=binding.ISAS, default=None, help="instruction set; default: the best")

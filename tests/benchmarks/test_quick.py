@@ -56,9 +56,10 @@ def test_ops_are_timed_and_shown(quick, capsys):
 @pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
 def test_builds_are_compared(tmp_path, capsys):
     same = shutil.copy(binding.library()._name, tmp_path)
-    words = [same, "--shape", "tiny", "--ops", "attention,linear", "--threads", "1", "--seconds", "0"]
+    words = [same, "--shape", "tiny", "--ops", "adapted,attention,linear", "--threads", "1", "--seconds", "0"]
     compare_builds.main(words)
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("adapted    layer of 4 products, decode 32 skewed, rank 16") for line in lines)
     assert any(line.startswith("attention  decode 1, context 160") for line in lines)
     assert any("rows=2048" in line and " ratio " in line for line in lines)
 
