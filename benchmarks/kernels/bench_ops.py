@@ -179,7 +179,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--ops", default="lora,attention,linear,rows")
+    parser.add_argument("--ops", default="lora,attention,linear,rows", help="of these, and adapted: products with LoRA")
     parser.add_argument("--backends", default="", help="comma-separated; default: all that run here")
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--threads", type=int, default=results.hardware()["cores"], help="default: all")

@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("other", type=Path, help="the other build's library; it comes first in ratios")
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--ops", default="lora,adapted,attention,linear,rows")
+    parser.add_argument("--ops", default="lora,adapted,attention,linear,rows", help="some of these")
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--threads", type=int, default=results.hardware()["cores"], help="default: all")
     parser.add_argument("--isa", choices=binding.ISAS, default=None, help="instruction set; default: the best")

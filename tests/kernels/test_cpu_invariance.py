@@ -74,6 +74,23 @@ def test_a_row_with_an_adapter_is_the_same_in_any_batch(rows_per_page: int, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_waits_for_what_other_threads_still_shrink(dtype: torch.dtype) -> None:
+    """Other inputs each time, so that what an earlier call shrunk is of no use."""
+    adapters = make_adapters([[16]], in_features=4096, widths=[32], dtype=dtype)
+    packed = pack(torch.randn(32, 4096).to(dtype))
+    batch, of_segments = adapters.batch([Segment(0, 32, 0)])
+    for _ in range(20):
+        x = torch.randn(32, 4096).to(dtype)
+
+        def run(x: Tensor = x) -> Tensor:
+            return adapted_linear(x, packed, None, adapters.slices, of_segments, batch)
+
+        # Two threads first: one alone would leave what they shrink where they look for it.
+        on_two = _on_threads(2, run)
+        assert torch.equal(on_two, _on_threads(1, run))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize(("in_features", "widths"), [(70, [160, 48, 16]), (64, [150, 40]), (5000, [64])])
 def test_a_product_with_adapters_is_the_product_and_then_the_adapters(

@@ -73,8 +73,8 @@ void for_items(int64_t num_items, int num_threads, const F& f) {
       &items);
 }
 
-// Items of one kind, of which there may be none. The next kind begins when all of them are done, or, if nobody awaits
-// them, when none is left to be taken.
+// Items of one kind, of which there may be none. The next kind begins when all of them are done; or, if they are the
+// first kind and not awaited, when none is left to be taken: then what needs them has to wait by itself.
 template <class F>
 struct Kind {
   int64_t num_items;
