@@ -470,7 +470,9 @@ def render(rows: Sequence[results.Row]) -> str:
     lines += [
         "The same workloads on the live engine in real time and on the simulator with this machine's profile; none of",
         "them was used for the fit. Every round takes a profile anew, in turns with the live runs, so that both meet",
-        "the same machine: it is shared with others, and not always equally fast. What was",
+        "the same machine: it is shared with others, and not always equally fast. The live engine has the settings of",
+        "the simulator, not a server's defaults: steps wait for copies of adapters (`adapter_loading` is `on_demand`,",
+        "not `assist`), there is no prefix cache, and no request is turned away. What was",
         "measured beside a run scales the profile for it (*factors*: least to largest over all runs). *Live* and",
         "*simulated* are medians over rounds, *spread* is how far the farthest round lies from them; *error* is the",
         "median of the rounds' own, simulated over live.",

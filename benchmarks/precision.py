@@ -227,7 +227,9 @@ def sections(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the parts of docs/benchmarks/precision.md: of accuracy and of each shape the program measured last."""
     found = results.of_last_program(list(of_kind(rows, "precision")))
     if found:
-        yield "\n## Accuracy\n\nThe bundled model against itself in float32, with its adapters and alone; KL in nats."
+        yield "\n## Accuracy\n\nThe bundled model against itself in float32, with its adapters and alone; KL in nats.\n"
+        yield f"Of its held-out questions each adapter answers the first {NUM_ASKED} itself, and reads the first "
+        yield f"{NUM_READ} with their right answers.\n`pomona bench accuracy`, and the README's table, ask all of them."
         yield f"\n\n{tables.setup_text(found)}\n{precision_table(found)}"
     steps = list(of_kind(rows, "step"))
     for shape in dict.fromkeys(row["shape"] for row in steps):

@@ -25,7 +25,8 @@ from benchmarks.kernels.bench_ops import DTYPES, MIN_RUNS, all_cases
 from benchmarks.kernels.cases import Case
 from benchmarks.shapes import SHAPES
 from pomona.kernels.cpu import binding
-from pomona.kernels.cpu.recording import Recording, Workspace, record
+from pomona.kernels.cpu.recording import Recording, record
+from pomona.kernels.cpu.workspace import Workspace
 
 
 def compare(case: Case, builds: Sequence[CDLL], seconds: float) -> tuple[list[list[float]], list[float]]:

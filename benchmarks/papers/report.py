@@ -73,7 +73,7 @@ def slots(rows: list[Row]) -> str:
         "Where it differs: a step is taken to be linear in rows and adapters, prompts as 250 tokens each (they "
         "are not in "
         "the files), and the KV that so many slots leave as what the fullest run held. The limit of 1 s on waiting for "
-        "pages, Pomona's default (vLLM has none), closes only as many adapters to newcomers as the one whose turn it "
+        "pages (vLLM has none) closes only as many adapters to newcomers as the one whose turn it "
         "is needs: that nobody starves costs no throughput.\n",
     )
 

@@ -10,7 +10,9 @@ from pomona.accounts.accounts import Accounts
 from pomona.accounts.clock import now_s
 from pomona.accounts.database import Database
 from pomona.accounts.principal import Limits, Role
+from pomona.accounts.tables import LimitsRow, PriceRow, TenantRow
 from pomona.accounts.tenants import TenantStore
+from pomona.accounts.usage_rows import Price
 from pomona.core.errors import AccountConflictError, AccountNotFoundError, DatabaseUnavailableError, InvalidRequestError
 from pomona.core.request import ServiceLevel
 
@@ -78,6 +80,29 @@ async def test_a_key_revoked_by_another_process_ends_within_the_poll(accounts, c
     other.close()
     async with asyncio.timeout(20):
         while await accounts.authenticator.authenticate(key.text) is not None:
+            await asyncio.sleep(0.01)
+
+
+async def test_an_own_change_while_the_poll_asks_hides_no_foreign_one(accounts, config):
+    _, key = await new_key(accounts)
+    ask, loop, num_asked = accounts.database.revision, asyncio.get_running_loop(), 0
+
+    def change_and_ask():
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 1:
+            accounts.tenants.update_tenant("acme", is_disabled=False)
+        elif num_asked == 2:
+            asked = asyncio.run_coroutine_threadsafe(accounts.authenticator.authenticate(key.text), loop)
+            assert asked.result() is not None
+            other = Database(config.url)
+            TenantStore(other).revoke_key(key.key_id)
+            other.close()
+        return ask()
+
+    accounts.database.revision = change_and_ask
+    async with asyncio.timeout(20):
+        while num_asked < 2 or await accounts.authenticator.authenticate(key.text) is not None:
             await asyncio.sleep(0.01)
 
 
@@ -149,6 +174,31 @@ async def test_known_keys_are_accepted_without_the_database_if_the_operator_says
             del accounts.database.read, accounts.database.write
 
 
+async def test_of_two_changes_at_once_the_second_finds_the_first(accounts, config):
+    store = accounts.tenants
+    tenant = dict.fromkeys(("disabled_s", "prefix_group", "ttft_s", "tpot_s"))
+    tenant |= {"id": "bolt", "created_s": 1.0, "cache_secret": b"", "weight": 1.0, "priority": "standard"}
+    price = PriceRow(adapter="", input_nanos=1, cached_nanos=1, output_nanos=1)
+
+    async def at_once(row, work, *args):
+        with other.session(is_change=True) as session:
+            session.add(row)
+            session.flush()
+            second = asyncio.create_task(accounts.change(work, *args))
+            await asyncio.sleep(0.3)
+        return await second
+
+    other = Database(config.url)
+
+    with pytest.raises(AccountConflictError, match="bolt"):
+        await at_once(TenantRow(**tenant), store.create_tenant, "bolt")
+    await at_once(LimitsRow(scope="tenant", scope_id="acme"), store.set_limits, "tenant", "acme", Limits(2))
+    assert store.limits("tenant", "acme") == Limits(2)
+    await at_once(price, accounts.usage.set_price, "", Price(2, 2, 2))
+    assert accounts.usage.prices() == {"": Price(2, 2, 2)}
+    other.close()
+
+
 async def test_what_cannot_be_is_refused_by_name(accounts):
     tenants = accounts.tenants
     with pytest.raises(AccountConflictError, match="acme"):
@@ -158,6 +208,9 @@ async def test_what_cannot_be_is_refused_by_name(accounts):
             await accounts.change(tenants.create_tenant, bad)
     with pytest.raises(AccountNotFoundError, match="nobody"):
         await new_key(accounts, "nobody")
+    for scope in ("tenant", "key"):
+        with pytest.raises(AccountNotFoundError, match="nobody"):
+            tenants.limits(scope, "nobody")
     with pytest.raises(InvalidRequestError, match="requests_per_minute is -1"):
         await accounts.change(tenants.set_limits, "tenant", "acme", Limits(requests_per_minute=-1))
     with pytest.raises(InvalidRequestError, match="weight"):

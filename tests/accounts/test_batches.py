@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 from dataclasses import replace
 
@@ -10,8 +11,9 @@ import pytest
 
 from pomona.accounts.batches import BatchStore
 from pomona.accounts.config import AccountsConfig
+from pomona.accounts.tables import BatchRow
 from pomona.core.request import Priority
-from pomona.server.batch_runner import running_batches
+from pomona.server.batch_runner import BatchRunner, running_batches
 from support.accounts import serve_accounts
 from support.server import BASE, listen
 
@@ -162,6 +164,11 @@ async def test_files_are_stored_read_paged_and_deleted(served, clients):
     assert [file.id for file in page.data] == [files[2].id, files[1].id]
     assert page.has_more
     assert [file.id async for file in page] == [file.id for file in reversed(files)]
+    page = await client.files.list(limit=2, order="asc")
+    assert [file.id async for file in page] == [file.id for file in files]
+    for path, name in (("files", "order"), ("files", "odd"), ("batches", "order"), ("adapters", "order")):
+        refused = await served.call("acme", "GET", f"/v1/{path}?{name}=up")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
     assert (await client.files.delete(files[0].id)).deleted
     with pytest.raises(openai.NotFoundError):
         await client.files.retrieve(files[0].id)
@@ -178,6 +185,7 @@ async def test_forms_that_are_wrong_are_refused(served, clients):
         ({"content": b"junk", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400),
         ({"content": b"junk", "headers": {"content-type": "multipart/form-data"}}, 400),
         ({"files": [("file", b"x"), ("file", b"y")], "data": {"purpose": "batch"}}, 400),
+        ({"files": {"file": b"x"}, "data": {"purpose": "batch", "expires_after[seconds]": "3600"}}, 400),
     ):
         headers = {"authorization": f"Bearer {served.keys['acme']}", **options.pop("headers", {})}
         response = await served.served.http.post("/v1/files", headers=headers, **options)
@@ -193,6 +201,91 @@ async def test_files_have_a_limit_together(config, tmp_path):
             form = {"files": {"file": b"x" * 150}, "data": {"purpose": "batch"}}
             statuses.append((await served.served.http.post("/v1/files", headers=headers, **form)).status_code)
     assert statuses == [200, 409]
+
+
+async def test_a_full_disk_leaves_nothing_of_a_file(served, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pomona.server.files.os.replace", fail)
+    form = {"files": {"file": b"x"}, "data": {"purpose": "batch"}}
+    headers = {"authorization": f"Bearer {served.keys['acme']}"}
+    assert (await served.served.http.post("/v1/files", headers=headers, **form)).status_code == 500
+    assert list((served.accounts.config.data_dir / "files").iterdir()) == []
+
+
+async def test_tenants_do_not_wait_for_each_others_batches(served, clients):
+    await served.call("admin", "PUT", "/v1/admin/limits/tenant/acme", {"requests_per_minute": 1})
+    async with working(served):
+        stuck = await start(clients["acme"], lines(*(body() for _ in range(3))))
+        while stuck.request_counts.completed < 1:
+            await asyncio.sleep(0.05)
+            stuck = await clients["acme"].batches.retrieve(stuck.id)
+        batch = await until_ended(clients["bolt"], await start(clients["bolt"], lines(body())))
+        stuck = await clients["acme"].batches.retrieve(stuck.id)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+    assert (stuck.status, stuck.request_counts.completed) == ("in_progress", 1)
+
+
+async def test_a_spent_budget_is_a_lines_error(served, clients):
+    await served.call("admin", "PUT", "/v1/admin/limits/tenant/acme", {"monthly_tokens": 3})
+    client = clients["acme"]
+    async with working(served):
+        batch = await until_ended(client, await start(client, lines(body(), body())))
+    errors = await results(client, batch.error_file_id)
+    assert batch.status == "completed"
+    assert [error["response"]["body"]["error"]["code"] for error in errors.values()] == ["insufficient_quota"] * 2
+
+
+async def test_a_batch_that_our_bug_ends_has_failed_and_others_go_on(served, clients, monkeypatch, caplog):
+    client = clients["acme"]
+    ask = BatchRunner._ask
+
+    async def ask_or_fail(runner, principal, path, content):
+        if b"poison" in content:
+            raise RecursionError("a bug")
+        return await ask(runner, principal, path, content)
+
+    monkeypatch.setattr(BatchRunner, "_ask", ask_or_fail)
+    monkeypatch.setattr("pomona.accounts.batches.LEASE_S", 0.1)
+    async with working(served):
+        failed = await until_ended(client, await start(client, lines(body("poison"))))
+        batch = await until_ended(client, await start(client, lines(body())))
+    assert (failed.status, failed.errors.data[0].code) == ("failed", "internal_error")
+    assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+    assert f"The batch {failed.id} failed: this is a bug" in caplog.text
+
+
+@pytest.mark.parametrize("status", ["cancelled", "expired"])
+async def test_a_batch_that_is_over_before_it_starts_asks_nothing(served, clients, status):
+    client = clients["acme"]
+    batch = await start(client, lines(*(body() for _ in range(3))))
+    if status == "cancelled":
+        await client.batches.cancel(batch.id)
+    else:
+        with served.accounts.database.session(is_write=True) as session:
+            session.get(BatchRow, batch.id).expires_s = 1.0
+    async with working(served):
+        batch = await until_ended(client, batch)
+    assert (batch.status, batch.output_file_id, batch.request_counts.completed) == (status, None, 0)
+    assert await served.usage() == []
+
+
+@pytest.mark.parametrize("at", ["in_progress", "completed"])
+async def test_a_batch_cancelled_at_any_moment_is_cancelled(served, clients, monkeypatch, at):
+    client = clients["acme"]
+    store = served.accounts.batches
+    update = store.update
+
+    def cancel_first(batch_id, process_id, **values):
+        if values.get("status") == at:
+            store.cancel(batch_id, "acme")
+        return update(batch_id, process_id, **values)
+
+    monkeypatch.setattr(store, "update", cancel_first)
+    async with working(served):
+        batch = await until_ended(client, await start(client, lines(body())))
+    assert (batch.status, batch.request_counts.completed) == ("cancelled", 1 if at == "completed" else 0)
 
 
 async def test_a_cancelled_batch_keeps_what_is_done(served, clients, monkeypatch):

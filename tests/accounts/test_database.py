@@ -7,9 +7,10 @@ import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
+from pomona.accounts import clock
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
-from pomona.accounts.tables import Table
+from pomona.accounts.tables import SpendingRow, Table, UsageRow
 from pomona.core.errors import AccountConflictError, ConfigError, DatabaseUnavailableError
 
 
@@ -22,6 +23,25 @@ def test_migrating_twice_changes_nothing(database):
     revision = database.revision()
     database.migrate()
     assert database.revision() == revision
+
+
+def test_the_months_sums_of_adapters_are_made_of_the_ledger(database):
+    month = clock.month_of(clock.now_s())
+    with database.write() as connection:
+        rows = [usage_row(index, ended_s) for index, ended_s in enumerate((1000.0, clock.now_s(), clock.now_s()))]
+        connection.execute(sqlalchemy.insert(UsageRow), rows)
+        connection.execute(sqlalchemy.text("UPDATE alembic_version SET version_num = '0002'"))
+    database.migrate()
+    with database.read() as connection:
+        found = connection.execute(sqlalchemy.select(SpendingRow.__table__)).one()
+    assert tuple(found) == ("adapter", "acme/legal", month, 2, 30, 14)
+
+
+def usage_row(index, ended_s):
+    row = dict.fromkeys(("tenant_id", "key_id", "adapter_id", "outcome", "day"), "")
+    row |= dict.fromkeys(("cached_tokens", "engine_s", "started_s"), 0)
+    row |= {"request_id": str(index), "adapter": "acme/legal", "input_tokens": 10, "output_tokens": 5}
+    return row | {"cost_nanos": 7, "ended_s": ended_s}
 
 
 def test_processes_that_start_together_on_an_empty_database_all_find_it_migrated(config):

@@ -9,10 +9,13 @@ from fastapi.routing import APIRoute
 from starlette.routing import Route
 
 from pomona.accounts import keys
+from pomona.adapters.stores import StoredAdapter
+from pomona.cli.accounts import announce_adapters
+from pomona.core.errors import AdapterError, AdapterUnavailableError
 from pomona.server.auth import RULES, Who, who_may
 from pomona.server.middleware import OPEN_PATHS
 from support.accounts import ServedAccounts, serve_accounts
-from support.driver import make_adapter
+from support.driver import FolderHost, make_adapter
 from support.server import BASE
 
 STAFF = ("admin", "operator", "auditor")
@@ -170,6 +173,44 @@ async def test_a_tenant_loads_only_from_its_own_folder(served):
     assert for_other.status_code == 400
     with_slash = await load(served, "acme", "bolt/y", "y")
     assert with_slash.status_code == 400
+
+
+@pytest.mark.parametrize("failure", ["its own fault", "the disk's"])
+async def test_only_whose_adapter_it_is_learns_why_it_cannot_be_used(served, failure, monkeypatch):
+    (served.served.folder / "acme").mkdir()
+    places = {name: served.served.folder / name for name in ("private-place", "acme/private-place")}
+    for place in places.values():
+        place.mkdir()
+    served.served.adapters.announce([StoredAdapter("common", str(places["private-place"]))])
+    await served.accounts.change(served.accounts.shares.put, "acme", "legal", str(places["acme/private-place"]))
+    await served.call("acme", "PUT", "/v1/shares", {"name": "legal", "public": True})
+    announce_adapters(served.served.adapters, served.accounts.adapters)
+    error_type = AdapterError if failure == "its own fault" else AdapterUnavailableError
+
+    def stage(self, path):
+        raise error_type(f"nothing good in {path}")
+
+    monkeypatch.setattr(FolderHost, "stage", stage)
+    for who, model in (("acme", "common"), ("bolt", "common"), ("bolt", "acme/legal")):
+        for _ in range(2):  # the failure itself, and what is remembered of it
+            refused = await served.complete(who, model=model)
+            assert refused.status_code == (409 if failure == "its own fault" else 503)
+            assert refused.json()["error"]["message"].startswith(f"The adapter '{model}' cannot be ")
+            assert "private-place" not in refused.text
+            if refused.status_code == 503:
+                assert int(refused.headers["retry-after"]) >= 1
+    own = (await served.complete("acme", model="legal")).json()["error"]["message"]
+    assert f"nothing good in {places['acme/private-place']}" in own
+
+
+async def test_no_tenants_adapter_has_the_base_models_name(served):
+    refused = await load(served, "acme", BASE)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "name")
+    assert refused.json()["error"]["message"] == f"name is '{BASE}': must be another name than the base model's"
+    source = own_folder(served, "acme", "one")
+    by_staff = await served.call("admin", "POST", "/v1/adapters", {"name": BASE, "source": source, "tenant": "acme"})
+    assert by_staff.status_code == 400
+    assert not served.accounts.adapters
 
 
 async def test_one_tenants_prompts_are_not_found_in_the_others_prefix_cache(served):

@@ -121,7 +121,7 @@ def test_a_group_that_is_sent_twice_changes_nothing(database):
         spending = connection.execute(
             sqlalchemy.text("SELECT scope, num_requests, num_tokens, cost_nanos FROM spending")
         )
-        assert sorted(spending) == [("key", 5, 65, 80), ("tenant", 5, 65, 80)]
+        assert sorted(spending) == [("adapter", 5, 65, 80), ("key", 5, 65, 80), ("tenant", 5, 65, 80)]
 
 
 def test_a_group_that_is_partly_there_adds_only_the_rest(database):

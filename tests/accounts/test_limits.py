@@ -10,9 +10,10 @@ from pomona.accounts import clock
 from pomona.accounts.buckets import Buckets, RateLimit
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
-from pomona.accounts.limiter import Limiter, Scope
+from pomona.accounts.limiter import Admission, Limiter, Scope
 from pomona.accounts.principal import Limits
 from pomona.accounts.slots import EXPIRY_S, Slots
+from pomona.accounts.tables import SpendingRow
 from pomona.core.errors import DatabaseUnavailableError, QuotaExceededError, RateLimitError
 
 
@@ -112,6 +113,33 @@ async def test_slots_are_never_more_than_the_limit_over_all_processes(config, da
         assert await slots[1 - holder].take("acme", 8)
 
 
+async def test_a_slot_taken_while_slots_are_renewed_is_counted(database):
+    slots = Slots(database, "p1")
+    for _ in range(2):
+        assert await slots.take("acme", 1)
+        slots.put("acme")
+        await slots.heartbeat()  # nothing is used since: the next one frees it
+        renewing = asyncio.create_task(slots.heartbeat())
+        await asyncio.sleep(0)  # its statement is under way
+        assert await slots.take("acme", 1)
+        await renewing
+        assert not await slots.take("acme", 1)
+        slots.put("acme")
+
+
+async def test_a_lease_taken_while_leases_are_settled_is_kept(database):
+    limit = RateLimit("settled", 64)
+    buckets = Buckets(database)
+    assert await buckets.take(limit, 4) == 0
+    lease = buckets._leases[limit.name]
+    lease.available, lease.expires_s, lease.level_at_s = 1.0, 0.0, -1000.0  # long ago
+    settling = asyncio.create_task(buckets.settle())
+    await asyncio.sleep(0)  # its statement is under way
+    assert await buckets.take(limit, 1) == 0
+    await settling
+    assert buckets._leases[limit.name] is lease
+
+
 async def test_slots_of_a_process_that_died_come_back(database, monkeypatch):
     now_s = clock.now_s()
     monkeypatch.setattr(clock, "now_s", lambda: now_s)
@@ -162,6 +190,65 @@ async def test_a_budget_holds_what_is_in_flight(config, database):
         await limiter.admit(scopes, 60)
     admission.settle(10)
     await limiter.admit(scopes, 60)
+
+
+async def test_requests_that_come_at_once_share_what_is_left_of_a_budget(config, database):
+    month = clock.month_of(clock.now_s())
+    with database.session(is_write=True) as session:
+        sums = {"num_requests": 1, "num_tokens": 900, "cost_nanos": 0}
+        session.add(SpendingRow(scope="tenant", scope_id="acme", month=month, **sums))
+    limiter = Limiter(database, config, "p1")
+    # At first all wait for the sums; then each waits for a rate after it has asked about the budget.
+    for limits in ({}, {"requests_per_minute": 100}):
+        scopes = [scope(monthly_tokens=1000, **limits)]
+        asked = [limiter.admit(scopes, 40) for _ in range(20)]
+        admissions = [one for one in await asyncio.gather(*asked, return_exceptions=True) if isinstance(one, Admission)]
+        assert len(admissions) == 2
+        for admission in admissions:
+            admission.settle(0)
+    assert not limiter.budgets._reserved
+
+
+async def test_a_request_that_is_refused_holds_nothing_of_a_budget(config, database):
+    limiter = Limiter(database, config, "p1")
+    for limits in ({"max_concurrency": 0}, {"requests_per_minute": 0}):
+        with pytest.raises(RateLimitError):
+            await limiter.admit([scope(monthly_tokens=100, **limits)], 60)
+    await limiter.admit([scope(monthly_tokens=100)], 60)
+
+
+async def test_what_can_be_given_back_is_whatever_fails(config, database, monkeypatch):
+    limiter = Limiter(database, config, "p1")
+    scopes = [scope(max_concurrency=1, tokens_per_minute=100, monthly_tokens=100)]
+    admission = await limiter.admit(scopes, 60)
+
+    def fail(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(limiter.buckets, "put", fail)
+    with pytest.raises(KeyError, match="a bug"):
+        admission.settle(10)
+    monkeypatch.undo()
+    await limiter.admit([scope(max_concurrency=1, monthly_tokens=100)], 60)
+
+
+async def test_budgets_of_many_are_read_again_together(config, database):
+    limiter = Limiter(database, config, "p1")
+    owners = [Scope("key", f"k{index}", Limits(monthly_tokens=100)) for index in range(1100)]
+    for owner in owners:
+        limiter.budgets._spent[owner.kind, owner.name] = (0, 0)
+    await limiter.admit(owners[-1:], 0)
+    month = clock.month_of(clock.now_s())
+    with database.session(is_write=True) as session:
+        for owner in owners:
+            sums = {"num_requests": 1, "num_tokens": 100, "cost_nanos": 0}
+            session.add(SpendingRow(scope="key", scope_id=owner.name, month=month, **sums))
+    for owner in owners:
+        limiter.budgets._spent[owner.kind, owner.name] = (0, 0)
+    await limiter.maintain()
+    for owner in (owners[0], owners[-1]):
+        with pytest.raises(QuotaExceededError):
+            await limiter.admit([owner], 1)
 
 
 async def test_without_the_database_a_process_keeps_the_limits_alone_or_refuses(config, database):

@@ -4,6 +4,7 @@ Many more examples: pytest tests/accounts/test_schema.py -m slow -n 0
 """
 
 import asyncio
+import copy
 from collections import Counter
 
 import pytest
@@ -16,18 +17,35 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from pomona.adapters.stores import FolderStore
 from pomona.server.middleware import OPEN_PATHS
 from support.accounts import serve_accounts
-from support.server import listen
+from support.server import BASE, listen
 
 GenerationMode = schemathesis.GenerationMode
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
+BROKEN = "broken"
+"""An adapter that everybody may name and nobody can use."""
+
+
 @pytest.fixture
 async def served(config, tmp_path):
-    async with serve_accounts(tmp_path, config) as running:
+    store = FolderStore(tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / BROKEN).symlink_to("/")
+    async with serve_accounts(tmp_path, config, stores=(store,)) as running:
+        running.served.adapters.announce(store.list())
         yield running
+
+
+def with_models(document, *names):
+    """The document with these names for the models that generate, which nobody would guess."""
+    document = copy.deepcopy(document)
+    for kind in ("ChatCompletionRequest", "CompletionRequest"):
+        document["components"]["schemas"][kind]["properties"]["model"]["enum"] = list(names)
+    return document
 
 
 def check_all(url, document, key, num_examples, mode):
@@ -64,7 +82,7 @@ def check_all(url, document, key, num_examples, mode):
 async def run(served, who, num_examples, mode=GenerationMode.POSITIVE):
     async with listen(served.served.app) as url:
         key = None if who is None else served.keys[who]
-        document = served.served.app.openapi()
+        document = with_models(served.served.app.openapi(), BASE, BROKEN)
         return await asyncio.to_thread(check_all, url, document, key, num_examples, mode)
 
 
@@ -78,6 +96,15 @@ async def test_without_a_key_every_operation_is_closed(served):
 async def test_whatever_the_document_allows_is_answered_as_it_says(served, who):
     statuses = await run(served, who, 4)
     assert {200, 400} <= {status for _, status in statuses}
+
+
+async def test_the_document_says_what_an_adapter_that_cannot_be_used_is_answered_with(served):
+    messages = [{"role": "user", "content": "hi"}]
+    document = served.served.app.openapi()
+    for path, body in (("/v1/completions", {"prompt": "hi"}), ("/v1/chat/completions", {"messages": messages})):
+        answer = await served.call("acme", "POST", path, {"model": BROKEN, **body})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (409, "adapter_failed")
+        assert "409" in document["paths"][path]["post"]["responses"]
 
 
 @pytest.mark.slow

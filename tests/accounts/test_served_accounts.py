@@ -1,16 +1,21 @@
 """A server with accounts over HTTP: limits, the ledger, keys, with OpenAI's own client too."""
 
 import asyncio
+import datetime
 
 import openai
 import pytest
 
 from pomona.accounts.accounts import Accounts
+from pomona.adapters.stores import StoredAdapter
 from pomona.core.errors import ConfigError
 from pomona.core.request import Priority, ServiceLevel
 from pomona.metrics.registry import LEDGER_METRICS
+from pomona.sched.fairness import FairnessConfig
+from pomona.sched.pace import Pace
 from pomona.server.limits import duration
 from support.accounts import serve_accounts
+from support.driver import make_adapter
 from support.server import BASE, Connection, listen
 
 
@@ -91,6 +96,58 @@ async def test_a_full_queue_is_a_row_that_costs_nothing(config, tmp_path):
     assert all(row["input_tokens"] + row["output_tokens"] == 0 for row in rows if row["outcome"] == "reject")
 
 
+@pytest.mark.parametrize("reason", ["rate_limit_exceeded", "deadline_unreachable"])
+async def test_what_the_scheduler_does_not_admit_is_a_row_that_costs_nothing(config, tmp_path, reason, monkeypatch):
+    monkeypatch.setattr(Pace, "seconds", lambda *_: 1.0)
+    fairness = FairnessConfig(policy="rpm", requests_per_minute=1)
+    async with serve_accounts(tmp_path, config, fairness=fairness) as served:
+        assert (await served.complete("acme")).status_code == 200
+        if reason == "deadline_unreachable":
+            await served.call("admin", "PATCH", "/v1/admin/tenants/bolt", {"ttft_s": 0.5})
+        who = "acme" if reason == "rate_limit_exceeded" else "bolt"
+        refused = await served.complete(who)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, reason)
+        rows = await served.usage(tenant_id=who)
+        assert (rows[-1]["outcome"], rows[-1]["input_tokens"], rows[-1]["output_tokens"]) == ("reject", 0, 0)
+        metrics = (await served.call("admin", "GET", "/metrics")).text
+        assert f'pomona_requests_total{{adapter="{BASE}",finish_reason="reject"}} 1.0' in metrics
+        assert 'finish_reason="abort"' not in metrics
+
+
+async def test_a_request_over_its_limit_brings_no_adapter_in(served):
+    source = make_adapter(served.served.folder / "cold", "cold")
+    served.served.adapters.announce([StoredAdapter("cold", source)])
+    for limits in ({"requests_per_minute": 0}, {"max_concurrency": 0}, {"monthly_tokens": 1}):
+        await set_limits(served, "tenant/acme", **limits)
+        assert (await served.complete("acme", model="cold")).status_code == 429
+    card = (await served.call("admin", "GET", "/v1/adapters/cold")).json()
+    assert (card["state"], card["num_loads"], card["num_misses"]) == ("registered", 0, 0)
+    assert await served.usage() == []
+    await set_limits(served, "tenant/acme", max_concurrency=1)
+    for _ in range(2):
+        assert (await served.complete("acme", model="cold")).status_code == 200
+
+
+async def test_an_adapter_that_cannot_be_brought_in_costs_nothing_and_keeps_no_place(served):
+    served.served.adapters.announce([StoredAdapter("broken", str(served.served.folder))])
+    await set_limits(served, "tenant/acme", max_concurrency=1, tokens_per_minute=100)
+    for _ in range(3):
+        refused = await served.complete("acme", model="broken", max_tokens=60)
+        assert refused.status_code in (404, 409), refused.text
+        assert refused.headers["x-ratelimit-limit-tokens"] == "100"
+    assert await served.usage() == []
+    assert (await served.complete("acme", max_tokens=60)).status_code == 200
+
+
+async def test_the_token_that_nobody_asked_for_is_not_billed(served):
+    for parameters in ({}, {"n": 2}, {"logprobs": 1}):
+        answer = (await served.complete("acme", "one two", echo=True, max_tokens=0, **parameters)).json()
+        row = (await served.usage())[-1]
+        assert answer["choices"][0]["text"] == "one two"
+        assert answer["usage"]["completion_tokens"] == row["output_tokens"] == 0
+        assert answer["usage"]["prompt_tokens"] == row["input_tokens"] > 0
+
+
 async def test_limits_refuse_with_openais_headers_and_error(served):
     await set_limits(served, "tenant/acme", requests_per_minute=2, tokens_per_minute=1000)
     first = await served.complete("acme")
@@ -148,6 +205,15 @@ async def test_a_spent_budget_says_so(served):
     assert (await served.complete("bolt")).json()["error"]["code"] == "insufficient_quota"
 
 
+async def test_an_adapters_budget_holds_for_all_who_use_it(served):
+    used = (await served.complete("acme")).json()["usage"]
+    await served.accounts.ledger.flush()
+    await set_limits(served, f"adapter/{BASE}", monthly_tokens=used["prompt_tokens"] + 8)  # enough for one
+    refused = await served.complete("bolt")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert "adapter's budget" in refused.json()["error"]["message"]
+
+
 async def test_only_so_many_requests_are_in_flight(served):
     await set_limits(served, "tenant/acme", max_concurrency=2)
     served.served.executor.gate.clear()
@@ -203,7 +269,10 @@ async def test_what_administrators_get_wrong_is_named(served):
         ("DELETE", "/v1/admin/keys/pk-absent", None, 404),
         ("PUT", "/v1/admin/limits/planet/earth", {}, 400),
         ("PUT", "/v1/admin/limits/tenant/absent", {}, 404),
+        ("GET", "/v1/admin/limits/tenant/absent", None, 404),
+        ("GET", "/v1/admin/keys?odd=1", None, 400),
         ("PUT", "/v1/admin/limits/tenant/acme", {"max_concurrency": -1}, 400),
+        ("PUT", "/v1/admin/prices", {"input_per_million": 0.0125}, 400),
         ("GET", "/v1/usage?group_by=secret", None, 400),
         ("GET", "/v1/usage?start=yesterday", None, 400),
         ("GET", "/v1/usage?start=nan", None, 400),
@@ -213,6 +282,39 @@ async def test_what_administrators_get_wrong_is_named(served):
         response = await served.call("admin", method, path, body)
         assert response.status_code == status, (method, path, response.text)
         assert response.json()["error"]["message"]
+
+
+async def test_prices_are_kept_as_they_are_shown_or_refused(served):
+    for body, field in (
+        ({"input_per_million": 0.0125}, "input_per_million is 0.0125"),
+        ({"cached_per_million": 0.0004}, "cached_per_million is 0.0004"),
+        ({"output_per_million": 1e-9}, "output_per_million is 1e-09"),
+    ):
+        refused = await served.call("admin", "PUT", "/v1/admin/prices", body)
+        assert refused.json()["error"]["message"] == f"{field}: must be a multiple of 0.001"
+    for price in (0.0, 0.001, 0.1, 0.35, 2.675, 1234.567, 1e6):
+        body = {"input_per_million": price, "output_per_million": price}
+        told = (await served.call("admin", "PUT", "/v1/admin/prices", body)).json()
+        (kept,) = (await served.call("admin", "GET", "/v1/admin/prices")).json()["data"]
+        assert told == kept
+        assert kept["input_per_million"] == kept["output_per_million"] == price
+
+
+async def test_dates_of_usage_may_have_an_offset(served):
+    await served.complete("acme")
+    (row,) = await served.usage()
+    ended = datetime.datetime.fromtimestamp(row["ended_s"], datetime.timezone(datetime.timedelta(hours=-5)))
+    for start, num_requests in ((ended - datetime.timedelta(hours=1), 1), (ended + datetime.timedelta(hours=1), 0)):
+        params = {"start": start.isoformat()}
+        report = await served.served.http.get(
+            "/v1/usage", params=params, headers={"authorization": f"Bearer {served.keys['acme']}"}
+        )
+        assert report.json()["data"][0]["num_requests"] == num_requests
+        params = {"start": start.astimezone(datetime.UTC).replace(tzinfo=None).isoformat()}
+        report = await served.served.http.get(
+            "/v1/usage", params=params, headers={"authorization": f"Bearer {served.keys['acme']}"}
+        )
+        assert report.json()["data"][0]["num_requests"] == num_requests
 
 
 async def test_usage_is_exported_as_files(served):
@@ -236,8 +338,6 @@ async def test_adapters_belong_to_their_tenants_after_a_restart(config, tmp_path
     async with serve_accounts(tmp_path, config) as served:
         folder = tmp_path / "acme"
         folder.mkdir()
-        from support.driver import make_adapter
-
         source = make_adapter(folder / "one", "one")
         await served.call("acme", "POST", "/v1/adapters", {"name": "legal", "source": source})
     async with Accounts(config) as accounts:

@@ -35,6 +35,14 @@ def test_a_pattern_that_would_run_for_years_is_stopped(pattern: str, monkeypatch
         match_patterns("target_modules", [pattern], ["model.layers.0.self_attn.q_proj" * 2], is_full_match=True)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["layers", ".*q_proj", r"model\.layers\.\d+\.mlp", "(self_attn|mlp).*", "[a-z]{3}_proj"]
+)
+def test_ordinary_patterns_need_no_process_of_their_own(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(patterns, "_match_in_process")
+    assert len(match_patterns("target_modules", [pattern], NAMES)) == 1
+
+
 @given(st.text(alphabet="ab.*+?|()[]{}1,^$\\", max_size=8))
 def test_patterns_matched_in_this_process_cannot_explode(pattern: str) -> None:
     """The rule itself: at most one repetition and no repeated group."""

@@ -81,6 +81,18 @@ def test_a_hub_id_is_forbidden_unless_the_hub_is_allowed(roots: Path) -> None:
         sources(roots).resolve("org/name")
 
 
+@pytest.mark.parametrize("source", ["/srv/adapters/legal", "s3://bucket/legal"])
+def test_a_refusal_names_the_settings_that_would_allow_it_and_no_folder(source: str, roots: Path) -> None:
+    with pytest.raises(AdapterForbiddenError, match="--allowed-adapter-root") as refused:
+        sources(roots).fetch(source)
+    assert str(roots) not in str(refused.value)
+    with pytest.raises(AdapterForbiddenError, match="--allow-hub-adapters"):
+        sources(roots).fetch("org/name")
+    with pytest.raises(AdapterForbiddenError) as refused:
+        sources(roots, allow_hub=True).fetch("/srv/adapters/legal")
+    assert "--allow-hub-adapters" not in str(refused.value)
+
+
 @pytest.mark.parametrize("source", ["org/name", "org/name@main", "org/name@refs/pr/1"])
 def test_a_hub_id_that_is_not_cached_says_what_to_do_when_offline(source: str, roots: Path) -> None:
     with pytest.raises(AdapterError, match=r"hub cannot be reached.*hf download org/name"):
@@ -191,3 +203,22 @@ def test_files_over_the_limit_are_refused(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_bytes(b" " * (2**20 + 1))
     with pytest.raises(AdapterError, match=r"adapter_config.json has 1048577 bytes"):
         read_files(str(folder))
+
+
+def test_a_source_is_settled_to_the_folder_that_it_means(roots: Path, tmp_path: Path) -> None:
+    (roots / "link").symlink_to(roots / "good")
+    (roots / "out").symlink_to(tmp_path)
+    (tmp_path / "alias").symlink_to(roots)
+    for root in (roots, tmp_path / "alias"):
+        for name in ("good", "link", "./good", "good/../link"):
+            assert sources(root).settled(f"{root}/{name}") == str(roots / "good")
+    for other in (f"{roots}/absent", f"{roots}/out", "/", "org/name", "s3://store/x", "", "a\0b", "x" * 5000):
+        assert sources(roots).settled(other) == other
+
+
+def test_a_place_in_the_roots_is_known_by_its_spelling(roots: Path, tmp_path: Path) -> None:
+    found = AdapterSources((str(roots), "s3://store"))
+    for place in (f"{roots}/good", f"{roots}/absent", "s3://store/x"):
+        assert found.has(place)
+    for place in (f"{roots}/../allowed/good", f"{tmp_path}/good", "good", "s3://other/x"):
+        assert not found.has(place)

@@ -3,6 +3,7 @@ import time
 import pytest
 
 from benchmarks import fidelity
+from pomona.cli.config import load_config
 from pomona.engine.engine import Engine
 from pomona.profiling.fit import Sample
 from pomona.sim.cost_model import PerTokenCost
@@ -42,6 +43,15 @@ def test_the_page_has_a_line_per_figure_and_says_what_is_worst():
     assert "| 10 | 0.0% | 20.0% | 9 | 9 | 0.0% | 0.0% |" in page
     assert "| chat | 90% | 1 | throughput | 100.0 tokens/s | 80.0 tokens/s | -20.0% | 0.0% | 0.0% |" in page
     assert "No rows yet" in fidelity.render([])
+
+
+def test_the_page_says_where_the_live_engine_differs_from_a_server():
+    page = fidelity.render([row(0.3, {}, {})])
+    for model in fidelity.models().values():
+        config = load_config(model.settings)
+        assert config.adapter_loading != load_config({}).adapter_loading
+        assert f"`adapter_loading` is `{config.adapter_loading}`" in page
+        assert not config.prefix_cache and "no prefix cache" in page
 
 
 @pytest.mark.parametrize("name", fidelity.WORKLOADS)

@@ -121,6 +121,11 @@ def precision_rows() -> list[Row]:
     return [{**what, "variant": "float32"}, {**what, "variant": "int8", "adapters": part, "base": part}, *steps]
 
 
+def fill_of(name: str, text: str) -> str:
+    """What stands in a marked part."""
+    return text.partition(f"<!-- generated: {name} -->\n")[2].partition("<!-- end -->")[0].strip()
+
+
 @pytest.fixture
 def results_folder(tmp_path):
     profile = {"kind": "step_profile", "shape": "tiny", "batch": 32, "mix": "base"}
@@ -173,9 +178,48 @@ def test_making_the_pages_again_changes_nothing(results_folder):
     assert dict(Report(results_folder).files(once["performance.md"])) == once
 
 
-def test_pages_without_results_say_so(tmp_path):
+def test_committed_pages_have_no_empty_part():
+    for page in (DOCS / "performance.md", *DOCS.glob("benchmarks/**/*.md")):
+        text = page.read_text()
+        assert not re.search("No (results|rows) yet", text), page
+        assert not re.search(r"^\|[-:| ]+\|\n(?!\|)", text, re.MULTILINE), f"{page}: a table without rows"
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "benchmarks" / "README.md").read_text()
+    assert {path.name for path in DOCS.glob("benchmarks/*.md")} - {"README.md"} <= set(re.findall(r"]\((.*?)\)", index))
+
+
+def test_what_was_not_measured_has_no_page_and_performance_says_so(tmp_path):
     files = dict(Report(tmp_path).files((DOCS / "performance.md").read_text()))
-    assert all("No results yet." in content for content in files.values())
+    assert files.keys() == {"performance.md"}
+    assert "No results yet." in files["performance.md"]
+
+
+def test_a_shape_without_ranks_has_no_table_of_them(results_folder):
+    for mix in STEPS:
+        if mix not in (tables.ALL_SMALL, tables.ONE_LARGE):
+            results.append(results_folder / "2026-01-02-step.jsonl", {**step_row(mix, 1.0), "shape": "other"})
+    files = dict(Report(results_folder).files((DOCS / "performance.md").read_text()))
+    ranks = fill_of("ranks", files["performance.md"])
+    assert "tiny:" in ranks and "other:" not in ranks
+    assert "### tiny: a large rank" in files["benchmarks/step.md"]
+    assert "### other: a large rank" not in files["benchmarks/step.md"]
+
+
+def test_the_section_on_ops_is_of_those_machines_that_have_rows(results_folder):
+    text = (DOCS / "performance.md").read_text()
+    own = fill_of("ops", dict(Report(results_folder).files(text))["performance.md"])
+    assert "## Ops, measured" in own and "![tiny](benchmarks/ops-tiny.svg)" in own
+    [ops] = results_folder.glob("*-ops.jsonl")
+    (results_folder / "other").mkdir()
+    ops.rename(results_folder / "other" / ops.name)
+    pages = dict(page for report in all_reports(results_folder) for page in report.files(text))
+    others = fill_of("ops", pages["performance.md"])
+    assert "## Ops, measured" in others and "[other](benchmarks/other/ops.md)" in others
+    assert "![" not in others and "benchmarks/other/ops.md" in pages and "benchmarks/ops.md" not in pages
+    (results_folder / "other" / ops.name).unlink()
+    assert fill_of("ops", dict(Report(results_folder).files(text))["performance.md"]) == ""
 
 
 def test_ratios_are_taken_against_the_fastest_peer_and_against_its_base_only():

@@ -1,5 +1,7 @@
 """Settings: one precedence, unknown keys refused, secrets never shown, flags derived from the fields."""
 
+from typing import get_args, get_origin
+
 import pytest
 from typer.testing import CliRunner
 
@@ -7,6 +9,14 @@ from pomona.cli.build import startup_adapters
 from pomona.cli.config import AppConfig, format_config, load_config
 from pomona.cli.main import app
 from pomona.core.errors import ConfigError
+from pomona.runner import memory
+
+LISTS = {
+    name: (get_args(field.annotation)[0], "8" if get_args(field.annotation)[0] is int else "a=./b")
+    for name, field in AppConfig.model_fields.items()
+    if get_origin(field.annotation) is tuple
+}
+"""Every setting that is a list: the type of its items, and an item as people write it."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +53,40 @@ def test_flags_beat_environment_beats_file_beats_defaults(monkeypatch, tmp_path)
 def test_a_wrong_setting_is_named(flags, named):
     with pytest.raises(ConfigError, match=named):
         load_config(flags)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_may_be_one_value_wherever_it_comes_from(name, monkeypatch, tmp_path):
+    kind, item = LISTS[name]
+    expected = (kind(item),)
+    assert getattr(load_config({name: item}), name) == expected
+    assert getattr(load_config({name: kind(item)}), name) == expected
+    file = tmp_path / "pomona.toml"
+    for text in (f'"{item}"', f'["{item}"]'):
+        file.write_text(f"{name} = {text}\n")
+        assert getattr(load_config({}, file), name) == expected
+    variable = f"POMONA_{name.upper()}"
+    for text, several in ((item, expected), (f' ["{item}", "{item}"]', expected * 2), ("[]", ()), ("", ())):
+        monkeypatch.setenv(variable, text)
+        assert getattr(load_config({}), name) == several
+    monkeypatch.setenv(variable, '["a')
+    with pytest.raises(ConfigError, match=rf"{name} \(environment variable {variable}\): must be one value, or a JSON"):
+        load_config({})
+
+
+def test_an_error_says_where_the_value_came_from(monkeypatch, tmp_path):
+    file = tmp_path / "pomona.toml"
+    file.write_text("port = 70000\n")
+    with pytest.raises(ConfigError, match=r"port \(--config .*pomona.toml\): .*70000"):
+        load_config({}, file)
+    monkeypatch.setenv("POMONA_PORT", "many")
+    with pytest.raises(ConfigError, match=r"port \(environment variable POMONA_PORT\): .*'many'"):
+        load_config({}, file)
+    with pytest.raises(ConfigError, match=r"^port: .*-1"):
+        load_config({"port": -1}, file)
+    file.write_bytes(b'model = "\xff"')
+    with pytest.raises(ConfigError, match=r"--config .*pomona\.toml"):
+        load_config({}, file)
 
 
 def test_unknown_keys_in_file_and_environment_are_refused(monkeypatch, tmp_path):
@@ -84,6 +128,16 @@ def test_every_setting_has_a_flag_and_a_description():
         assert field.description
         if name != "model":
             assert f"--{name.replace('_', '-')}" in output
+
+
+def test_descriptions_say_what_is_done():
+    described = {name: field.description for name, field in AppConfig.model_fields.items()}
+    assert "every route but /health and /ready" in described["api_key"]
+    assert "a URL may have an index.json instead" in described["adapters_dir"]
+    assert (memory._CPU_FRACTION, memory._ADAPTER_FRACTION) == (1 / 2, 1 / 5)
+    assert f"a fifth, at most {memory._MAX_ADAPTER_BYTES // 2**30}GiB" in described["adapter_bytes"]
+    assert "half of the free host memory" in described["adapter_bytes"]
+    assert "ADAPTER_BYTES" in described["kv_cache_bytes"]
 
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["demo"], ["chat"], ["adapters", "add"], ["bench", "serve"]])

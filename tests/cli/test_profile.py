@@ -1,7 +1,10 @@
+import shutil
+
 import pytest
 
 from pomona.cli.config import load_config
-from pomona.cli.profile import run_profile_command
+from pomona.cli.hub import bundled_dir
+from pomona.cli.profile import build_metered, run_profile_command
 from pomona.core.errors import ConfigError
 from pomona.profiling.profile import ProfileLimits
 from pomona.sim.profile_file import CostProfile
@@ -19,6 +22,18 @@ def test_the_bundled_model_is_profiled_and_written_down(tmp_path, capsys):
     cost = profile.cost_model
     assert 0 < cost.seconds(StepWork(1, 1, 1, 1, 100)) < cost.seconds(StepWork(1, 1000, 0, 1, 0, 1000, 500_000))
     assert "held-out error" in capsys.readouterr().err
+
+
+def test_a_broken_folder_is_left_out_with_a_warning_and_a_broken_adapter_is_named(tmp_path, caplog):
+    shutil.copytree(bundled_dir() / "adapters" / "reverse", tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_config.json").write_text("{")
+    sizes = {"kv_cache_bytes": "4MiB", "num_threads": 1}
+    _, _, adapters = build_metered(load_config({"adapters_dir": str(tmp_path), **sizes}))
+    assert [info.lora_rank for info in adapters] == [16]
+    assert str(tmp_path / "broken") in caplog.text
+    with pytest.raises(ConfigError, match="adapter 'mine' from"):
+        build_metered(load_config({"adapter": f"mine={tmp_path / 'broken'}", **sizes}))
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(tmp_path):

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,22 @@ async def test_a_listener_that_fails_does_not_keep_the_engine_from_coming_back()
         await until(lambda: not client.is_ready, "death")
         await until(lambda: client.is_ready, "restart")
         await _serves(client, "next")
+
+
+@pytest.mark.parametrize("refused", ["pathlib.Path.write_bytes", "os.pipe", "tempfile.mkdtemp"])
+async def test_a_restart_that_the_system_refuses_for_a_moment_is_tried_again(refused: str, monkeypatch):
+    states: list[str] = []
+    async with ProcessClient(TinyBuilder(), replace(_QUICK, max_deaths=1000), on_state=states.append) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(refused, _refuse)
+            os.kill(client.pid, signal.SIGKILL)
+            await until(lambda: any("No space left" in state for state in states), "refusal")
+        await until(lambda: client.is_ready, "restart")
+        await _serves(client, "next")
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 async def test_adapter_calls_in_flight_when_the_engine_dies_are_answered(tmp_path: Path):

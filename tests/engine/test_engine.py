@@ -124,6 +124,18 @@ def test_when_the_executor_raises_every_request_fails_once_and_the_error_is_pass
     harness.run()
 
 
+def test_a_step_that_was_interrupted_leaves_an_engine_that_goes_on():
+    harness = EngineHarness()
+    harness.add(make_request("a", 3))
+    harness.executor.raises = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        harness.step()
+    harness.add(make_request("b", 3))
+    harness.run()
+    reasons = {name: ending.finish_reason for name, ending in harness.endings.items()}
+    assert reasons == {"a": FinishReason.FAIL, "b": FinishReason.LENGTH}
+
+
 def test_the_next_step_delivers_what_a_failed_one_ended():
     harness = EngineHarness()
     harness.add(make_request("a", 3))

@@ -3,6 +3,7 @@
 import pytest
 
 from pomona.core.request import FinishReason, SamplingParams
+from pomona.sched.fairness import FairnessConfig, ServicePrices
 from support.engine import EngineHarness, expected_output, make_request
 
 
@@ -111,6 +112,22 @@ def test_memory_that_is_short_for_good_ends_in_preemption_all_the_same():
     harness.add(make_request("b", (9, 9, 9, 9), max_tokens=14))
     harness.run()
     assert harness.engine.stats().num_preemptions > 0
+
+
+def test_a_charge_for_pages_that_makes_a_claim_is_seen_before_a_step_is_planned_ahead():
+    prices = ServicePrices(per_page_second=1.0)
+    fairness = FairnessConfig(policy="vtc", max_lead=20.0, has_seats=False, prices=prices)
+    harness = make_overlapped(
+        num_kv_blocks=11, max_model_len=24, num_adapter_pages=2, enable_prefix_cache=False, fairness=fairness
+    )
+    harness.register("x", 2)
+    for name, token_id in (("a1", 1), ("a2", 5)):
+        harness.add(make_request(name, [token_id] * 3, 15, tenant="a", adapter="x"))
+    for index in range(60):
+        harness.step(1.0)
+        if index % 4 == 0 and index < 20:
+            harness.add(make_request(f"b{index}", [7] * 7, 4, tenant="b"))
+    harness.run()
 
 
 def test_an_aborted_request_s_name_may_be_used_again_while_its_step_is_under_way():

@@ -17,7 +17,6 @@ def make_timeline(*token_times_s: float, arrival_s: float = 10.0) -> RequestTime
 def test_latencies_follow_the_glossary():
     timeline = make_timeline(12.0, 12.5, 14.0)
     timeline.end(15.0, FinishReason.STOP)
-    assert timeline.queue_s == 1.0
     assert timeline.ttft_s == 2.0
     assert timeline.itl_s == [0.5, 1.5]
     assert timeline.tpot_s == 1.0
@@ -35,14 +34,14 @@ def test_tpot_is_undefined_at_one_token():
 def test_a_request_that_never_ran_has_no_latencies():
     timeline = RequestTimeline(10.0)
     timeline.end(11.0, None)
-    assert timeline.queue_s is timeline.ttft_s is timeline.tpot_s is timeline.e2e_s is None
+    assert timeline.first_scheduled_s is timeline.ttft_s is timeline.tpot_s is timeline.e2e_s is None
     assert timeline.is_ended and not timeline.is_finished
 
 
 def test_only_the_first_scheduling_counts():
     timeline = make_timeline()
     timeline.schedule(20.0)
-    assert timeline.queue_s == 1.0
+    assert timeline.first_scheduled_s == 11.0
 
 
 def test_tokens_that_arrive_together_have_no_gap():

@@ -247,6 +247,20 @@ def test_a_rank_that_would_take_all_memory_is_refused_before_taking_it(kit: Kit,
         kit.load(read_files(str(adapter)), loader)
 
 
+def test_a_rank_that_the_kernels_do_not_take_is_refused_with_the_projection_s_name(kit: Kit, tmp_path: Path) -> None:
+    names = ["v_proj", "embed_tokens", "lm_head"]
+    for lora_rank in (1024, 1025):
+        pattern = dict.fromkeys(("embed_tokens", "lm_head"), 1030)
+        adapter = make_adapter(
+            tmp_path / str(lora_rank), kit.base, target_modules=names, r=lora_rank, rank_pattern=pattern
+        )
+        files = read_files(str(adapter))
+        if lora_rank == 1024:
+            assert kit.load(files).lora_rank == 1030, "embedding and lm_head may have any rank"
+        else:
+            refuse(kit, files, r"the rank of model\.layers\.0\.self_attn\.v_proj is 1025: .* up to 1024")
+
+
 def test_token_ids_past_the_vocabulary_are_refused(kit: Kit, tmp_path: Path) -> None:
     files = read_files(str(make_adapter(tmp_path / "a", kit.base, trainable_token_indices=[1, 2])))
     config = json.loads(files.config_bytes) | {"trainable_token_indices": [1, 131]}

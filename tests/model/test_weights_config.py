@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from pomona.core.errors import CheckpointError
 from pomona.model.hf_config import read_spec
@@ -98,6 +100,10 @@ def test_end_of_sequence_ids_of_the_generation_config_are_added(tmp_path: Path) 
     assert _spec(tmp_path, {**LLAMA, "eos_token_id": None}).eos_token_ids == (7,)
 
 
+def test_end_of_sequence_ids_that_are_no_token_are_left_out(tmp_path: Path) -> None:
+    assert _spec(tmp_path, {**LLAMA, "eos_token_id": [5, LLAMA["vocab_size"]]}).eos_token_ids == (5,)
+
+
 def test_omitted_fields_take_the_architecture_s_defaults(tmp_path: Path) -> None:
     omitted = dict.fromkeys(("num_key_value_heads", "rope_theta", "rope_scaling", "torch_dtype", "rms_norm_eps"), ...)
     llama = _spec(tmp_path, {**LLAMA, **omitted, "bos_token_id": ..., "eos_token_id": ...})
@@ -174,6 +180,20 @@ def test_yarn_stretches_the_context_beyond_the_configured_positions(tmp_path: Pa
     assert dict(spec.rope.params)["factor"] == 4.0
 
 
+@pytest.mark.parametrize("truncate", [True, False, None, ...])
+def test_yarn_truncates_as_transformers_does(truncate: Any, tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    if truncate is not ...:
+        scaling["truncate"] = truncate
+    fields = {**LLAMA, "rope_scaling": ..., "rope_parameters": scaling, "max_position_embeddings": 512}
+    spec = _spec(tmp_path, fields)
+    config = LlamaConfig(**{name: value for name, value in fields.items() if value is not ...})
+    inverse, factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    angles = torch.arange(512.0).unsqueeze(1) * inverse
+    expected = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
+    torch.testing.assert_close(cos_sin_table(spec.rope, spec.head_dim, 512, torch.device("cpu")), expected)
+
+
 def test_equal_rope_parameters_per_layer_type_are_one_set(tmp_path: Path) -> None:
     same = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
     nested = {"full_attention": same, "sliding_attention": dict(same)}
@@ -209,6 +229,7 @@ REFUSALS = [
     ({"architectures": ["Qwen3ForCausalLM"], "layer_types": [SLIDE] * 4}, "layer_types .*needs a sliding_window"),
     ({"architectures": ["Qwen3ForCausalLM"], "layer_types": [FULL]}, "layer_types .*each of 4 layers"),
     ({"architectures": ["Qwen3ForCausalLM"], "layer_types": ["chunked_attention"] * 4}, "layer_types"),
+    ({"architectures": ["Qwen3ForCausalLM"], "layer_types": [[FULL]] * 4}, "layer_types"),
     (
         {"architectures": ["MistralForCausalLM"], "sliding_window": 8, "layer_types": [SLIDE, FULL] * 2},
         "layer_types .*layers that differ",
@@ -220,6 +241,9 @@ REFUSALS = [
     ({"rope_scaling": {**LLAMA["rope_scaling"], "partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
     ({"rope_scaling": {**LLAMA["rope_scaling"], "high_freq_factor": 1.0}}, "high_freq_factor is 1.0: must differ"),
     ({"rope_scaling": "linear"}, "rope_scaling is 'linear': must be an object"),
+    ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type is \['yarn'\]: supported are"),
+    ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}}, "rope_theta is 1: must be above 1"),
+    ({"rope_scaling": {"type": "yarn", "factor": 1e308}}, r"factor is 1e\+308: stretches the context"),
     ({"rope_theta": "big"}, "rope_theta is 'big': must be a positive number"),
     (
         {

@@ -119,6 +119,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.usable: set[str] = set()
         self.claimant: object = None
         self.lent_to_claim: set[tuple[str, int]] = set()
+        turn = self.harness.engine._scheduler._turn
+        turn._end_claim = self.noting_the_end_of_claims(turn._end_claim)
         self.retired: list[str] = []
         for name in sorted(registered):
             self.register(name)
@@ -256,6 +258,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert stats.num_running <= harness.config.max_num_seqs
         assert stats.num_kv_blocks_used <= stats.num_kv_blocks
         self.lent_blocks_only_come_back()
+
+    def noting_the_end_of_claims(self, end_claim: Callable[[], None]) -> Callable[[], None]:
+        """The same sequence may claim again, before anybody looks."""
+
+        def end_and_note():
+            self.claimant = None
+            end_claim()
+
+        return end_and_note
 
     def lent_blocks_only_come_back(self):
         """While somebody has waited too long for pages: so that the wait ends with those who run now."""

@@ -63,6 +63,8 @@ CONFIGS = st.fixed_dictionaries(
         "num_adapter_pages": st.integers(2, 6),
         "blocks_per_page": st.integers(0, 3),
         "adapter_wait_limit_s": st.sampled_from([0.0, 2.0, 1e9]),
+        "adapter_loading": st.sampled_from(["on_demand", "join", "assist"]),
+        "copy_steps": st.integers(0, 3),
     }
 )
 PRICES = st.builds(
@@ -146,15 +148,15 @@ class FairRun:
         scheduler, plan = self.scheduler, self.harness.plan()
         if len(self.queue) == 0:
             return
-        assert plan.seqs, "a step computes something while somebody waits"
+        assert plan.seqs or scheduler.adapters.num_loading, "a step computes something while somebody waits"
         seq = next(iter(self.queue.candidates()))
-        is_barred = seq.request.adapter_id is not None and not (
-            scheduler.adapters.is_resident(seq.request.adapter_id)
-            or scheduler.adapters.can_load(seq.request.adapter_id)
-        )
+        adapter_id = seq.request.adapter_id
+        is_resident = adapter_id is not None and scheduler.adapters.is_resident(adapter_id)
+        is_barred = adapter_id is not None and not (is_resident or scheduler.adapters.can_load(adapter_id))
         is_spent = plan.num_scheduled_tokens == self.harness.config.max_num_batched_tokens
         preempted = set(plan.released) & set(scheduler._seqs)
-        if not (is_spent or is_barred or preempted or scheduler._turn.is_barred(seq)):
+        is_loading = is_resident and scheduler.adapters.is_loading(adapter_id)
+        if not (is_spent or is_barred or preempted or is_loading or scheduler._turn.is_barred(seq)):
             assert not scheduler._fits(seq, []), "who is next and fits is admitted"
 
     def play(self, events: list[Burst]) -> None:
@@ -190,6 +192,15 @@ def test_pages_are_not_charged_while_a_higher_class_takes_every_step():
             Burst(1, "p", 40, 2, 5, None, Priority.INTERACTIVE),
         ]
     )
+    assert run.ledger.largest <= run.bound()
+
+
+def test_pages_pinned_for_a_tenant_too_far_ahead_do_not_stop_everybody():
+    config = {"num_kv_blocks": 6, "block_size": 1, "max_num_batched_tokens": 2, "max_num_seqs": 1}
+    loading = {"num_adapter_pages": 2, "adapter_wait_limit_s": 1e9, "adapter_loading": "join"}
+    prices = ServicePrices(per_output_token=1.0)
+    run = FairRun({**config, **loading}, FairnessConfig(policy="vtc", prices=prices, has_seats=False))
+    run.play([Burst(0, "p", 3, 1, 2, "wide"), Burst(0, "p", 2, 1, 1, None), Burst(0, "q", 1, 1, 1, "x")])
     assert run.ledger.largest <= run.bound()
 
 

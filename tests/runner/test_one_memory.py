@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from pomona.core.errors import ConfigError
 from pomona.core.ids import PageId
 from pomona.core.plan import AdapterLoad
 from pomona.core.request import SamplingParams
 from pomona.model.lora import PageLayout
-from pomona.runner import adapter_copies
+from pomona.runner import adapter_copies, memory
 from pomona.runner.adapter_pool import AdapterPool
 from pomona.runner.config import RunnerConfig
 from pomona.runner.kv_cache import KVCache, block_bytes
@@ -116,6 +117,19 @@ def test_kv_that_an_adapter_left_behind_cannot_be_seen(base_path, adapter_paths,
     answers, lent = serve(engine, ids)
     assert max(lent) > 0
     assert answers == expected
+
+
+def test_where_nothing_is_left_for_adapters_there_are_no_pages_rather_than_fewer(base_path, adapter_paths, monkeypatch):
+    engine, _ = make_engine(base_path, adapter_paths)
+    spec = engine.loaded.spec
+    layout, cpu = PageLayout(spec, 4), torch.device("cpu")
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 2**30)
+    config = RunnerConfig(model_path="", dtype="float32", kv_cache_bytes=2**24)
+    capacity = plan_capacity(config, spec, layout, max_model_len=64, device=cpu, reserved_bytes=2**30)
+    assert capacity.num_adapter_pages == 0
+    config = RunnerConfig(model_path="", dtype="float32", adapter_bytes=2**24)
+    with pytest.raises(ConfigError, match="holds 0 tokens but max_model_len is 64"):
+        plan_capacity(config, spec, layout, max_model_len=64, device=cpu, reserved_bytes=2**30)
 
 
 def test_pages_much_smaller_than_blocks_have_memory_of_their_own(base_path, adapter_paths):

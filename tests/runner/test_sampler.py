@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pomona.core.errors import InvalidRequestError
 from pomona.core.ids import RequestId
 from pomona.core.plan import ScheduledSeq, SeqStart
 from pomona.core.request import SamplingParams
@@ -49,6 +50,42 @@ def test_greedy_takes_the_most_likely_token_and_the_lowest_id_on_ties():
     table, rows = make_table(SamplingParams(temperature=0.0), SamplingParams(temperature=0.0))
     expected = [int(logits[0].argmax()), 7]
     assert sample(logits, rows, table).token_ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=9e-6),
+        SamplingParams(temperature=1e-38),
+        SamplingParams(temperature=1e-46),
+        SamplingParams(temperature=1e-5),
+        SamplingParams(top_p=1e-38),
+        SamplingParams(top_p=1e-46),
+        SamplingParams(top_p=5e-324, temperature=100.0),
+        SamplingParams(min_p=1.0),
+    ],
+)
+def test_parameters_at_the_edge_of_their_ranges_take_the_most_likely_token(params):
+    """In float32 some of them are 0, and what is divided by them is infinite."""
+    logits = 1000 * make_logits(seed=5)
+    best = int(logits[0].argmax())
+    assert best != VOCAB - 1
+    assert np.flatnonzero(draw_many(params, logits, num=20)).tolist() == [best]
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_repetition_penalty_keeps_large_logits_finite(penalty):
+    logits = torch.full((1, VOCAB), -1e30)
+    logits[0, :4] = 1e30  # 1, 2, 3 are in the prompt
+    table, rows = make_table(SamplingParams(temperature=0.0, repetition_penalty=penalty))
+    assert sample(logits, rows, table).token_ids[0] == (1 if penalty < 1 else 0)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-40, 0.009, 100.1, math.nan])
+def test_repetition_penalties_out_of_range_are_refused(penalty):
+    with pytest.raises(InvalidRequestError, match=f"repetition_penalty is {penalty}: must be between 0.01 and 100"):
+        SamplingParams(repetition_penalty=penalty)
 
 
 def test_random_draws_follow_the_softmax_at_the_asked_temperature():

@@ -3,7 +3,7 @@
 import pytest
 
 from pomona.core.errors import ConfigError
-from pomona.core.request import FinishReason
+from pomona.core.request import FinishReason, Priority, ServiceLevel
 from support.engine import EngineHarness, check_integrity, make_config, make_request
 
 
@@ -171,6 +171,81 @@ def test_a_copy_that_was_evicted_and_begun_again_is_not_taken_for_the_first():
     assert load.adapter_id == "x"
     slots.settle_loads((), frozenset({load.load_id}))
     assert slots.is_loading("x")
+    harness.run()
+
+
+WAYS_TO_JOIN = pytest.mark.parametrize("loading, features", [("join", ()), ("assist", ("dora",))])
+
+
+def flood(harness: EngineHarness, count: int, level: ServiceLevel | None = None) -> None:
+    """Requests of the base model, so that so many of them are alive."""
+    for _ in range(count - sum(name.startswith("flood") for name in harness.alive)):
+        number = len(harness.requests)
+        harness.add(make_request(f"flood{number}", [number % 9] * 4, 8, level=level))
+
+
+@WAYS_TO_JOIN
+def test_one_that_waits_for_a_place_with_its_adapter_there_gives_the_pages_to_a_claimant(loading, features):
+    harness = make_harness(loading, max_num_seqs=2, num_adapter_pages=1, adapter_wait_limit_s=1.0, max_waiting=100)
+    harness.register("dense", 1, features)
+    harness.add(make_request("late", 4, 4, adapter="dense", level=ServiceLevel(priority=Priority.BATCH)))
+    harness.step(0.1)
+    for _ in range(20):
+        flood(harness, 4)
+        harness.step(0.1)
+    assert harness.engine.stats().num_pinned_adapters == 1
+    add(harness, "claims", "y")
+    for _ in range(40):
+        flood(harness, 4)
+        harness.step(0.1)
+    assert harness.endings["claims"].finish_reason is FinishReason.LENGTH
+    assert harness.tokens("late") == []
+    harness.run()
+
+
+@WAYS_TO_JOIN
+def test_one_of_a_lower_class_gives_them_to_a_higher_one_at_once(loading, features):
+    harness = make_harness(loading, max_num_seqs=2, num_adapter_pages=1, adapter_wait_limit_s=1e9, copy_steps=1)
+    harness.register("dense", 1, features)
+    for name in ("base1", "base2"):
+        add(harness, name, None, max_tokens=6)
+    harness.step()
+    harness.add(make_request("late", 4, 4, adapter="dense", level=ServiceLevel(priority=Priority.BATCH)))
+    harness.abort("base2")
+    for _ in range(2):
+        harness.step()
+        flood(harness, 2)
+    assert harness.engine.stats().num_pinned_adapters == 1
+    level = ServiceLevel(priority=Priority.INTERACTIVE)
+    harness.add(make_request("urgent", [9] * 4, 4, adapter="y", level=level))
+    harness.step()
+    assert [load.adapter_id for load in harness.plan().adapter_loads] == ["y"]
+    harness.run()
+
+
+def test_a_claimant_waits_for_a_copy_so_that_none_is_begun_in_vain():
+    harness = make_harness("join", num_adapter_pages=1, adapter_wait_limit_s=0.0)
+    for name in "xyz":
+        add(harness, name, name, max_tokens=2)
+    harness.run()
+    assert harness.engine.stats().num_adapter_loads == 3
+
+
+@WAYS_TO_JOIN
+def test_nobody_makes_way_for_a_request_before_its_adapter_is_there(loading, features):
+    harness = make_harness(loading, max_num_seqs=2, copy_steps=20)
+    harness.register("dense", 1, features)
+    for name in ("a1", "a2"):
+        harness.add(make_request(name, [ord(name[1])] * 10, 40, tenant="a"))
+    harness.step()
+    harness.add(make_request("b1", 10, 4, tenant="b", adapter="dense"))
+    for _ in range(20):
+        harness.step()
+    assert harness.engine.stats().num_preemptions == 0
+    assert len(harness.tokens("a2")) == 21
+    while not harness.tokens("b1"):
+        harness.step()
+    assert harness.engine.stats().num_preemptions == 1, "a seat"
     harness.run()
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from pomona.core.request import FinishReason
+from pomona.core.request import FinishReason, Priority, ServiceLevel
 from support.engine import EngineHarness, make_request
 
 
@@ -173,6 +173,55 @@ def test_only_as_many_adapters_are_closed_as_the_claimant_needs_those_done_first
         harness.step()
     assert harness.plan().adapter_evictions == ("y",)
     assert harness.tokens("y1") == []
+    harness.run()
+
+
+def test_a_claim_ends_when_a_higher_class_lacks_room():
+    harness = EngineHarness(
+        **{"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 16, "max_waiting": 100},
+        **{"num_adapter_pages": 8, "blocks_per_page": 4, "adapter_wait_limit_s": 1.0, "enable_prefix_cache": False},
+    )
+    harness.register("wide", 8)
+    pool, level = harness.engine._scheduler._pool, ServiceLevel(priority=Priority.INTERACTIVE)
+
+    def flood(count: int) -> None:
+        for _ in range(count - sum(name.startswith("urgent") for name in harness.alive)):
+            number = len(harness.requests)
+            harness.add(make_request(f"urgent{number}", [number % 9] * 8, 12, level=level))
+
+    for _ in range(10):
+        flood(6)
+        harness.step(0.5)
+    harness.add(make_request("claims", 4, 4, adapter="wide", level=ServiceLevel(priority=Priority.BATCH)))
+    while not pool.is_confined:
+        flood(6)
+        harness.step(0.5)
+    for _ in range(100):
+        flood(12)
+        harness.step(0.5)
+        assert len(harness.scheduled()) == 8, "as if nobody claimed anything"
+    assert not pool.is_confined
+    assert harness.engine.stats().num_preemptions <= 1, "the claimant itself, should it have begun"
+    harness.run()
+    assert len(harness.tokens("claims")) == 4
+
+
+def test_a_request_of_a_higher_class_is_admitted_as_if_nobody_claimed_anything():
+    harness = make_harness(
+        "x",
+        **{"num_kv_blocks": 16, "max_num_batched_tokens": 128, "enable_prefix_cache": False},
+        **{"num_adapter_pages": 8, "blocks_per_page": 4, "adapter_wait_limit_s": 0.0},
+    )
+    harness.register("wide", 8)
+    urgent = ServiceLevel(priority=Priority.INTERACTIVE)
+    harness.add(make_request("x0", 4, 20, adapter="x", level=urgent))
+    harness.add(make_request("claims", 4, 4, adapter="wide", level=ServiceLevel(priority=Priority.BATCH)))
+    harness.step()
+    assert harness.engine._scheduler._pool.is_confined
+    for name in ("long0", "long1"):
+        harness.add(make_request(name, 40, 2, level=urgent))
+    harness.step()
+    assert set(harness.scheduled()) == {"x0", "long0", "long1"}
     harness.run()
 
 

@@ -107,6 +107,18 @@ def test_deficit_round_robin_serves_a_quantum_per_turn():
     assert order(harness) == ["a1", "a2", "b1", "b2", "a3", "a4", "b3"]
 
 
+def test_deficit_round_robin_passes_the_turn_on_when_a_tenant_leaves_in_the_middle_of_its_own():
+    harness = make_harness("drr", quantum=1000.0)
+    for name in ("x0", *(f"y{index}" for index in range(10)), "z0"):
+        add(harness, name)
+    for index in range(1, 30):
+        harness.step()
+        add(harness, f"x{index}")
+        add(harness, f"z{index}")
+    assert all(harness.tokens(f"y{index}") for index in range(10)), "one quantum, before x and z had two turns each"
+    harness.run()
+
+
 @pytest.mark.parametrize("policy, share", [("vtc", 1.0), ("wvtc", 3.0), ("drr", 3.0)])
 def test_weights_divide_service_where_they_count(policy, share):
     harness = make_harness(policy, quantum=4.0)
@@ -229,6 +241,52 @@ def test_batch_work_fills_what_is_left_and_gives_way_within_one_step():
     add(harness, "c1", prompt=4, max_tokens=4, priority=Priority.INTERACTIVE)
     harness.step()
     assert set(harness.scheduled()) == {"b1", "c1"}
+    harness.run()
+
+
+def test_room_to_grow_is_taken_from_the_lower_class_whoever_came_first():
+    harness = make_harness("vtc", max_num_seqs=2, num_kv_blocks=7, max_model_len=28)
+    add(harness, "s", prompt=4, max_tokens=20)
+    harness.step()
+    add(harness, "i", prompt=4, max_tokens=20, priority=Priority.INTERACTIVE)
+    while harness.engine.stats().num_preemptions == 0:
+        harness.step()
+    num_tokens = len(harness.tokens("s"))
+    assert "i" in harness.scheduled()
+    while len(harness.tokens("i")) < 20:
+        harness.step()
+    assert len(harness.tokens("s")) == num_tokens
+    assert harness.engine.stats().num_preemptions == 1
+    harness.run()
+
+
+def test_blocks_that_several_hold_are_room_only_once():
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 20, "enable_prefix_cache": True}
+    harness = make_harness("vtc", **limits)
+    urgent, batch = ServiceLevel(priority=Priority.INTERACTIVE), ServiceLevel(priority=Priority.BATCH)
+    harness.add(make_request("stays", [900] * 16, 40, level=urgent))
+    for index in range(3):
+        harness.add(make_request(f"batch{index}", [*range(20), 50 + index], 4, level=batch))
+        harness.step()
+    # Five blocks that they share and one each, with seven free and five held by an equal: the sum would be enough.
+    harness.add(make_request("large", [800] * 61, 3, level=urgent))
+    harness.step()
+    assert harness.engine.stats().num_preemptions == 0
+    assert len(harness.scheduled()) == 4
+    harness.run()
+
+
+def test_blocks_that_the_waiting_one_shares_itself_are_not_wanted_as_well():
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 11, "enable_prefix_cache": True}
+    harness = make_harness("vtc", **limits)
+    urgent, batch = ServiceLevel(priority=Priority.INTERACTIVE), ServiceLevel(priority=Priority.BATCH)
+    for name, level, max_tokens in (("stays", urgent, 6), ("batch0", batch, 3), ("batch1", batch, 3)):
+        harness.add(make_request(name, [*range(32), len(harness.requests)], max_tokens, level=level))
+        harness.step()
+    assert harness.engine.stats().num_kv_blocks_used == 11
+    harness.add(make_request("same", [*range(32), 50], 3, level=urgent))
+    harness.step()
+    assert set(harness.scheduled()) >= {"stays", "same"}, "in the place of one block of batch1"
     harness.run()
 
 

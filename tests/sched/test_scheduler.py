@@ -147,10 +147,24 @@ class TestRefusal:
         with pytest.raises(InvalidRequestError, match="in use"):
             scheduler.add(make_request("a"))
 
-    @pytest.mark.parametrize("token_id", [-1, 2**31])
-    def test_impossible_token_ids_are_refused(self, token_id):
-        with pytest.raises(InvalidRequestError, match="token ids"):
-            make_scheduler().add(make_request("a", prompt=[1, token_id]))
+    @pytest.mark.parametrize("token_id", [-1, 50, 2**31])
+    def test_token_ids_that_the_model_does_not_have_are_refused(self, token_id):
+        scheduler = make_scheduler(vocab_size=50)
+        scheduler.add(make_request("fits", prompt=[0, 49]))
+        with pytest.raises(InvalidRequestError, match=f"prompt is {token_id}: must be a token id from 0 to 49"):
+            scheduler.add(make_request("a", prompt=[1, token_id, 2]))
+
+    @pytest.mark.parametrize(
+        ("field", "params"),
+        [
+            ("logit_bias", SamplingParams(logit_bias=((49, 1.0), (50, 1.0)))),
+            ("stop_token_ids", SamplingParams(min_tokens=1, stop_token_ids=(49, 50))),
+        ],
+    )
+    def test_token_ids_of_parameters_are_checked_as_well(self, field, params):
+        with pytest.raises(InvalidRequestError, match=f"{field} is 50: must be a token id") as error:
+            make_scheduler(vocab_size=50).add(make_request("a", sampling=params))
+        assert error.value.field == field
 
     def test_a_refused_request_leaves_nothing_behind(self):
         harness = EngineHarness(max_waiting=1)

@@ -1,8 +1,11 @@
 import json
+import time
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from pomona.core.errors import InvalidRequestError
+from pomona.server.account_types import ShareRequest
 from pomona.server.body import parse_object, validate
 from pomona.server.errors import BodyError
 from pomona.server.protocol import ChatCompletionRequest, CompletionRequest
@@ -30,6 +33,8 @@ def _completion(prompt):
         (_chat(max_tokens=True), "max_tokens", "max_tokens is true: must be an integer"),
         (_chat(stream=1), "stream", "stream is 1: must be true or false"),
         (_chat(messages=[]), "messages", "messages is a list: must not be empty"),
+        (_chat(messages=MESSAGES * 10_001), "messages", "messages has 10001 entries: at most 10000 are allowed"),
+        (_chat(messages=[{"role": "assistant", "annotations": [{}]}]), "annotations", "annotations is not supported"),
         (_chat(messages="hi"), "messages", "messages is 'hi': must be a list"),
         (_chat(messages=[{"content": "x"}]), "messages[0].role", "messages[0].role is missing"),
         (_chat(messages=[*MESSAGES, {"role": "tool", "content": "x"}]), "messages[1].role", "is 'tool': must be"),
@@ -99,6 +104,22 @@ def test_openai_parameters_that_would_change_the_answer_are_refused_by_name(name
 )
 def test_values_without_effect_are_accepted(fields):
     validate(ChatCompletionRequest, _chat(**fields))
+
+
+def test_an_answer_as_openais_client_has_it_may_be_sent_back():
+    for fields in ({}, {"annotations": [], "tool_calls": []}):
+        message = ChatCompletionMessage(role="assistant", content="hello", **fields).model_dump()
+        assert {"annotations", "audio", "function_call", "refusal", "tool_calls"} <= message.keys()
+        assert validate(ChatCompletionRequest, _chat(messages=[*MESSAGES, message])).messages[1].content == "hello"
+
+
+@pytest.mark.parametrize("entries", [[1] * 1_000_000, ["bolt"] * 1_000_000])
+def test_a_million_entries_of_a_share_make_one_error(entries):
+    started_s = time.perf_counter()
+    with pytest.raises(InvalidRequestError, match=r"must be a string|1000000 entries: at most 1000 ") as caught:
+        validate(ShareRequest, {"name": "legal", "tenants": entries})
+    assert time.perf_counter() - started_s < 1.0  # the event loop waits meanwhile
+    assert len(caught.value.__cause__.errors()) == 1
 
 
 def test_text_parts_are_joined():

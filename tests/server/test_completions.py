@@ -191,6 +191,11 @@ async def test_a_prompt_that_leaves_little_room_gets_what_there_is(served: Serve
         ({"prompt": "a", "presence_penalty": 3}, "presence_penalty", "presence_penalty is 3.0: must be"),
         ({"prompt": "a", "frequency_penalty": -3}, "frequency_penalty", "frequency_penalty is -3.0: must be"),
         ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty", "repetition_penalty is 0.0: must be"),
+        (
+            {"prompt": "a", "repetition_penalty": 1e-40},
+            "repetition_penalty",
+            "repetition_penalty is 1e-40: must be between 0.01 and 100",
+        ),
         ({"prompt": "a", "seed": -1}, "seed", "seed is -1: must be"),
         ({"prompt": "a", "seed": 2**63}, "seed", "seed is 9223372036854775808: must be"),
         ({"prompt": "a", "n": 0}, "n", "n is 0: must be at least 1"),

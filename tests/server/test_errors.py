@@ -9,7 +9,9 @@ import pytest
 from pomona.core.errors import EngineUnavailableError, QueueFullError
 from pomona.core.request import FinishReason
 from pomona.server.config import ServerConfig
+from pomona.text.tokenizer import Tokenizer
 from support.server import BASE, Connection, ScriptedClient, Served, listen, output, scripted_app, serve
+from support.tokenizers import make_tokenizer_files
 
 COMPLETIONS = "/v1/completions"
 GOOD = {"model": BASE, "prompt": "still there", "max_tokens": 64, "temperature": 0}
@@ -48,6 +50,35 @@ async def test_a_bad_body_is_refused_and_the_server_goes_on(served: Served, cont
         assert (response.status_code, error["code"]) == (status, code)
         assert message in error["message"]
     await _is_well(served.http)
+
+
+async def test_text_with_a_token_that_the_model_does_not_have_is_refused(tmp_path):
+    """A tokenizer may have got tokens after the model was made; what the model would read for them is not its own."""
+    files = make_tokenizer_files(tmp_path / "tokenizer")
+    vocab_size = Tokenizer.load(files).vocab_size
+    config = json.loads((files / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {str(vocab_size): {"content": "<new>"}}
+    (files / "tokenizer_config.json").write_text(json.dumps(config))
+    async with serve(tmp_path, vocab_size=vocab_size) as served:
+        assert served.tokenizer.vocab_size == vocab_size + 1
+        messages = [{"role": "user", "content": "a <new> b"}]
+        long = "word " * 1000 + "<new>"
+        for path, body, param in (
+            (COMPLETIONS, {"prompt": "a <new> b"}, "prompt"),
+            (COMPLETIONS, {"prompt": long}, "prompt"),
+            (COMPLETIONS, {"prompt": ["a", "a <new> b"]}, "prompt[1]"),
+            (COMPLETIONS, {"prompt": [vocab_size]}, "prompt"),
+            ("/v1/chat/completions", {"messages": messages}, "messages"),
+            ("/tokenize", {"prompt": "a <new> b"}, "prompt"),
+            ("/tokenize", {"messages": messages}, "messages"),
+        ):
+            status, error = await served.refused(path, **body)
+            assert (status, error["code"], error["param"]) == (400, "invalid_value", param)
+            if body["messages" if "messages" in body else "prompt"] != [vocab_size]:
+                assert error["message"] == (
+                    f"{param} holds '<new>', token {vocab_size}: the model has tokens below {vocab_size}"
+                )
+        await _is_well(served.http)
 
 
 async def test_whoever_sends_too_much_gets_to_see_the_answer(tmp_path):

@@ -18,7 +18,7 @@ from pomona.sim.cluster_config import ClusterConfig, LossConfig
 from pomona.sim.executor import SimExecutor
 from pomona.sim.ledger import Ending
 from pomona.sim.population import AdapterPages, AdapterPopulation
-from pomona.sim.prompts import SystemPrompts
+from pomona.sim.prompts import RecordedPrompts
 from pomona.sim.replica import SimReplica
 from pomona.workload.spec import WorkloadRequest
 from support.clusters import (
@@ -156,9 +156,14 @@ def test_a_fleet_never_serves_with_more_than_the_capacity_once_the_notice_is_ove
     losses = LossConfig(capacity=((1.0, 1), (3.0, 4), (5.0, 2)), notice_s=0.25)
     config = make_cluster(num_replicas=4, losses=losses, sample_interval_s=0.25)
     sim = simulate(config, steady(300, 0.02))
+    most_serving = {}
     for sample in sim.samples:
-        allowed = next(n for at_s, n in ((5.3, 2), (3.0, 4), (1.3, 1), (0.0, 4)) if sample.now_s >= at_s)
+        since_s, allowed = next(
+            (at_s, n) for at_s, n in ((5.3, 2), (3.0, 4), (1.3, 1), (0.0, 4)) if sample.now_s >= at_s
+        )
         assert len(sample.loads) <= allowed
+        most_serving[since_s] = max(most_serving.get(since_s, 0), len(sample.loads))
+    assert most_serving == {0.0: 4, 1.3: 1, 3.0: 4, 5.3: 2}
 
 
 def test_the_fleet_grows_under_load_after_the_start_up_time_and_shrinks_when_it_ends():
@@ -219,10 +224,11 @@ def test_stopping_early_leaves_requests_open():
 def test_replicas_that_share_system_prompts_hit_them_and_affinity_hits_more():
     scheduler = make_cluster_scheduler(enable_prefix_cache=True, num_kv_blocks=200)
     workload = steady(200, 0.02, num_prompt_tokens=100, num_adapters=8)
+    prompts = RecordedPrompts([(request.adapter_index or 0,) for request in workload], block_tokens=80)
     num_computed = {}
     for policy in ("random", "affinity"):
         config = make_cluster(scheduler=scheduler, num_replicas=4, router=RouterConfig(policy))
-        sim = ClusterSim(config, AdapterPopulation((8,), AdapterPages()), SystemPrompts(80, 16))
+        sim = ClusterSim(config, AdapterPopulation((8,), AdapterPages()), prompts)
         sim.run(workload)
         check_all_finished(sim, workload)
         num_computed[policy] = sum(record.num_prompt_tokens for record in sim.replicas.values())

@@ -12,7 +12,6 @@ def test_a_profile_survives_its_file():
     profile = make_profile()
     assert CostProfile.from_json(profile.to_json(), "p.json") == profile
     assert profile.cost_model.seconds(StepWork(num_rows=100, num_seqs=1)) == pytest.approx(1e-3 + 100e-6 + 36e-5)
-    assert profile.replica.scheduler_config().num_kv_blocks == 1024
 
 
 def test_what_is_read_beside_few_rows_is_free_beside_many():

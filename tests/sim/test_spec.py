@@ -1,8 +1,13 @@
 import copy
+import re
+import tomllib
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pomona.core.errors import ConfigError
+from pomona.router.autoscale import AutoscalerName
 from pomona.sim.cluster import ClusterSim
 from pomona.sim.profile_file import TermEntry
 from pomona.sim.setup import prepare
@@ -127,6 +132,31 @@ def test_a_bad_spec_is_refused_with_the_path_of_the_key(path, value, complaint):
 def test_what_only_shows_when_the_spec_is_carried_out_is_refused_with_its_path_too(path, value, complaint):
     with pytest.raises(ConfigError, match=f"^{complaint}"):
         prepare(parse_spec(changed(path, value), "x.toml"), read_lines)
+
+
+@pytest.mark.parametrize("autoscaler", [{}, {"max_replicas": 3}, {"min_replicas": 5, "max_replicas": 8}])
+def test_a_fleet_that_the_autoscaler_would_change_at_once_is_refused(autoscaler):
+    values = changed("cluster.num_replicas", 4, autoscaler=autoscaler | {"policy": "light-load"})
+    low, high = autoscaler.get("min_replicas", 1), autoscaler.get("max_replicas", 1)
+    complaint = (
+        f"cluster.num_replicas is 4: must be from autoscaler.min_replicas ({low}) to autoscaler.max_replicas ({high}), "
+        "between which light-load keeps the fleet"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(complaint)}$"):
+        prepare(parse_spec(values, "x"), read_lines)
+    values["autoscaler"]["policy"] = "fixed"
+    assert prepare(parse_spec(values, "x"), read_lines).cluster.autoscaler.max_replicas == 4
+
+
+def test_the_docs_spec_may_choose_any_autoscaler():
+    page = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
+    values = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0]) | {"workload": make_spec()["workload"]}
+    values["replica"]["profile"] = "p.json"
+    for policy in get_args(AutoscalerName):
+        values["autoscaler"]["policy"] = policy
+        cluster = prepare(parse_spec(values, "docs"), read_lines).cluster
+        assert cluster.autoscaler.policy == policy
+        assert cluster.autoscaler.min_replicas <= cluster.num_replicas <= cluster.autoscaler.max_replicas
 
 
 def test_a_profile_gives_a_replica_its_cost_and_sizes_and_the_spec_overrides_them():

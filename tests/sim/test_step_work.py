@@ -46,7 +46,7 @@ def test_a_mixed_batch_is_counted():
     )
     second = meter.measure(StepPlan(2, (decode("a", 10), decode("b", 6)), released=(RequestId("c"),)))
     assert (second.num_decode_rows, second.num_prefill_rows, second.num_kv_tokens) == (2, 0, 18)
-    assert (second.num_decode_kv_tokens, second.num_attended_pairs) == (18, 18)
+    assert (second.num_decode_kv_tokens, second.num_prefill_pairs) == (18, 0)
     assert (second.sum_row_ranks, second.sum_adapter_ranks, second.max_rank) == (4, 4, 4)
 
 

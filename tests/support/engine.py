@@ -158,7 +158,7 @@ class FakeExecutor:
     """Real KV does not depend on the salt; here it does, so that sharing across salts is noticed."""
     failing: dict[RequestId, str] = field(default_factory=dict)
     """Sequences to report as failed in the next step that computes them."""
-    raises: Exception | None = None
+    raises: BaseException | None = None
     """Raised by the next step, half way through it."""
     raises_in_result: Exception | None = None
     """Raised when the next result of a launched step is asked for."""

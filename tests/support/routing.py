@@ -1,6 +1,5 @@
 """Routing as a plain scan over all replicas: what the indexed policies must equal, and events to drive both with."""
 
-import random
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
@@ -136,11 +135,3 @@ def scan_rank_aware(
         return after_s > max_step_s, added_s * n, n, replica.replica_id
 
     return min((cost(r) for r in replicas), default=(False, 0.0, 0, None))[3]
-
-
-def scan_two_choices(replicas: list[ReplicaState], rng: random.Random) -> ReplicaId | None:
-    if len(replicas) < 2:
-        return replicas[0].replica_id if replicas else None
-    one, other = rng.randrange(len(replicas)), rng.randrange(len(replicas) - 1)
-    other += other >= one
-    return min(replicas[one], replicas[other], key=lambda r: r.num_requests).replica_id

@@ -41,6 +41,7 @@ class TinyEngine:
                     # Where a page stands follows from the number of KV's own blocks.
                     "blocks_per_page": 0 if "num_kv_blocks" in limits else capacity.blocks_per_page,
                     "max_model_len": self.loaded.max_model_len,
+                    "vocab_size": self.loaded.spec.vocab_size,
                     "block_size": chosen["block_size"],
                     **limits,
                 }

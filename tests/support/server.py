@@ -114,7 +114,7 @@ class EchoExecutor:
 
     def _rotation(self, start: SeqStart) -> int:
         by_adapter = 0 if start.adapter_id is None else int(start.adapter_id[:4], 16)
-        return by_adapter + (0 if start.sampling.is_greedy else start.sampling.seed)
+        return by_adapter + (0 if start.sampling.temperature == 0.0 else start.sampling.seed)
 
     def _logprobs(self, token_id: int, num_top: int) -> TokenLogprobs:
         top = tuple(((token_id + offset) % self.vocab_size, -0.5 - offset) for offset in range(num_top))
@@ -204,11 +204,17 @@ async def serve(
     executor = EchoExecutor(tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.special_token_ids)
     executor.gate.set()
     scheduling = SchedulerConfig(
-        **{"num_kv_blocks": 1024, "max_model_len": MAX_MODEL_LEN, "num_adapter_pages": 16, **limits}
+        **{
+            "num_kv_blocks": 1024,
+            "max_model_len": MAX_MODEL_LEN,
+            "vocab_size": tokenizer.vocab_size,
+            "num_adapter_pages": 16,
+            **limits,
+        }
     )
     info = EngineInfo(
         max_model_len=MAX_MODEL_LEN,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=scheduling.vocab_size,
         block_size=scheduling.block_size,
         num_kv_blocks=scheduling.num_kv_blocks,
         num_adapter_pages=scheduling.num_adapter_pages,

@@ -37,7 +37,8 @@ TRICKY = """{%- set ns = namespace(count=0) -%}
   {%- if message.role == 'assistant' %}{% continue %}{% endif %}
   {%- set ns.count = ns.count + 1 %}
   {% if ns.count > 2 %}{% break %}{% endif %}
-{{ message | tojson }}|{{ message.content | tojson(indent=2) }}
+{{ message | tojson }}|{{ message.content | tojson(indent=2) }}|{{ {'b': 1, 'a': 'é'} | tojson(true, sort_keys=true) }}
+{% set part = 'outside' %}{% generation %}{% set part = 'inside' %}{{ part }}{% endgeneration %}{{ part }}
 {% endfor %}
 {% if enable_thinking is defined and not enable_thinking %}no thoughts{% endif %}
 {% if tools is none %}no tools{% endif %}{{ messages | length }}{{ 'x' if add_generation_prompt else 'y' }}"""

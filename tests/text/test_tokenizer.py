@@ -136,6 +136,26 @@ def test_a_broken_tokenizer_json_is_named(folder, content):
         Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"added_tokens_decoder": ["<|tool|>"]},
+        {"added_tokens_decoder": {"last": {"content": "<|tool|>"}}},
+        {"additional_special_tokens": 5},
+    ],
+)
+def test_tokens_of_a_config_that_are_no_list_or_object_are_named(folder, fields):
+    _edit(folder / "tokenizer_config.json", **fields)
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {next(iter(fields))}: must be"):
+        Tokenizer.load(folder)
+
+
+def test_an_added_token_may_be_its_text_alone(folder):
+    size = Tokenizer.load(folder).vocab_size
+    _edit(folder / "tokenizer_config.json", added_tokens_decoder={str(size): "<|tool|>"})
+    assert Tokenizer.load(folder).encode("<|tool|>", add_special_tokens=False) == [size]
+
+
 def test_a_broken_tokenizer_config_is_named(folder):
     (folder / "tokenizer_config.json").write_text("[1")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: cannot be read as JSON"):

@@ -128,11 +128,14 @@ class Accounts:
                 try:
                     self._adapters = await self.database.run(self.shares.adapters)
                     self._adapter_limits = await self.database.run(self.tenants.adapter_limits)
-                except DatabaseUnavailableError:
+                except BaseException:
                     self._are_facts_stale = True
                     raise
                 for listener in self._adapter_listeners:
-                    listener(self._adapters)
+                    try:
+                        listener(self._adapters)
+                    except Exception:  # a change is made by now: whoever made it must not hear otherwise
+                        _LOGGER.exception("A listener failed when adapters were read again")
 
     def scopes(self, principal: Principal, adapter: str) -> list[Scope]:
         """Return whoever has limits for a request of this principal for this adapter (qualified name)."""
@@ -175,8 +178,12 @@ class Accounts:
                 await self.facts()
             except DatabaseUnavailableError as error:
                 _LOGGER.warning("%s", error)
-                await asyncio.sleep(_MAINTENANCE_S)
-                self._has_changed.set()
+            except Exception:  # whatever it was, changes are followed as long as the server runs
+                _LOGGER.exception("Changes could not be followed; trying again")
+            else:
+                continue
+            await asyncio.sleep(_MAINTENANCE_S)
+            self._has_changed.set()
 
     async def _maintain(self) -> None:
         while True:

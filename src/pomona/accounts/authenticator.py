@@ -130,11 +130,10 @@ class Authenticator:
 
     async def watch(self, revision: int) -> None:
         """Follow changes made by other processes since ``revision``, until cancelled."""
-        seen, num_own_seen = revision, self._database.num_own_changes
+        seen = revision
         is_down = False
         while True:
             await asyncio.sleep(self._config.revision_poll_s)
-            num_own = self._database.num_own_changes
             try:
                 revision = await self._database.run(self._database.revision)
             except DatabaseUnavailableError as error:
@@ -143,7 +142,9 @@ class Authenticator:
                 is_down = True
                 continue
             is_down = False
-            # What this process has changed it has forgotten already; anything else moves the revision further.
-            if revision - seen != num_own - num_own_seen:
+            own = [number for number in tuple(self._database.own_revisions) if number <= revision]
+            # What this process has changed it has forgotten already.
+            if revision - seen != sum(number > seen for number in own):
                 self.forget_all()
-            seen, num_own_seen = revision, num_own
+            self._database.own_revisions.difference_update(own)
+            seen = revision

@@ -5,12 +5,12 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sqlalchemy import delete, func, or_, select, update
+from sqlalchemy import delete, func, or_, select, tuple_, update
 
 from pomona.accounts.clock import now_s
 from pomona.accounts.database import Database
@@ -123,18 +123,22 @@ class BatchStore:
                 raise _no_file(file_id)
             return _file(row)
 
-    def files(self, tenant_id: str, purpose: str | None, after: str | None, limit: int) -> list[StoredFile]:
-        """A tenant's files, the newest first; those after the one with id ``after``, at most ``limit``."""
+    def files(
+        self, tenant_id: str, purpose: str | None, after: str | None, limit: int, *, is_oldest_first: bool = False
+    ) -> list[StoredFile]:
+        """A tenant's files, the newest or the oldest first; those after the one called ``after``, at most ``limit``."""
         query = select(FileRow).where(FileRow.tenant_id == tenant_id)
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
+        place = tuple_(FileRow.created_s, FileRow.id)
         with self._database.session() as session:
             last = None if after is None else session.get(FileRow, after)
             if last is not None:
-                is_older = (FileRow.created_s == last.created_s) & (FileRow.id < last.id)
-                query = query.where((FileRow.created_s < last.created_s) | is_older)
-            rows = session.scalars(query.order_by(FileRow.created_s.desc(), FileRow.id.desc()).limit(limit))
-            return [_file(row) for row in rows]
+                seen = tuple_(last.created_s, last.id)
+                query = query.where(place > seen if is_oldest_first else place < seen)
+            columns = (FileRow.created_s, FileRow.id)
+            query = query.order_by(*(column if is_oldest_first else column.desc() for column in columns))
+            return [_file(row) for row in session.scalars(query.limit(limit))]
 
     def delete_file(self, file_id: str, tenant_id: str) -> None:
         """Remove a file.
@@ -210,10 +214,17 @@ class BatchStore:
             rows = session.scalars(query.order_by(BatchRow.created_s.desc(), BatchRow.id.desc()).limit(limit))
             return [_batch(row) for row in rows]
 
-    def claim(self, process_id: str) -> Batch | None:
-        """Take the oldest batch that nobody works on; its lease must be renewed by ``update``."""
+    def claim(self, process_id: str, busy_tenants: Collection[str] = ()) -> Batch | None:
+        """Take the oldest batch that nobody works on; its lease must be renewed by ``update``.
+
+        Args:
+            process_id: this process.
+            busy_tenants: whose batches are left alone.
+        """
         now = now_s()
-        free = select(BatchRow.id).where(BatchRow.status.in_(ACTIVE), BatchRow.leased_until_s < now)
+        free = select(BatchRow.id).where(
+            BatchRow.status.in_(ACTIVE), BatchRow.leased_until_s < now, BatchRow.tenant_id.not_in(busy_tenants)
+        )
         with self._database.session(is_write=True) as session:
             batch_id = session.scalars(free.order_by(BatchRow.created_s).limit(1)).first()
             if batch_id is None:
@@ -227,18 +238,22 @@ class BatchStore:
             return None if row is None else _batch(row)
 
     def update(self, batch_id: str, process_id: str, **values: Any) -> Batch | None:
-        """Change a batch that this process works on and renew its lease; None if it is no longer this process's.
+        """Change a batch that this process works on and renew its lease.
 
         Args:
             batch_id: which.
             process_id: this process.
             **values: columns; ``is_released`` gives up the lease.
+
+        Returns:
+            How it is now; None, and nothing has changed, if it is no longer this process's, or if it was to begin or to
+            be complete and has been cancelled meanwhile.
         """
         values["leased_until_s"] = 0.0 if values.pop("is_released", False) else now_s() + LEASE_S
         with self._database.session(is_write=True) as session:
             mine = update(BatchRow).where(BatchRow.id == batch_id, BatchRow.process_id == process_id)
-            if values.get("status") == "in_progress":
-                mine = mine.where(BatchRow.status == "validating")  # and not if it was cancelled meanwhile
+            if values.get("status") in ("in_progress", "completed"):
+                mine = mine.where(BatchRow.status != "cancelling")
             if session.execute(mine.values(**values).returning(BatchRow.id)).first() is None:
                 return None
             row = session.get(BatchRow, batch_id)

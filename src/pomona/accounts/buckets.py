@@ -67,7 +67,16 @@ class BucketState:
 class _Lease:
     """What this process holds of one bucket."""
 
-    __slots__ = ("available", "expires_s", "level", "level_at_s", "lock", "refused_above", "refused_until_s")
+    __slots__ = (
+        "available",
+        "expires_s",
+        "level",
+        "level_at_s",
+        "lock",
+        "num_waiting",
+        "refused_above",
+        "refused_until_s",
+    )
 
     def __init__(self) -> None:
         self.available = 0.0
@@ -79,6 +88,8 @@ class _Lease:
         self.refused_above = 0.0
         self.refused_until_s = 0.0
         self.lock = asyncio.Lock()
+        self.num_waiting = 0
+        """For the lock, or for the statement under it."""
 
 
 class Buckets:
@@ -107,13 +118,17 @@ class Buckets:
         if lease.available >= amount and time.monotonic() < lease.expires_s:
             lease.available -= amount
             return 0.0
-        async with lease.lock:
-            if lease.available < amount or time.monotonic() >= lease.expires_s:
-                wait_s = await self._extend(limit, lease, amount)
-                if wait_s > 0:
-                    return wait_s
-            lease.available -= amount
-            return 0.0
+        lease.num_waiting += 1
+        try:
+            async with lease.lock:
+                if lease.available < amount or time.monotonic() >= lease.expires_s:
+                    wait_s = await self._extend(limit, lease, amount)
+                    if wait_s > 0:
+                        return wait_s
+                lease.available -= amount
+                return 0.0
+        finally:
+            lease.num_waiting -= 1
 
     def put(self, limit: RateLimit, amount: int) -> None:
         """Give back what was not used, or (negative) owe what was used beyond what was taken."""
@@ -160,8 +175,8 @@ class Buckets:
                     lease.available += amount
                     raise
                 lease.level = max(0.0, lease.level - amount)
-            if not lease.lock.locked() and not lease.available and now_s - lease.level_at_s > 120.0:
-                self._leases.pop(name, None)
+            if not (lease.num_waiting or lease.available) and now_s - lease.level_at_s > 120.0:
+                del self._leases[name]
 
     async def _extend(self, limit: RateLimit, lease: _Lease, amount: int) -> float:
         """Lease at least ``amount``: a chunk if there is room for it. Returns the seconds to wait, 0.0 for none."""

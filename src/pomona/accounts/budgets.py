@@ -1,22 +1,27 @@
 """Budgets per month, from the ledger's own sums: what it has, plus what requests in flight may still use.
 
 A budget can be overrun by what ended in the last moments and is not yet in the ledger (a fifth of a second), and by
-what other server processes have begun since the sums were last read (a second).
+what other server processes have begun since the sums were last read (a second). What requests in flight will cost is
+not known: a budget of cost lets them end.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterable
+from typing import Final
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import select, tuple_
 
 from pomona.accounts import clock
 from pomona.accounts.database import Database
 from pomona.accounts.principal import Limits
 from pomona.accounts.tables import SpendingRow
 from pomona.accounts.usage_rows import Spending
-from pomona.core.errors import DatabaseUnavailableError, QuotaExceededError
+from pomona.core.errors import QuotaExceededError
 
 _Scope = tuple[str, str]
+_MAX_SCOPES: Final = 500
+"""Of one statement."""
 
 
 class Budgets:
@@ -31,24 +36,54 @@ class Budgets:
         self._month = ""
         self._spent: dict[_Scope, tuple[int, int]] = {}
         self._reserved: Counter[_Scope] = Counter()
+        self._reading: dict[_Scope, asyncio.Task[None]] = {}
+        """Scopes whose sums are read for the first time: whoever asks for one waits for its."""
 
-    async def check(self, scope: _Scope, limits: Limits, num_tokens: int) -> None:
-        """Ask whether a request that may use ``num_tokens`` fits into the month's budget.
+    async def take(self, scope: _Scope, limits: Limits, num_tokens: int) -> None:
+        """Hold the tokens that a request may use, if they fit into the month's budget.
 
         Raises:
-            QuotaExceededError: it does not.
+            QuotaExceededError: they do not.
+            DatabaseUnavailableError: the sums are not known yet, and the database does not answer.
         """
-        if limits.monthly_tokens is None and limits.monthly_cost_nanos is None:
-            return
-        now_s = clock.now_s()
-        month = clock.month_of(now_s)
+        if limits.monthly_tokens is not None or limits.monthly_cost_nanos is not None:
+            await self._know(scope)
+            self._check(scope, limits, num_tokens)  # and nothing may be awaited until the tokens are held
+        self._reserved[scope] += num_tokens
+
+    def take_without_database(self, scope: _Scope, num_tokens: int) -> None:
+        """``take`` while the database is down: nobody knows what is left."""
+        self._reserved[scope] += num_tokens
+
+    def put(self, scope: _Scope, num_tokens: int) -> None:
+        """Let go of what a request held."""
+        self._reserved[scope] -= num_tokens
+        if not self._reserved[scope]:
+            del self._reserved[scope]
+
+    async def _know(self, scope: _Scope) -> None:
+        """Have the scope's sums of this month at hand."""
+        month = clock.month_of(clock.now_s())
         if month != self._month:
             self._month = month
             self._spent.clear()
-        if scope not in self._spent:
-            self._spent[scope] = (0, 0)
+        while scope not in self._spent:
+            reading = self._reading.get(scope)
+            if reading is None:
+                reading = self._reading[scope] = asyncio.create_task(self._read_first(scope))
+                # Errors belong to whoever waits, if anybody still does.
+                reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            await asyncio.shield(reading)
+
+    async def _read_first(self, scope: _Scope) -> None:
+        try:
             await self._read([scope])
-        spent_tokens, spent_nanos = self._spent.get(scope, (0, 0))
+        finally:
+            del self._reading[scope]
+
+    def _check(self, scope: _Scope, limits: Limits, num_tokens: int) -> None:
+        spent_tokens, spent_nanos = self._spent[scope]
+        now_s = clock.now_s()
         wait_s = clock.month_end_s(now_s) - now_s
         if limits.monthly_tokens is not None:
             left = limits.monthly_tokens - spent_tokens - self._reserved[scope]
@@ -61,17 +96,12 @@ class Budgets:
         if limits.monthly_cost_nanos is not None and spent_nanos >= limits.monthly_cost_nanos:
             raise QuotaExceededError(f"The {scope[0]}'s budget for this month is spent.", wait_s)
 
-    def reserve(self, scope: _Scope, num_tokens: int) -> None:
-        """Hold tokens for a request in flight; a negative number lets go of them."""
-        self._reserved[scope] += num_tokens
-        if not self._reserved[scope]:
-            del self._reserved[scope]
-
     def note(self, sums: Iterable[Spending]) -> None:
         """Take over sums that the ledger has just changed."""
         for one in sums:
-            if one.month == self._month and (one.scope, one.scope_id) in self._spent:
-                self._spent[one.scope, one.scope_id] = (one.num_tokens, one.cost_nanos)
+            scope = (one.scope, one.scope_id)
+            if one.month == self._month and (scope in self._spent or scope in self._reading):
+                self._keep(scope, one.num_tokens, one.cost_nanos)
 
     async def refresh(self) -> None:
         """Read the sums again: other processes add to them. Called every second.
@@ -85,19 +115,22 @@ class Budgets:
     async def _read(self, scopes: list[_Scope]) -> None:
         month = self._month
 
-        def read() -> list[tuple[str, str, int, int]]:
-            which = or_(*(and_(SpendingRow.scope == kind, SpendingRow.scope_id == name) for kind, name in scopes))
+        def read() -> dict[_Scope, tuple[int, int]]:
             columns = (SpendingRow.scope, SpendingRow.scope_id, SpendingRow.num_tokens, SpendingRow.cost_nanos)
+            found: dict[_Scope, tuple[int, int]] = {}
             with self._database.read() as connection:
-                rows = connection.execute(select(*columns).where(SpendingRow.month == month, which))
-                return [(row[0], row[1], row[2], row[3]) for row in rows]
+                for first in range(0, len(scopes), _MAX_SCOPES):
+                    is_asked = tuple_(SpendingRow.scope, SpendingRow.scope_id).in_(scopes[first : first + _MAX_SCOPES])
+                    rows = connection.execute(select(*columns).where(SpendingRow.month == month, is_asked))
+                    found |= {(row[0], row[1]): (row[2], row[3]) for row in rows}
+            return found
 
-        try:
-            found = await self._database.run(read)
-        except DatabaseUnavailableError:
-            if len(scopes) == 1:
-                self._spent.pop(scopes[0], None)  # unknown still: asked again for the next request
-            raise
+        found = await self._database.run(read)
         if month == self._month:
-            for kind, name, num_tokens, cost_nanos in found:
-                self._spent[kind, name] = (num_tokens, cost_nanos)
+            for scope in scopes:
+                self._keep(scope, *found.get(scope, (0, 0)))
+
+    def _keep(self, scope: _Scope, num_tokens: int, cost_nanos: int) -> None:
+        """Sums only grow: what is smaller was read before what is known."""
+        known_tokens, known_nanos = self._spent.get(scope, (0, 0))
+        self._spent[scope] = (max(num_tokens, known_tokens), max(cost_nanos, known_nanos))

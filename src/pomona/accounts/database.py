@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,9 +68,8 @@ class Database:
             event.listen(self._engine, "connect", _set_up_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="pomona-database")
-        self._lock = threading.Lock()
-        self.num_own_changes = 0
-        """Changes of the revision that this process has committed."""
+        self.own_revisions: set[int] = set()
+        """Revisions that this process has committed and not found in the database yet."""
         self.down_since_s: float | None = None
         """Monotonic time of the first failure since the last success; None while the database answers."""
 
@@ -91,6 +89,7 @@ class Database:
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.write() as connection:
             if not self.is_sqlite:
+                connection.execute(sqlalchemy.text("SET LOCAL statement_timeout = 0"))  # a large ledger takes its time
                 connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
@@ -121,17 +120,19 @@ class Database:
 
         Args:
             is_write: it may change something.
-            is_change: it changes what processes keep in their caches: they will look again.
+            is_change: it changes what processes keep in their caches: they will look again. Such transactions come
+                one after the other, so that each finds what those before it have left.
         """
+        revision: int | None = None
         with self.write() if is_write or is_change else self.read() as connection:
+            if is_change:  # first: on PostgreSQL the next one waits here until this one has ended
+                count = sqlalchemy.update(RevisionRow).values(value=RevisionRow.value + 1).returning(RevisionRow.value)
+                revision = connection.execute(count).scalar_one()
             with Session(connection, join_transaction_mode="rollback_only", expire_on_commit=False) as session:
                 yield session
                 session.flush()
-            if is_change:
-                connection.execute(sqlalchemy.update(RevisionRow).values(value=RevisionRow.value + 1))
-        if is_change:
-            with self._lock:
-                self.num_own_changes += 1
+        if revision is not None:
+            self.own_revisions.add(revision)
 
     async def run(
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs

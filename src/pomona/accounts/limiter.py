@@ -1,5 +1,6 @@
 """Admission: may this request begin, as far as limits go? All limits of tenant, key and adapter, or none of them."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -65,12 +66,13 @@ class Admission:
         Args:
             num_tokens: used, prompt and output. More than was reserved is owed, and refuses later requests.
         """
-        for limit in self._tokens:
-            self._limiter.buckets.put(limit, self._num_reserved - num_tokens)
-        for name in self._slots:
-            self._limiter.slots.put(name)
-        for scope in self._scopes:
-            self._limiter.budgets.reserve((scope.kind, scope.name), -self._num_reserved)
+        with contextlib.ExitStack() as ends:  # each of them, whatever happens to the others
+            for limit in self._tokens:
+                ends.callback(self._limiter.buckets.put, limit, self._num_reserved - num_tokens)
+            for name in self._slots:
+                ends.callback(self._limiter.slots.put, name)
+            for scope in self._scopes:
+                ends.callback(self._limiter.budgets.put, (scope.kind, scope.name), self._num_reserved)
 
 
 class Limiter:
@@ -100,25 +102,21 @@ class Limiter:
             DatabaseUnavailableError: it does not answer, and the operator wants no requests then.
         """
         admission = Admission(self, scopes, num_tokens)
-        taken: list[tuple[RateLimit, int]] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for scope in scopes:
-                await self._check_budget(scope, num_tokens)
+                await self._take_budget(scope, num_tokens)
+                undo.callback(self.budgets.put, (scope.kind, scope.name), num_tokens)
                 for limit, amount, noun in ((scope.requests(), 1, "requests"), (scope.tokens(), num_tokens, "tokens")):
                     if limit is not None:
                         await self._take(limit, amount, f"The {scope.kind}'s limit of {limit.per_minute} {noun}")
-                        taken.append((limit, amount))
+                        undo.callback(self.buckets.put, limit, amount)
                         if noun == "tokens":
                             admission._tokens.append(limit)
-                await self._take_slot(scope, admission._slots)
-        except BaseException:
-            for limit, amount in taken:
-                self.buckets.put(limit, amount)
-            for name in admission._slots:
-                self.slots.put(name)
-            raise
-        for scope in scopes:
-            self.budgets.reserve((scope.kind, scope.name), num_tokens)
+                name = await self._take_slot(scope)
+                if name is not None:
+                    undo.callback(self.slots.put, name)
+                    admission._slots.append(name)
+            undo.pop_all()
         return admission
 
     def states(self, scopes: Sequence[Scope]) -> RateLimitStates:
@@ -137,11 +135,13 @@ class Limiter:
         await self.slots.heartbeat()
         await self.budgets.refresh()
 
-    async def _check_budget(self, scope: Scope, num_tokens: int) -> None:
-        async def check() -> None:
-            await self.budgets.check((scope.kind, scope.name), scope.limits, num_tokens)
+    async def _take_budget(self, scope: Scope, num_tokens: int) -> None:
+        owner = (scope.kind, scope.name)
 
-        await self._or_without_database(check, lambda: None)
+        async def take() -> None:
+            await self.budgets.take(owner, scope.limits, num_tokens)
+
+        await self._or_without_database(take, lambda: self.budgets.take_without_database(owner, num_tokens))
 
     async def _take(self, limit: RateLimit, amount: int, what: str) -> None:
         async def take() -> float:
@@ -153,10 +153,10 @@ class Limiter:
         if wait_s > 0:
             raise RateLimitError(f"{what} a minute is reached; try again in {wait_s:.1f} s.", wait_s)
 
-    async def _take_slot(self, scope: Scope, taken: list[str]) -> None:
+    async def _take_slot(self, scope: Scope) -> str | None:
         limit = scope.limits.max_concurrency
         if limit is None:
-            return
+            return None
         name = f"{scope.kind}:{scope.name}"
 
         async def take() -> bool:
@@ -164,7 +164,7 @@ class Limiter:
 
         if not await self._or_without_database(take, lambda: self.slots.take_without_database(name, limit)):
             raise RateLimitError(f"The {scope.kind}'s limit of {limit} requests at once is reached.", _BUSY_RETRY_S)
-        taken.append(name)
+        return name
 
     async def _or_without_database(
         self, work: Callable[[], Awaitable[_Result]], fallback: Callable[[], _Result]

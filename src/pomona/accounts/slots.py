@@ -39,7 +39,7 @@ _FREE: Final = text("DELETE FROM slots WHERE name = :name AND process_id = :proc
 class _Held:
     """Slots of one limit that this process holds."""
 
-    __slots__ = ("lock", "num_held", "num_used", "peak")
+    __slots__ = ("lock", "num_held", "num_used", "num_waiting", "peak")
 
     def __init__(self) -> None:
         self.num_held = 0
@@ -47,6 +47,8 @@ class _Held:
         self.peak = 0
         """Most used at once since the last heartbeat."""
         self.lock = asyncio.Lock()
+        self.num_waiting = 0
+        """For the lock, or for the statement under it. The lock does not tell: between two holders it is free."""
 
 
 class Slots:
@@ -72,10 +74,14 @@ class Slots:
         if held.num_used >= limit:
             return False
         if held.num_used >= held.num_held:
-            async with held.lock:
-                if held.num_used >= held.num_held and not await self._extend(name, held, limit):
-                    return False
-                held.num_used += 1
+            held.num_waiting += 1
+            try:
+                async with held.lock:
+                    if held.num_used >= held.num_held and not await self._extend(name, held, limit):
+                        return False
+                    held.num_used += 1
+            finally:
+                held.num_waiting -= 1
         else:
             held.num_used += 1
         held.peak = max(held.peak, held.num_used)
@@ -115,7 +121,7 @@ class Slots:
             for _, held in ours:
                 held.lock.release()
         for name, held in ours:
-            if not (held.num_held or held.num_used or held.lock.locked()):
+            if not (held.num_held or held.num_used or held.num_waiting):
                 del self._held[name]
 
     async def _extend(self, name: str, held: _Held, limit: int) -> bool:

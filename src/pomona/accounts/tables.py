@@ -153,7 +153,7 @@ class SpendingRow(Table):
     __tablename__ = "spending"
 
     scope: Mapped[str] = mapped_column(primary_key=True)
-    """tenant or key."""
+    """tenant, key or adapter."""
     scope_id: Mapped[str] = mapped_column(primary_key=True)
     month: Mapped[str] = mapped_column(primary_key=True)
     num_requests: Mapped[int]

@@ -245,10 +245,7 @@ class TenantStore:
             if value is not None and not 0 <= value <= _MAX_LIMIT:
                 raise InvalidRequestError.out_of_range(field.name, value, f"between 0 and {_MAX_LIMIT}, or null")
         with self._database.session(is_change=True) as session:
-            if scope == "tenant":
-                _tenant_row(session, scope_id)
-            elif scope == "key":
-                scope_id = _key_row(session, scope_id, None).root_id
+            scope_id = _limited_id(session, scope, scope_id)
             row = session.get(LimitsRow, (scope, scope_id))
             if row is not None:
                 session.delete(row)
@@ -258,10 +255,13 @@ class TenantStore:
         return limits
 
     def limits(self, scope: str, scope_id: str) -> Limits:
-        """Limits of a tenant, a key or an adapter."""
+        """Limits of a tenant, a key or an adapter.
+
+        Raises:
+            AccountNotFoundError: there is no such tenant or key.
+        """
         with self._database.session() as session:
-            if scope == "key":
-                scope_id = _key_row(session, scope_id, None).root_id
+            scope_id = _limited_id(session, scope, scope_id)
             return _limits(session.get(LimitsRow, (scope, scope_id)))
 
     def adapter_limits(self) -> dict[str, Limits]:
@@ -328,6 +328,13 @@ def _key_row(session: Session, key_id: str, tenant_id: str | None) -> KeyRow:
     if row is None or (tenant_id is not None and row.tenant_id != tenant_id):
         raise AccountNotFoundError(f"There is no key {visible_prefix(key_id)}.")
     return row
+
+
+def _limited_id(session: Session, scope: str, scope_id: str) -> str:
+    """Return under which id limits are kept: a key's under the first of its rotation."""
+    if scope == "tenant":
+        return _tenant_row(session, scope_id).id
+    return _key_row(session, scope_id, None).root_id if scope == "key" else scope_id
 
 
 def _service_level(row: TenantRow) -> ServiceLevel:

@@ -38,10 +38,10 @@ Prices = Mapping[str, Price]
 
 @dataclass(frozen=True, slots=True)
 class Spending:
-    """What a tenant or a key has used in a month, as far as the ledger knows."""
+    """What a tenant, a key or an adapter has used in a month, as far as the ledger knows."""
 
     scope: str
-    """tenant or key."""
+    """tenant, key or adapter."""
     scope_id: str
     month: str
     num_requests: int
@@ -59,7 +59,7 @@ def insert_usage(connection: Connection, rows: Sequence[Usage], prices: Prices) 
     """Insert rows that are not there yet, and add those, and only those, to their month's sums.
 
     Returns:
-        The new sums of every tenant and key that got a row.
+        The new sums of every tenant, key and adapter that got a row.
     """
     default = prices.get("", Price())
     values = [
@@ -89,20 +89,12 @@ def insert_usage(connection: Connection, rows: Sequence[Usage], prices: Prices) 
         cost_nanos = cost_of.pop(row.request_id, None)
         if cost_nanos is None:
             continue
-        for scope, scope_id in (("tenant", row.tenant_id), ("key", row.root_id)):
+        for scope, scope_id in (("tenant", row.tenant_id), ("key", row.root_id), ("adapter", row.adapter)):
             one = sums[scope, scope_id, month_of(row.ended_s)]
             one[0] += 1
             one[1] += row.input_tokens + row.output_tokens
             one[2] += cost_nanos
     return [_add(connection, dialect, key, added) for key, added in sorted(sums.items())]
-
-
-def read_spending(connection: Connection, month: str) -> list[Spending]:
-    """Read all sums of a month."""
-    rows = connection.execute(select(SpendingRow.__table__).where(SpendingRow.month == month))
-    return [
-        Spending(row.scope, row.scope_id, row.month, row.num_requests, row.num_tokens, row.cost_nanos) for row in rows
-    ]
 
 
 def _add(connection: Connection, dialect: Any, key: tuple[str, str, str], added: list[int]) -> Spending:

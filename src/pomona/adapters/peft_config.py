@@ -15,6 +15,7 @@ _Number = TypeVar("_Number", int, float)
 
 MAX_CONFIG_BYTES = 2**20
 MAX_LORA_RANK = 2**16
+"""Of any module; ``model.adapter_weights`` refuses projections of ranks that the kernels do not take."""
 MAX_NAME_CHARS = 4096
 """Longest module name or pattern."""
 

@@ -61,6 +61,22 @@ class AdapterSources:
         assert os.sep not in folder, folder
         return replace(self, allowed_roots=tuple(os.path.join(root, folder) for root in self.allowed_roots))
 
+    def has(self, place: str) -> bool:
+        """True if a place lies in the roots by its spelling, which ``settled`` has made; nothing is followed."""
+        if is_url(place):
+            return any(_is_below(place, root) for root in self.allowed_roots)
+        return os.path.normpath(place) == place and self._is_allowed(place)
+
+    def settled(self, source: str) -> str:
+        """Return a source as it is to be written down: of a folder inside the roots, the path without symbolic links.
+
+        Anything else stays as it is, for ``fetch`` to take or refuse.
+        """
+        if is_url(source) or not 0 < len(source) <= MAX_SOURCE_CHARS or "\0" in source:
+            return source
+        path = os.path.realpath(source)
+        return path if self._is_allowed(path) and os.path.isdir(path) else source
+
     def fetch(self, source: str, expected_id: AdapterId | None = None) -> LocalAdapter:
         """Bring a source to this machine; ``release`` it once it has been read.
 
@@ -102,9 +118,15 @@ class AdapterSources:
         parts = source.partition("://")[2].split("/")
         is_allowed = any(_is_below(source, root) for root in self.allowed_roots)
         if not 0 < len(source) <= MAX_SOURCE_CHARS or ".." in parts or "." in parts or not is_allowed:
-            raise AdapterForbiddenError(f"source {source[:200]!r}: outside the allowed adapter folders")
+            raise AdapterForbiddenError(
+                f"source {source[:200]!r}: outside the allowed adapter folders; the server's operator can allow more "
+                f"with --allowed-adapter-root"
+            )
         if self.remote is None:
             raise AdapterForbiddenError(f"source {source[:200]!r}: URLs need adapter_cache_dir")
+
+    def _is_allowed(self, path: str) -> bool:
+        return any(_is_inside(path, os.path.realpath(root)) for root in self.allowed_roots if not is_url(root))
 
     def resolve(self, source: str) -> str:
         """Find the local folder a source means, downloading it from the hub if need be.
@@ -122,9 +144,7 @@ class AdapterSources:
         if not 0 < len(source) <= MAX_SOURCE_CHARS or "\0" in source:
             raise AdapterError(f"source: must be 1 to {MAX_SOURCE_CHARS} characters without NUL")
         path = os.path.realpath(source)
-        is_allowed_path = any(
-            _is_inside(path, os.path.realpath(root)) for root in self.allowed_roots if not is_url(root)
-        )
+        is_allowed_path = self._is_allowed(path)
         if is_allowed_path and os.path.isdir(path):
             return path
         if _HUB_ID.fullmatch(source) and self.allow_hub:
@@ -132,7 +152,10 @@ class AdapterSources:
         if is_allowed_path:
             raise AdapterNotFoundError(f"source {source!r}: there is no such folder")
         kinds = "the allowed adapter folders" + (" and not a hub id (org/name)" if self.allow_hub else "")
-        raise AdapterForbiddenError(f"source {source!r}: outside {kinds}")
+        hub = "" if self.allow_hub else ", and hub ids with --allow-hub-adapters"
+        raise AdapterForbiddenError(
+            f"source {source!r}: outside {kinds}; the server's operator can allow more with --allowed-adapter-root{hub}"
+        )
 
 
 def read_files(folder: str, *, max_weights_bytes: int = MAX_WEIGHTS_BYTES) -> AdapterFiles:

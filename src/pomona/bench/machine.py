@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pomona
+from pomona.core.machine import num_usable_cores
 
 
 def _first_value(path: Path, key: str) -> str | None:
@@ -19,11 +20,10 @@ def _first_value(path: Path, key: str) -> str | None:
 def describe_hardware() -> str:
     """Return processor, usable cores, memory and NVIDIA GPUs of this machine."""
     processor = _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine()
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     names = [_first_value(gpu, "Model") or "NVIDIA GPU" for gpu in gpus]
-    return ", ".join([processor, f"{num_cores} cores", f"{memory_gib:.0f} GiB", *names])
+    return ", ".join([processor, f"{num_usable_cores()} cores", f"{memory_gib:.0f} GiB", *names])
 
 
 def find_commit() -> str | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from pomona.accounts.accounts import Accounts
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.shares import OwnedAdapter
-from pomona.adapters.remote import is_url
 from pomona.adapters.sources import AdapterSources
 from pomona.adapters.stores import StoredAdapter
 from pomona.cli.config import AppConfig
@@ -30,13 +29,22 @@ def accounts_config(config: AppConfig) -> AccountsConfig:
 
 def announce_adapters(service: AdapterService, adapters: Mapping[str, OwnedAdapter]) -> None:
     """Let requests use the adapters that belong to tenants, whichever server they were loaded through. Names that this
-    server has already stay what they are."""
+    server has already stay what they are; one that cannot be announced is left out, with a line in the log."""
     known = {entry.name for entry in service.entries}
     for name in sorted(adapters.keys() - known):
         adapter = adapters[name]
-        parent = str(Path(adapter.source).expanduser().resolve().parent)
-        sources = service.sources if is_url(adapter.source) else AdapterSources((parent,), allow_hub=True)
-        service.announce((StoredAdapter(adapter.qualified_name, adapter.source),), sources)
+        try:
+            sources = _sources_of(adapter, service.sources)
+            service.announce((StoredAdapter(adapter.qualified_name, adapter.source),), sources)
+        except Exception:  # what a tenant wrote must stop nobody else's adapters
+            _LOGGER.exception("Adapter %s is not served", name)
+
+
+def _sources_of(adapter: OwnedAdapter, sources: AdapterSources) -> AdapterSources:
+    """What may be at an adapter's source: what its owner may load, or if an administrator loaded it from elsewhere,
+    what administrators may. Whatever has become of the folder since, a link leads no further than at a load."""
+    own = sources.below(adapter.owner)
+    return sources if sources.has(adapter.source) and not own.has(adapter.source) else own
 
 
 @contextlib.asynccontextmanager

@@ -56,11 +56,12 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def add_adapter(url: str, api_key: str | None, name: str, source: str) -> None:
-    """Load or replace an adapter and say what was loaded."""
+def add_adapter(url: str, api_key: str | None, name: str, source: str, tenant: str | None = None) -> None:
+    """Load or replace an adapter, a tenant's if one is given, and say what was loaded."""
     is_local = Path(source).expanduser().exists()
     source = str(Path(source).expanduser().resolve()) if is_local else source
-    adapter = Api(url, api_key).call("POST", "/v1/adapters", {"name": name, "source": source})
+    body = {"name": name, "source": source} | ({} if tenant is None else {"tenant": tenant})
+    adapter = Api(url, api_key).call("POST", "/v1/adapters", body)
     Console().print(f"{adapter['name']}: {adapter['state']}, rank {adapter['lora_rank']}, id {adapter['id'][:12]}")
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from pomona.core.errors import PomonaError
+from pomona.bench.events import DONE, EventSplitter
+from pomona.core.errors import ConfigError, PomonaError
 
 _TIMEOUT = httpx.Timeout(10.0, read=None)  # loading an adapter may take long
 
@@ -21,7 +23,8 @@ class Api:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._url = url.rstrip("/")
-        self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT)
+        limits = httpx.Limits(max_keepalive_connections=0)  # a command asks seldom, and nobody closes the client
+        self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT, limits=limits)
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """One request with a JSON answer.
@@ -35,7 +38,7 @@ class Api:
             raise ServerError(_message(response))
         return response.json() if response.content else None
 
-    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[str]:
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[bytes]:
         """The data of each server-sent event, without the final [DONE].
 
         Raises:
@@ -45,9 +48,32 @@ class Api:
             if response.is_error:
                 response.read()
                 raise ServerError(_message(response))
-            for line in response.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    yield line.removeprefix("data: ")
+            splitter = EventSplitter()  # not ``iter_lines``, which also ends lines at U+2028 and others in the text
+            for chunk in response.iter_bytes():
+                for payload in splitter.feed(chunk):
+                    if payload != DONE:
+                        yield payload
+
+    def download(self, path: str, output: Path) -> None:
+        """Write an answer's bytes to a file, as they come.
+
+        Raises:
+            ServerError: no answer, or one that breaks off, or an error status; after that there is no file.
+            ConfigError: the file cannot be written.
+        """
+        with self._reachable(), self._client.stream("GET", path) as response:
+            if response.is_error:
+                response.read()
+                raise ServerError(_message(response))
+            try:
+                with output.open("wb") as file:
+                    for piece in response.iter_bytes():
+                        file.write(piece)
+            except httpx.HTTPError:
+                output.unlink()  # half of it must not pass for the whole
+                raise
+            except OSError as error:
+                raise ConfigError(f"{output} cannot be written: {error.strerror}; name another file") from error
 
     @contextmanager
     def _reachable(self) -> Iterator[None]:

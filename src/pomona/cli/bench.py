@@ -3,6 +3,7 @@ started for the purpose.
 """
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -45,8 +46,12 @@ def read_lengths(flag: str, text: str) -> Lengths:
 
 
 @contextlib.contextmanager
-def spawned_server(arguments: Sequence[str]) -> Iterator[str]:
-    """Run ``pomona serve`` with these arguments in a process of its own; yield its address once it is ready.
+def spawned_server(arguments: Sequence[str], api_key: str | None = None) -> Iterator[str]:
+    """Run ``pomona serve`` in a process of its own; yield its address once it is ready.
+
+    Args:
+        arguments: of the command.
+        api_key: what it shall ask for.
 
     Raises:
         ConfigError: it ended, or was not ready in time.
@@ -56,7 +61,9 @@ def spawned_server(arguments: Sequence[str]) -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "pomona.cli.main", "serve", *arguments, "--port", str(port)]
-    process = subprocess.Popen(command)
+    # By environment: other users of the machine can read command lines.
+    environment = os.environ | ({} if api_key is None else {"POMONA_API_KEY": api_key})
+    process = subprocess.Popen(command, env=environment)
     try:
         _wait_until_ready(url, process)
         yield url

@@ -1,15 +1,18 @@
 """Where concrete classes meet: settings in, a running engine out. Used by the command line, ``LLM`` and tests."""
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pomona.adapters.layout import CONFIG_FILE
 from pomona.adapters.remote import is_url
+from pomona.adapters.sources import AdapterSources
 from pomona.cli.config import BUNDLED_MODEL, AppConfig
 from pomona.cli.hub import bundled_dir, checkpoint_dir
 from pomona.core.engine_info import EngineInfo
-from pomona.core.errors import ConfigError
+from pomona.core.errors import AdapterError, ConfigError, InvalidRequestError
 from pomona.core.interfaces import Executor, LaunchingExecutor
 from pomona.driver.loop import EngineParts
 from pomona.engine.engine import Engine
@@ -17,6 +20,8 @@ from pomona.runner.config import RunnerConfig
 from pomona.runner.loading import load_runner
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.fairness import FairnessConfig, ServicePrices
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def _as_it_is(executor: Executor) -> Executor:
@@ -45,6 +50,7 @@ class BuildEngine:
             num_adapter_pages=loaded.capacity.num_adapter_pages,
             blocks_per_page=loaded.capacity.blocks_per_page,
             max_model_len=loaded.max_model_len,
+            vocab_size=loaded.spec.vocab_size,
             block_size=config.block_size,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
@@ -149,8 +155,33 @@ def named_adapters(config: AppConfig) -> list[AdapterSource]:
             raise ConfigError(f"adapter {item!r}: must be NAME=PATH_OR_HUB_ID")
         if name in found:
             raise ConfigError(f"adapter {name!r} is given twice: {found[name].source} and {source}")
-        found[name] = AdapterSource(name, source, is_required=True)
+        found[name] = AdapterSource(name, os.path.expanduser(source), is_required=True)
     return list(found.values())
+
+
+def sources_of_operator(source: str) -> AdapterSources:
+    """What ``source`` may be if whoever runs this process names it: a folder anywhere, or a hub id."""
+    return AdapterSources((str(Path(source).resolve().parent),), allow_hub=True)
+
+
+def load_all(config: AppConfig, load: Callable[[str, str], object]) -> None:
+    """Load every adapter of the settings. One that was only found in an adapters dir may be broken: then it is left
+    out, with a warning.
+
+    Args:
+        config: settings.
+        load: called with a name and a local folder.
+
+    Raises:
+        ConfigError: as ``startup_adapters``, or an adapter that was named cannot be used; names it.
+    """
+    for adapter in startup_adapters(config):
+        try:
+            load(adapter.name, sources_of_operator(adapter.source).resolve(adapter.source))
+        except (AdapterError, InvalidRequestError) as error:
+            if adapter.is_required:
+                raise ConfigError(f"adapter {adapter.name!r} from {adapter.source!r}: {error}") from error
+            _LOGGER.warning("Adapter %r from %r is left out: %s", adapter.name, adapter.source, error)
 
 
 def startup_adapters(config: AppConfig) -> list[AdapterSource]:

@@ -7,7 +7,6 @@ of all tests take turns, so that a disturbed moment falls on none of them alone.
 
 import datetime
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from torch.nn import functional
 import pomona
 from pomona.bench.machine import describe_hardware, find_commit
 from pomona.core.errors import ConfigError
+from pomona.core.machine import num_usable_cores
 from pomona.kernels.linear import PackedWeight, pack, packed_linear
 from pomona.runner.memory import available_host_bytes
 
@@ -124,7 +124,7 @@ def measure(
     """
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device
     device = "cpu" if device == "auto" else device
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.num_threads or num_usable_cores())
     with torch.inference_mode():
         tests = list(_tests(device, is_small=config.is_small))
         rates: list[list[float]] = [[] for _ in tests]

@@ -15,7 +15,8 @@ def run_chat(
     url: str, api_key: str | None, model: str | None, message: str | None, *, max_tokens: int | None, temperature: float
 ) -> None:
     """Answer one message, or hold a conversation until end of input."""
-    api, console = Api(url, api_key), Console(highlight=False)
+    # Nothing that a model, a server or a person writes is markup or an emoji's code.
+    api, console = Api(url, api_key), Console(highlight=False, markup=False, emoji=False)
     model = model or _base_model(api)
     options: dict[str, Any] = {"model": model, "temperature": temperature, "stream": True}
     if max_tokens is not None:
@@ -24,7 +25,7 @@ def run_chat(
     if message is not None:
         _answer(api, console, options, [{"role": "user", "content": message}])
         return
-    console.print(f"[dim]Talking to {model} at {url}. /exit or Ctrl-D to leave, /new to start over.[/]")
+    console.print(f"Talking to {model} at {url}. /exit or Ctrl-D to leave, /new to start over.", style="dim")
     while (text := _ask(console)) is not None:
         if text == "/new":
             messages = []
@@ -33,7 +34,7 @@ def run_chat(
         try:
             answer = _answer(api, console, options, messages)
         except ServerError as error:
-            console.print(f"[red]{error}[/]")
+            console.print(str(error), style="red")
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})
@@ -56,12 +57,13 @@ def _answer(api: Api, console: Console, options: dict[str, Any], messages: list[
     parts = []
     for piece in _pieces(api.stream("/v1/chat/completions", {**options, "messages": messages})):
         parts.append(piece)
-        console.print(piece, end="", markup=False, soft_wrap=True)
+        console.file.write(piece)  # not ``print``, which turns tabs into spaces and drops control characters
+        console.file.flush()
     console.print()
     return "".join(parts)
 
 
-def _pieces(events: Iterator[str]) -> Iterator[str]:
+def _pieces(events: Iterator[bytes]) -> Iterator[str]:
     for event in events:
         chunk = json.loads(event)
         if "error" in chunk:

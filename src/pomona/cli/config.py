@@ -2,16 +2,25 @@
 
 Precedence: flags, then POMONA_* environment variables, then the TOML file of ``--config``, then the defaults. This is
 the only module that reads the environment. Components never see this object: ``cli.build`` hands each its own part.
+
+A setting that is a list takes one value for a list of one; in the environment it is one value, or a JSON list.
 """
 
 import json
 import os
+import tomllib
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from pomona.core.errors import ConfigError
 from pomona.sched.adapter_arrivals import AdapterLoading
@@ -22,6 +31,23 @@ BUNDLED_MODEL = "pippin"
 _ENV_PREFIX = "POMONA_"
 _BENCH_PREFIX = "POMONA_BENCH_"
 """Variables of the scripts in benchmarks/, which are no settings of a server."""
+
+
+def _listed(value: object) -> object:
+    """One value stands for a list of one. Text may also be a JSON list; empty text is no value, as in environments."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError('must be one value, or a JSON list such as ["a", "b"]') from error
+    if isinstance(value, str | int):
+        return () if value == "" else (value,)
+    return value
+
+
+# NoDecode: the text of an environment variable comes here as it is.
+Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+Counts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_listed)]
 
 
 class AppConfig(BaseSettings):
@@ -35,7 +61,9 @@ class AppConfig(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    api_key: SecretStr | None = Field(None, description="Require this bearer token on /v1 routes (better set by env).")
+    api_key: SecretStr | None = Field(
+        None, description="Bearer token that every route but /health and /ready asks for (better set by env)."
+    )
 
     accounts: bool = Field(
         default=False, description="Tenants with API keys, limits and a ledger of usage; see `pomona keys admin`."
@@ -48,13 +76,13 @@ class AppConfig(BaseSettings):
         "answer", description="Without the accounts database: answer known keys and journal their usage, or refuse."
     )
 
-    adapter: tuple[str, ...] = Field((), description="NAME=PATH_OR_HUB_ID of an adapter to load at start; repeatable.")
-    adapters_dir: tuple[str, ...] = Field(
+    adapter: Texts = Field((), description="NAME=PATH_OR_HUB_ID of an adapter to load at start; repeatable.")
+    adapters_dir: Texts = Field(
         (),
-        description="Folder or URL whose sub-folders are adapters under their own names, or that has an index.json; "
-        "each is brought in when a request names it; repeatable.",
+        description="Folder or URL whose sub-folders are adapters under their own names; a URL may have an index.json "
+        "instead; each is brought in when a request names it; repeatable.",
     )
-    allowed_adapter_root: tuple[str, ...] = Field(
+    allowed_adapter_root: Texts = Field(
         (),
         description="Folder or URL from which the API may load adapters, besides the adapters dirs; repeatable.",
     )
@@ -83,10 +111,14 @@ class AppConfig(BaseSettings):
     max_waiting: int = Field(1024, ge=1, description="Most requests waiting; more are answered with 429.")
     block_size: int = Field(16, ge=1, description="Token positions per KV block.")
     kv_cache_bytes: ByteSize | None = Field(
-        None, description="Memory of the KV cache's own, such as 2GiB; default: sized."
+        None,
+        description="Memory of the KV cache's own, such as 2GiB; default: what ADAPTER_BYTES leaves of the memory for "
+        "both, at most MAX_NUM_SEQS full contexts.",
     )
     adapter_bytes: ByteSize | None = Field(
-        None, description="Device memory that adapters may take, and KV while they do not; default: sized."
+        None,
+        description="Device memory that adapters may take, and KV while they do not; default: a fifth, at most 8GiB, "
+        "of the memory for both: half of the free host memory, or on a GPU what is left of GPU_MEMORY_FRACTION.",
     )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of the model step; default: all cores.")
@@ -96,7 +128,7 @@ class AppConfig(BaseSettings):
     decode_graphs: bool | None = Field(
         None, description="Replay decode steps from captured graphs. Default: on CUDA; on a CPU it only tests them."
     )
-    graph_batch_sizes: tuple[int, ...] = Field(
+    graph_batch_sizes: Counts = Field(
         (), description="Rows of a captured step, ascending; repeatable. Default: a choice up to MAX_NUM_SEQS."
     )
     graph_max_lora_rank: int = Field(64, ge=1, description="Steps with an adapter of larger rank are not replayed.")
@@ -136,12 +168,12 @@ class AppConfig(BaseSettings):
     max_step_s: float | None = Field(
         None, gt=0, description="Keep steps to this many seconds, for the sake of who comes next; default: no limit."
     )
-    target: tuple[str, ...] = Field(
+    target: Texts = Field(
         (),
         description="TENANT=TTFT_S,TPOT_S: requests that would miss the first are refused, steps keep to the second; "
         "* stands for all tenants; repeatable.",
     )
-    priority_tenant: tuple[str, ...] = Field(
+    priority_tenant: Texts = Field(
         (), description="With accounts: who may ask for service_tier priority; * for all; repeatable."
     )
 
@@ -197,11 +229,23 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
             SecretStr in get_args(AppConfig.model_fields[name].annotation) if name in AppConfig.model_fields else False
         )
         shown = "" if is_secret else f" (got {first['input']!r})"
-        raise ConfigError(f"{name}: {first['msg']}{shown}") from error
-    except ValueError as error:  # malformed TOML
+        where = _origin(str(first["loc"][0]), flags, config_file)
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{name}{where}: {what}{shown}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {config_file}: {error}") from error
     finally:
         _config_file.reset(token)
+
+
+def _origin(field: str, flags: dict[str, Any], config_file: Path | None) -> str:
+    """Where a setting came from, if not from the caller's own flags."""
+    if field in flags:
+        return ""
+    variable = f"{_ENV_PREFIX}{field.upper()}"
+    if any(key.upper() == variable for key in os.environ):
+        return f" (environment variable {variable})"
+    return f" (--config {config_file})"
 
 
 def format_config(config: AppConfig) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pomona.cli.accuracy import BundledTask, read_tasks
 from pomona.cli.build import adapters_dirs
@@ -48,11 +49,12 @@ def run_demo(config: AppConfig) -> None:
     if adapters_dirs(config) != [bundled]:
         raise ConfigError("the demo asks the bundled adapters; to serve your own use `pomona serve MODEL`")
     tasks = {task.name: task for task in read_tasks()}
+    api_key = None if config.api_key is None else config.api_key.get_secret_value()
 
     async def show(running: Running) -> None:
         console = Console()
         answers, duration_s = await ask_all(
-            running.url, running.base_name, [entry.name for entry in running.adapters.entries]
+            running.url, running.base_name, [entry.name for entry in running.adapters.entries], api_key
         )
         ranks = {entry.name: entry.info.lora_rank for entry in running.adapters.entries if entry.info is not None}
         console.print(_table(answers, tasks, ranks, running.base_name))
@@ -61,18 +63,28 @@ def run_demo(config: AppConfig) -> None:
             f"{len(answers)} requests to {len(ranks)} adapters and the base, in flight together: "
             f"{num_tokens} tokens in {duration_s * 1000:.0f} ms.\n"
         )
-        console.print(_try_it(running.url, next(iter(ranks))), markup=False, highlight=False, soft_wrap=True)
+        try_it = _try_it(running.url, next(iter(ranks)), asks_for_key=api_key is not None)
+        console.print(try_it, markup=False, highlight=False, soft_wrap=True)
 
     run_server(config, show)
 
 
-async def ask_all(url: str, base_name: str, adapters: list[str]) -> tuple[list[Answer], float]:
+async def ask_all(
+    url: str, base_name: str, adapters: list[str], api_key: str | None = None
+) -> tuple[list[Answer], float]:
     """Send every word to every adapter and to the base, all at once.
+
+    Args:
+        url: root of the server.
+        base_name: of the base model.
+        adapters: names.
+        api_key: what the server asks for.
 
     Returns:
         The answers, and the seconds until the last was complete.
     """
-    async with httpx.AsyncClient(base_url=url, timeout=120.0) as client:
+    headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120.0) as client:
         started_s = time.perf_counter()
         asked = [_ask(client, model, word) for word in _WORDS for model in (base_name, *adapters)]
         answers = await asyncio.gather(*asked)
@@ -121,7 +133,7 @@ def _table(answers: list[Answer], tasks: dict[str, BundledTask], ranks: dict[str
             "(base)" if is_base else answer.model,
             "" if is_base else str(ranks[answer.model]),
             answer.prompt,
-            answer.text,
+            Text(answer.text),  # no markup, no emoji's codes
             verdict,
             f"{answer.ttft_s * 1000:.0f}",
             f"{answer.tokens_per_s:.0f}",
@@ -130,18 +142,21 @@ def _table(answers: list[Answer], tasks: dict[str, BundledTask], ranks: dict[str
     return table
 
 
-def _try_it(url: str, adapter: str) -> str:
+def _try_it(url: str, adapter: str, *, asks_for_key: bool) -> str:
+    # The key itself is not shown.
+    key, words = ("KEY", ", with the server's API key for KEY") if asks_for_key else ("unused", "")
+    header, flag = (" -H 'authorization: Bearer KEY'", " --api-key KEY") if asks_for_key else ("", "")
     body = json.dumps({"model": adapter, "messages": [{"role": "user", "content": "cider"}]})
-    return f"""Still serving at {url}. Try it:
+    return f"""Still serving at {url}. Try it{words}:
 
-  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+  curl {url}/v1/chat/completions{header} -H 'content-type: application/json' -d '{body}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="unused")
+  client = OpenAI(base_url="{url}/v1", api_key="{key}")
   answer = client.chat.completions.create(model="{adapter}", messages=[{{"role": "user", "content": "cider"}}])
   print(answer.choices[0].message.content)
 
-  pomona chat --url {url} --model {adapter} cider
-  pomona adapters list --url {url}
+  pomona chat --url {url}{flag} --model {adapter} cider
+  pomona adapters list --url {url}{flag}
 
 Ctrl-C stops."""

@@ -7,6 +7,8 @@ from pomona.cli.config import BUNDLED_MODEL
 from pomona.core.errors import CheckpointError
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_OLD_WEIGHTS = "pytorch_model*.bin"
+"""Downloaded only if there are no safetensors: many repositories have the same weights twice."""
 
 
 def bundled_dir() -> Path:
@@ -41,7 +43,11 @@ def _download(hub_id: str) -> Path:
 
     repo_id, _, revision = hub_id.partition("@")
     try:
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
+        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
+        if any(folder.glob("model*.safetensors")):
+            return folder
+        files = [*_FILES, _OLD_WEIGHTS]  # all of them: the repository may have changed meanwhile
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
     except HFValidationError as error:
         raise CheckpointError(
             f"model {hub_id!r} is neither a folder nor a hub id such as 'meta-llama/Llama-3.2-1B'"

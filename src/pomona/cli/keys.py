@@ -36,7 +36,9 @@ def register(app: typer.Typer) -> None:
 def admin(
     role: Annotated[Role, typer.Option(help="What the key may do.")] = Role.ADMIN,
     name: Annotated[str, typer.Option(help="For people.")] = "",
-    data_dir: Annotated[Path, typer.Option(help="As given to `pomona serve`.")] = Path("pomona-data"),
+    data_dir: Annotated[Path, typer.Option(envvar="POMONA_DATA_DIR", help="As given to `pomona serve`.")] = Path(
+        "pomona-data"
+    ),
     database_url: Annotated[
         str | None, typer.Option(envvar="POMONA_DATABASE_URL", help="As given to `pomona serve`.")
     ] = None,
@@ -52,6 +54,7 @@ def admin(
     from pomona.accounts.database import Database
     from pomona.accounts.tenants import TenantStore
 
+    data_dir = data_dir.expanduser()
     config = AccountsConfig(data_dir=data_dir, database_url=database_url)
     data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     database = Database(config.url)

@@ -6,6 +6,7 @@ llm = LLM("pippin")
 print(llm.chat("banana", adapter="reverse").text)
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pomona.adapters.catalogue import Catalogue
-from pomona.cli.build import engine_builder, startup_adapters
+from pomona.cli.build import engine_builder, load_all, sources_of_operator
 from pomona.cli.config import load_config
 from pomona.cli.hub import model_name
 from pomona.core.adapter import AdapterInfo
-from pomona.core.errors import CheckpointError, ConfigError, ModelNotFoundError, QueueFullError
+from pomona.core.errors import CheckpointError, ConfigError, ModelNotFoundError, PomonaError, QueueFullError
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.output import EngineStats, RequestOutput
 from pomona.core.plan import TokenLogprobs
@@ -82,8 +83,9 @@ class LLM:
         self._eos_token_ids = parts.info.eos_token_ids
         self._catalogue = Catalogue(config.served_model_name or model_name(config.model))
         self._num_requests = 0
-        for adapter in startup_adapters(config):
-            self.load_adapter(adapter.name, adapter.source)
+        # Runs that the engine has, of every call under way. Whichever call steps the engine brings all of them forward.
+        self._active: dict[RequestId, _Run] = {}
+        load_all(config, self.load_adapter)
 
     @property
     def adapters(self) -> list[str]:
@@ -95,13 +97,15 @@ class LLM:
         return self._engine.stats()
 
     def load_adapter(self, name: str, source: str) -> AdapterInfo:
-        """Load the PEFT folder ``source`` under ``name``, replacing what had that name.
+        """Load a PEFT folder, or a hub id, under ``name``, replacing what had that name.
 
         Raises:
+            InvalidRequestError: no adapter can have this name.
             AdapterError: it cannot be used; nothing changed.
         """
         self._catalogue.validate_name(name)
-        info = self._adapter_host.stage(source)
+        source = os.path.expanduser(source)
+        info = self._adapter_host.stage(sources_of_operator(source).resolve(source))
         self._engine.register_adapter(info)
         self._retire(self._catalogue.register(name, info, source))
         return info
@@ -128,7 +132,7 @@ class LLM:
         """Complete every prompt, all in one batch.
 
         Args:
-            prompts: one or several; text gets the tokenizer's own special tokens.
+            prompts: one or several; text gets the tokenizer's own special tokens, and the answer goes on from it.
             adapter: one for all, or one per prompt; None is the base model.
             sampling: how tokens are chosen; the seed of prompt i is ``sampling.seed + i``.
             stop: texts that end an answer; they are not part of it.
@@ -146,11 +150,17 @@ class LLM:
             self._run(prompt, name, sampling, stop, index=index, ignore_eos=ignore_eos)
             for index, (prompt, name) in enumerate(zip(listed, names, strict=True))
         ]
-        with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
-            task = progress.add_task("generating", total=len(runs))
-            for run, _ in self._drive(runs):
-                if run.completion.finish_reason is not None:
-                    progress.advance(task)
+        waiting, num_open = deque(runs), len(runs)
+        request_ids = {run.request.request_id for run in runs}
+        try:
+            with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
+                task = progress.add_task("generating", total=len(runs))
+                while num_open:
+                    self._step(waiting)
+                    num_open = len(waiting) + len(self._active.keys() & request_ids)
+                    progress.update(task, completed=len(runs) - num_open)
+        finally:
+            self._abort(runs)
         return [run.completion for run in runs]
 
     def stream(
@@ -162,15 +172,29 @@ class LLM:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
     ) -> Iterator[str]:
-        """Yield the pieces of one answer as they come. Closing the iterator ends the request."""
+        """Yield the pieces of one answer as they come. Closing the iterator ends the request.
+
+        Several streams may be read in turn, and other calls made in between: each brings all of them forward, and the
+        text that came meanwhile is the next piece.
+
+        Raises:
+            PomonaError: the engine failed on this answer.
+        """
         run = self._run(prompt, adapter, sampling, stop, index=0, ignore_eos=ignore_eos)
+        waiting, num_sent = deque([run]), 0
         try:
-            for _, piece in self._drive([run]):
-                if piece:
+            while True:
+                if piece := run.completion.text[num_sent:]:
+                    num_sent += len(piece)
                     yield piece
+                elif run.completion.finish_reason is None:
+                    self._step(waiting)
+                else:
+                    break
         finally:
-            if run.completion.finish_reason is None:
-                self._engine.abort(run.request.request_id)
+            self._abort([run])
+        if run.completion.finish_reason is FinishReason.FAIL:
+            raise PomonaError(run.error or "the engine failed")
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Completion:
         """Answer a conversation, or a single user message. Takes the options of ``generate``.
@@ -192,6 +216,10 @@ class LLM:
         if adapter_id is None:
             return
         self._engine.retire_adapter(adapter_id)
+        self._step(deque())
+
+    def _unstage_drained(self) -> None:
+        """Drop host copies that nothing needs any more; a device copy is given up with a step, so ask after each."""
         for drained in self._engine.take_drained():
             self._adapter_host.unstage(drained)
 
@@ -214,7 +242,9 @@ class LLM:
             arrival_s=time.monotonic(),
             adapter_id=None if adapter is None else self._adapter_id(adapter),
         )
-        return _Run(request, Detokenizer(self.tokenizer), StopMatcher(StopStrings(tuple(stop))))
+        # Text goes on; what follows token ids, such as a conversation's, begins anew.
+        detokenizer = Detokenizer(self.tokenizer, is_continuation=isinstance(prompt, str))
+        return _Run(request, detokenizer, StopMatcher(StopStrings(tuple(stop))))
 
     def _adapter_id(self, name: str) -> AdapterId:
         adapter_id = self._catalogue.resolve_model(name)
@@ -222,28 +252,31 @@ class LLM:
             raise ModelNotFoundError(name)
         return adapter_id
 
-    def _drive(self, runs: Sequence["_Run"]) -> Iterator[tuple["_Run", str]]:
-        """Step the engine until these runs have ended; yield each run's news."""
-        waiting = deque(runs)
-        active: dict[RequestId, _Run] = {}
-        while waiting or active:
-            while waiting:
-                try:
-                    self._engine.add(waiting[0].request)
-                except QueueFullError:
-                    break  # the rest goes in as the queue empties
-                run = waiting.popleft()
-                active[run.request.request_id] = run
-            for output in self._engine.step(time.monotonic()):
-                found = active.get(output.request_id)
-                if found is None:
-                    continue
-                piece = found.take(output)
-                if found.completion.finish_reason is not None:
-                    del active[output.request_id]
-                    if output.finish_reason is None:  # a stop string: the engine does not know
-                        self._engine.abort(output.request_id)
-                yield found, piece
+    def _step(self, waiting: deque["_Run"]) -> None:
+        """Put in what the engine takes of ``waiting``, step once, and hand every output to the run that it is for."""
+        while waiting:
+            try:
+                self._engine.add(waiting[0].request)
+            except QueueFullError:
+                break  # the rest goes in as the queue empties
+            run = waiting.popleft()
+            self._active[run.request.request_id] = run
+        for output in self._engine.step(time.monotonic()):
+            found = self._active.get(output.request_id)
+            if found is None:
+                continue  # aborted
+            found.take(output)
+            if found.completion.finish_reason is not None:
+                del self._active[output.request_id]
+                if output.finish_reason is None:  # a stop string: the engine does not know
+                    self._engine.abort(output.request_id)
+        self._unstage_drained()
+
+    def _abort(self, runs: Sequence["_Run"]) -> None:
+        """End what the engine still has of these runs."""
+        for run in runs:
+            if self._active.pop(run.request.request_id, None) is not None:
+                self._engine.abort(run.request.request_id)
 
 
 class _Run:
@@ -252,11 +285,13 @@ class _Run:
     def __init__(self, request: Request, detokenizer: Detokenizer, stop: StopMatcher) -> None:
         self.request = request
         self.completion = Completion(num_prompt_tokens=len(request.prompt_token_ids))
+        self.error: str | None = None
+        """With FinishReason.FAIL: what went wrong."""
         self._detokenizer = detokenizer
         self._stop = stop
 
-    def take(self, output: RequestOutput) -> str:
-        """Add one output; return the text that became final."""
+    def take(self, output: RequestOutput) -> None:
+        """Add one output, and the text that it makes final."""
         completion = self.completion
         if output.new_token_ids and not completion.token_ids:
             completion.ttft_s = time.monotonic() - self.request.arrival_s
@@ -274,11 +309,11 @@ class _Run:
         else:
             if output.finish_reason is not None:
                 completion.finish_reason = output.finish_reason
+                self.error = output.error
                 text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         if completion.finish_reason is not None:
             completion.e2e_s = time.monotonic() - self.request.arrival_s
         completion.text += text
-        return text
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

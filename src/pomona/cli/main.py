@@ -148,7 +148,7 @@ def chat(
 
 @adapters_app.command("list")
 def adapters_list(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Show a server's adapters: state, rank, size, features, source.
+    """Show a server's adapters: state, version, rank, size, requests, hits, loads, evictions, last use, last error.
 
     Example:
 
@@ -162,19 +162,25 @@ def adapters_list(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
 @adapters_app.command("add")
 def adapters_add(
     name: Annotated[str, typer.Argument(help="Name that clients will use as `model`.")],
-    source: Annotated[str, typer.Argument(help="Folder on the server's machine, or hub id.")],
+    source: Annotated[str, typer.Argument(help="Folder on the server's machine, URL, or hub id.")],
+    tenant: Annotated[str | None, typer.Option(help="Whose adapter it will be; for administrators.")] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Load an adapter into a running server, or replace the one of that name. Returns when it can be used.
 
-    Example:
+    The server takes it from its `--adapters-dir` and from every `--allowed-adapter-root` that it was started with, a
+    tenant's from the sub-folder there that bears the tenant's id; from the hub only with `--allow-hub-adapters`.
+
+    Examples:
+
+        pomona serve ./llama-3.2-1b --allowed-adapter-root /srv/adapters
 
         pomona adapters add legal /srv/adapters/legal-v2
     """
     from pomona.cli.adapters import add_adapter
 
-    add_adapter(url, api_key, name, source)
+    add_adapter(url, api_key, name, source, tenant)
 
 
 @adapters_app.command("remove")
@@ -267,7 +273,7 @@ def bench_serve(
     if not spawn:
         run_bench(config)
         return
-    with spawned_server([]) as spawned_url:
+    with spawned_server([], api_key) as spawned_url:
         run_bench(replace(config, base_url=spawned_url))
 
 
@@ -327,7 +333,7 @@ def simulate(
 ) -> None:
     """Simulate a cluster in virtual time: the same scheduler, adapters and router, with costs measured or computed.
 
-    The table goes to stderr. docs/simulator.md shows a spec with everything that it may say.
+    The table goes to stderr. docs/simulator.md shows a spec; docs/reference/simulation.md has every key.
 
     Examples:
 

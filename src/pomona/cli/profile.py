@@ -11,7 +11,7 @@ from rich.table import Table
 
 import pomona
 from pomona.bench.machine import describe_hardware, find_commit
-from pomona.cli.build import engine_builder, startup_adapters
+from pomona.cli.build import engine_builder, load_all
 from pomona.cli.config import AppConfig
 from pomona.cli.hub import model_name
 from pomona.core.adapter import AdapterInfo
@@ -49,10 +49,13 @@ def build_metered(config: AppConfig) -> tuple[EngineParts, MeteredExecutor, tupl
 
     parts = replace(engine_builder(config), wrap=wrap)()
     adapters: dict[str, AdapterInfo] = {}
-    for source in startup_adapters(config):
-        info = parts.adapter_host.stage(source.source)
+
+    def load(name: str, folder: str) -> None:
+        info = parts.adapter_host.stage(folder)
         parts.engine.register_adapter(info)
         adapters[info.adapter_id] = info
+
+    load_all(config, load)
     return parts, metered[0], tuple(adapters.values())
 
 

@@ -12,7 +12,7 @@ from pomona.adapters.disk_cache import DiskCache
 from pomona.adapters.remote import RemoteFolders, is_url
 from pomona.adapters.sources import AdapterSources
 from pomona.adapters.stores import AdapterStore, FolderStore, RemoteStore
-from pomona.cli.build import adapters_dirs, named_adapters
+from pomona.cli.build import adapters_dirs, named_adapters, sources_of_operator
 from pomona.cli.config import AppConfig
 from pomona.core.errors import AdapterUnavailableError, ConfigError, PomonaError
 from pomona.core.interfaces import EngineClient
@@ -82,9 +82,7 @@ async def give_names(config: AppConfig, service: AdapterService, places: Adapter
     """
     seen: dict[str, str] = {}
     for adapter in named_adapters(config):
-        # Whoever starts the server may load from anywhere.
-        parent = str(Path(adapter.source).expanduser().resolve().parent)
-        sources = places.sources if is_url(adapter.source) else AdapterSources((parent,), allow_hub=True)
+        sources = places.sources if is_url(adapter.source) else sources_of_operator(adapter.source)
         try:
             await service.load(adapter.name, adapter.source, sources)
         except PomonaError as error:

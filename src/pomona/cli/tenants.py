@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from pomona.cli.options import DEFAULT_URL, ApiKey, Url
+from pomona.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pomona.cli.api import Api
 
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency", "monthly_tokens", "monthly_cost")
+_SUFFIXES = (".csv", ".parquet")
 
 
 def _api(url: str, api_key: str | None) -> "Api":
@@ -183,15 +185,10 @@ def usage(
     """
     query = {name: value for name, value in {"start": start, "end": end}.items() if value is not None}
     if output is not None:
-        import httpx
-
+        if output.suffix not in _SUFFIXES or not output.parent.is_dir():
+            raise ConfigError(f"--output {output}: must be a .csv or .parquet file in a folder that exists")
         query["format"] = output.suffix.removeprefix(".")
-        headers = {"authorization": f"Bearer {api_key}"}
-        with httpx.stream("GET", f"{url.rstrip('/')}/v1/usage?{urlencode(query)}", headers=headers) as response:
-            response.raise_for_status()
-            with output.open("wb") as file:
-                for chunk in response.iter_bytes():
-                    file.write(chunk)
+        _api(url, api_key).download(f"/v1/usage?{urlencode(query)}", output)
         typer.echo(str(output))
         return
     groups = [name for name in group_by.split(",") if name]

@@ -84,6 +84,7 @@ class EngineClient(Protocol):
 
         Raises:
             QueueFullError: the queue is full; nothing was admitted.
+            RateLimitError, InvalidRequestError: the engine refuses it; nothing was admitted.
             EngineUnavailableError: the engine is not there.
         """
         ...

@@ -12,6 +12,8 @@ from pomona.core.ids import AdapterId, RequestId, TenantId
 
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: no other token has a chance worth drawing, and float32 has no room for more."""
 
 
 class FinishReason(enum.StrEnum):
@@ -55,9 +57,9 @@ class SamplingParams:
     min_tokens: int = 0
     """Stop tokens are not chosen before this many output tokens."""
     temperature: float = 1.0
-    """0 means greedy (the most likely token; ties go to the lowest id)."""
+    """Below ``GREEDY_BELOW`` means greedy (the most likely token; ties go to the lowest id)."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens whose probabilities sum to at least this, in (0, 1]."""
+    """Keep the smallest set of tokens whose probabilities sum to at least this, in (0, 1]; at least one token stays."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     min_p: float = 0.0
@@ -67,7 +69,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit per occurrence in the output, in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens seen in prompt or output; > 0, 1 is off."""
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output, in [0.01, 100]; 1 is off."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, value in [-100, 100]) pairs added to the logits."""
     seed: int = 0
@@ -90,18 +92,19 @@ class SamplingParams:
         _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
         _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "between -2 and 2")
         _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
-        _check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", self.repetition_penalty, "in (0, 100]")
+        # What logits are divided by must not make them infinite.
+        _check(
+            0.01 <= self.repetition_penalty <= 100.0,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "between 0.01 and 100",
+        )
         for token_id, bias in self.logit_bias:
             _check(token_id >= 0, "logit_bias", token_id, "a token id, 0 or larger")
             _check(-100.0 <= bias <= 100.0 and math.isfinite(bias), "logit_bias", bias, "between -100 and 100")
         _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"between 0 and {MAX_SEED}")
         for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _check(value is None or 0 <= value <= MAX_LOGPROBS, name, value, f"between 0 and {MAX_LOGPROBS}")
-
-    @property
-    def is_greedy(self) -> bool:
-        """True when no random draw is made."""
-        return self.temperature == 0.0
 
     @property
     def has_penalties(self) -> bool:

@@ -43,8 +43,8 @@ class EngineProcess:
     """One child process with its private directory."""
 
     def __init__(self) -> None:
-        """Make the directory: mode 0700, so that no other user of the machine can change what the child unpickles."""
-        self._directory = tempfile.mkdtemp(prefix="pomona-")
+        """Nothing is started yet."""
+        self._directory: str | None = None
         self._popen: subprocess.Popen[bytes] | None = None
         self._life_fd = -1
 
@@ -64,12 +64,20 @@ class EngineProcess:
 
         Raises:
             ConfigError: the builder cannot be pickled.
-            EngineUnavailableError: the system refuses another process.
+            EngineUnavailableError: the system refuses another process, or what that needs.
         """
         try:
             builder_pickle = pickle.dumps(build)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(f"build: cannot be sent to the engine's process: {error}") from error
+        try:
+            self._start(builder_pickle, config, channel_fd)
+        except OSError as error:
+            raise EngineUnavailableError(f"the engine's process could not be started: {error}") from error
+
+    def _start(self, builder_pickle: bytes, config: ChildConfig, channel_fd: int) -> None:
+        # Mode 0700, so that no other user of the machine can change what the child unpickles.
+        self._directory = tempfile.mkdtemp(prefix="pomona-")
         for name, content in (
             ("path", pickle.dumps([entry or os.getcwd() for entry in sys.path])),
             ("config", pickle.dumps(config)),
@@ -80,14 +88,13 @@ class EngineProcess:
         arguments = [sys.executable, "-P", "-c", _BOOT, self._directory, *map(str, (os.getpid(), read_fd, channel_fd))]
         try:
             self._popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(read_fd, channel_fd))
-        except OSError as error:
-            raise EngineUnavailableError(f"the engine's process could not be started: {error}") from error
         finally:
             os.close(read_fd)
 
     def remove_directory(self) -> None:
         """Remove the directory. The child has read it by its Hello, so that nothing is left behind after that."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     @property
     def is_running(self) -> bool:

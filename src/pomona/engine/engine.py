@@ -86,7 +86,7 @@ class Engine:
             else:
                 plan = self._scheduler.schedule(now_s)
                 result = self._executor.execute(plan)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too: the scheduler waits for what the step would have brought
             self._launched.clear()
             self._undelivered = outputs + self._scheduler.fail_all(f"the model failed: {type(error).__name__}")
             raise

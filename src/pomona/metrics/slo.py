@@ -20,9 +20,11 @@ class Slo:
     """
 
     ttft_s: float | None = None
+    """Time to first token."""
     tpot_s: float | None = None
-    """Met by answers of one token, for which TPOT is undefined."""
+    """Time per output token; met by answers of one token, for which it is undefined."""
     e2e_s: float | None = None
+    """From arrival to the last token."""
 
     def __post_init__(self) -> None:
         """Check every bound once."""

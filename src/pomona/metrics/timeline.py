@@ -65,11 +65,6 @@ class RequestTimeline:
         self.finish_reason = finish_reason
 
     @property
-    def queue_s(self) -> float | None:
-        """First scheduled minus arrival; None if it never was."""
-        return None if self.first_scheduled_s is None else self.first_scheduled_s - self.arrival_s
-
-    @property
     def ttft_s(self) -> float | None:
         """First token minus arrival; None without tokens."""
         return self._token_times_s[0] - self.arrival_s if self._token_times_s else None

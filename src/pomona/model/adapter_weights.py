@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pomona.core.adapter import EMBEDDING_NAME, HEAD_NAME, BaseModules, ModuleLora, ResolvedAdapter
 from pomona.core.errors import AdapterError
+from pomona.kernels.cpu import binding
 from pomona.kernels.host_memory import mapped_zeros
 from pomona.kernels.linear import is_served_as
 from pomona.model.adapter_modules import ModuleMap, map_modules, norm_size
@@ -63,6 +64,8 @@ class AdapterLoader:
         self._layout = layout
         self._max_pages = max_pages
         self._map = map_modules(base.spec)
+        # The same with and without the compiled kernels; those of CUDA take any rank.
+        self._max_rank = binding.MAX_RANK if base.device.type == "cpu" else math.inf
 
     @property
     def modules(self) -> BaseModules:
@@ -83,8 +86,10 @@ class AdapterLoader:
             tensors: of its weights file, by key.
 
         Raises:
-            AdapterError: naming the tensor that is missing, unexpected, of the wrong shape or type, or not finite.
+            AdapterError: naming the tensor that is missing, unexpected, of the wrong shape or type, or not finite, or
+                the projection whose rank is too large.
         """
+        self._check_ranks(adapter)
         state = AdapterState(tensors, adapter.spec.base_model_name)
         state.check_modules(self._map.base.names)
         parts = _Parts(adapter, state, self._base, self._map)
@@ -110,6 +115,15 @@ class AdapterLoader:
             modules=_module_kinds(adapter),
             features=_features(adapter),
         )
+
+    def _check_ranks(self, adapter: ResolvedAdapter) -> None:
+        """Refuse what the kernels cannot compute. Embedding and lm_head are multiplied by other means."""
+        for name in self._map.targets:
+            lora = adapter.loras.get(name)
+            if lora is not None and lora.lora_rank > self._max_rank:
+                raise AdapterError(
+                    f"the rank of {name} is {lora.lora_rank}: a projection's may be up to {self._max_rank} on a CPU"
+                )
 
     def _fill_pages(self, rows: "dict[tuple[int, Target], _LowRank]") -> Tensor:
         max_rank = max((lora.lora_rank for lora, _, _ in rows.values()), default=0)

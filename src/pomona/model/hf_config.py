@@ -260,7 +260,7 @@ def _sliding_windows(fields: _Fields, family: _Family, num_layers: int) -> tuple
     if (
         not isinstance(layer_types, list)
         or len(layer_types) != num_layers
-        or any(layer_type not in by_type for layer_type in layer_types)
+        or any(not isinstance(name, str) or name not in by_type for name in layer_types)
     ):
         raise fields.refuse("layer_types", f"must list {' or '.join(by_type)} for each of {num_layers} layers")
     if window is None and "sliding_attention" in layer_types:
@@ -286,4 +286,5 @@ def _eos_token_ids(folder: Path, fields: _Fields, family: _Family) -> tuple[int,
     generation = folder / "generation_config.json"
     if generation.is_file():
         ids += _Fields(generation).token_ids("eos_token_id", None)
-    return tuple(dict.fromkeys(ids))
+    # An id that is none of the vocabulary's is never sampled.
+    return tuple(token_id for token_id in dict.fromkeys(ids) if token_id < fields.integer("vocab_size"))

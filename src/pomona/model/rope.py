@@ -27,6 +27,9 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 
+_MOST_POSITIONS = 2**40
+"""Far beyond any context, and far from where numbers end."""
+
 _IGNORED = ("type", "rope_type", "rope_theta", "finetuned")
 
 
@@ -54,7 +57,7 @@ def read_rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[Rop
         raise _refuse(name, scaling, "must be an object")
     scaling = _flat(name, scaling)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise _refuse(f"{name}.rope_type", kind, f"supported are {', '.join(_KINDS)}")
     theta = _number(f"{name}.rope_theta", scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if "original_max_position_embeddings" in _KINDS[kind][0]:
@@ -69,6 +72,10 @@ def read_rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[Rop
     if kind == "yarn":
         original = params["original_max_position_embeddings"]
         params.setdefault("factor", max_position_embeddings / original)
+        if theta <= 1:
+            raise _refuse(f"{name}.rope_theta", theta, "must be above 1 for the kind 'yarn'")
+        if params["factor"] * original > _MOST_POSITIONS:
+            raise _refuse(f"{name}.factor", params["factor"], f"stretches the context past {_MOST_POSITIONS} positions")
         max_position_embeddings = max(max_position_embeddings, int(params["factor"] * original))
     return RopeSpec(theta=theta, kind=kind, params=tuple(sorted(params.items()))), max_position_embeddings
 
@@ -77,7 +84,9 @@ def _read_params(name: str, kind: str, scaling: dict[str, Any]) -> dict[str, flo
     needed, optional = _KINDS[kind]
     params: dict[str, float | int | bool] = {}
     for field, value in scaling.items():
-        if field in _IGNORED or value is None or (field == "partial_rotary_factor" and value == 1):
+        if field in _IGNORED or (field == "partial_rotary_factor" and value == 1):
+            continue
+        if value is None and field != "truncate":  # where null, unlike nothing, means false
             continue
         if field not in (*needed, *optional):
             raise _refuse(f"{name}.{field}", value, f"not supported for the kind {kind!r}")

@@ -40,8 +40,12 @@ class AutoscalerConfig:
     """
 
     policy: AutoscalerName = "fixed"
+    """What decides. ``fixed`` starts others for those that are lost, ``light-load`` is Punica's way,
+    ``load-proportional`` Symphony's, ``target-utilisation`` that of Kubernetes."""
     min_replicas: int = 1
+    """The fleet never gets smaller."""
     max_replicas: int = 1
+    """The fleet never gets larger."""
     interval_s: float = 10.0
     """Time between observations."""
     light_requests: int = 8

@@ -29,7 +29,9 @@ class RouterConfig:
     """
 
     policy: PolicyName = "least-loaded"
+    """What chooses the replica of a request."""
     seed: int = 0
+    """Of what is drawn (``random``, ``two-choices``)."""
     max_requests: int = 32
     """Working-set limit of a replica (``punica``)."""
     max_step_s: float = 0.1

@@ -37,9 +37,12 @@ class _Members:
         self._place: dict[ReplicaId, int] = {}
 
     def put(self, replica: ReplicaState) -> None:
-        if replica.replica_id not in self._place:
+        place = self._place.get(replica.replica_id)
+        if place is None:
             self._place[replica.replica_id] = len(self.states)
             self.states.append(replica)
+        else:
+            self.states[place] = replica
 
     def drop(self, replica_id: ReplicaId) -> None:
         place = self._place.pop(replica_id, None)

@@ -27,13 +27,17 @@ class StepModel:
     """
 
     base_s: float = 0.0
+    """A step's, whatever is in it."""
     row_s: float = 0.0
+    """A row's."""
     rank_row_s: float = 0.0
+    """A rank's, as the form counts ranks."""
     prompt_token_s: float = 0.0
     """A prompt token's share of a prefill."""
     num_output_tokens: float = 128.0
     """Mean answer: a prefill is paid once per answer, a slower step once per token of it."""
     form: RankForm = "sum"
+    """How ranks count: those of the rows summed, or the largest once per row."""
 
     def __post_init__(self) -> None:
         """Check every range once."""

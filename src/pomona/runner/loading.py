@@ -1,7 +1,6 @@
 """load_runner: a checkpoint folder becomes a ModelRunner whose sizes are known."""
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pomona.core.errors import ConfigError
+from pomona.core.machine import num_usable_cores
 from pomona.kernels.cpu import binding
 from pomona.model.adapter_weights import AdapterLoader
 from pomona.model.decoder import Decoder
@@ -162,7 +162,7 @@ def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) 
     spec = read_spec(folder)
     device = torch_device(config)
     if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(config.num_threads or num_usable_cores())
         _LOGGER.log(logging.INFO if binding.is_available() else logging.WARNING, binding.describe())
     return load_weights(
         folder,

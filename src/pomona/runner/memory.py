@@ -74,7 +74,7 @@ def plan_capacity(
         ConfigError: not even one sequence of max_model_len tokens fits; says what to change.
     """
     dtype_bytes = torch_dtype(config, spec, device).itemsize
-    budget = _free_bytes(config, spec, device) - reserved_bytes
+    budget = max(0, _free_bytes(config, spec, device) - reserved_bytes)
     per_block = block_bytes(spec, config.block_size, torch_dtype(config, spec, device))
     blocks_per_page = _blocks_per_page(layout.page_elems * dtype_bytes, per_block)
     page_bytes = blocks_per_page * per_block or layout.page_elems * dtype_bytes
@@ -86,10 +86,10 @@ def plan_capacity(
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // per_block
     else:
-        num_blocks = min((budget - adapter_bytes) // per_block, config.max_num_seqs * blocks_per_seq)
+        num_blocks = min(max(0, budget - adapter_bytes) // per_block, config.max_num_seqs * blocks_per_seq)
     if num_blocks < blocks_per_seq:
         raise ConfigError(
-            f"the KV cache holds {max(num_blocks, 0) * config.block_size} tokens but max_model_len is {max_model_len}: "
+            f"the KV cache holds {num_blocks * config.block_size} tokens but max_model_len is {max_model_len}: "
             f"raise kv_cache_bytes to at least {blocks_per_seq * per_block} or lower max_model_len"
         )
     return Capacity(num_kv_blocks=num_blocks, num_adapter_pages=num_pages, blocks_per_page=blocks_per_page)

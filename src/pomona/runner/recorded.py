@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pomona.kernels.cpu.recording import NotRecordableError, Recording, Workspace, record, refresh_attention
+from pomona.kernels.cpu.recording import NotRecordableError, Recording, record, refresh_attention
+from pomona.kernels.cpu.workspace import Workspace
 from pomona.model.decoder import Decoder
 from pomona.model.lora import LoraState
 from pomona.runner.batch import DeviceBatch

@@ -10,6 +10,7 @@ from torch import Tensor
 from pomona.core.ids import RequestId
 from pomona.core.plan import StepPlan, StepResult, TokenLogprobs
 from pomona.kernels.cpu import binding as cpu
+from pomona.kernels.cpu.workspace import Activations
 from pomona.model.decoder import Decoder
 from pomona.model.lora import LoraState
 from pomona.runner.adapter_host import StagedAdapters
@@ -23,6 +24,8 @@ from pomona.runner.sequences import ExpectedTokens, SequenceTable
 
 _IDLE_WAIT_S = 0.002
 """A step with nothing to compute waits this long for adapters on their way."""
+_MANY_ROWS = 128
+"""Of fewer, no result is worth memory of its own."""
 _NONE: frozenset[int] = frozenset()
 _PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits are held at once: bounds memory at this many rows of the vocabulary."""
@@ -98,7 +101,9 @@ class ModelRunner:
         self._block_size = block_size
         self._device = device
         self.graphs = graphs
-        self._recorded = RecordedDecodes(decoder, kv_cache) if device.type == "cpu" and cpu.is_available() else None
+        has_cpu_kernels = device.type == "cpu" and cpu.is_available()
+        self._recorded = RecordedDecodes(decoder, kv_cache) if has_cpu_kernels else None
+        self._activations = Activations() if has_cpu_kernels else None
         # Tokens that the latest step sampled; those whose values the host lacks are read from here.
         self._latest: Tensor | None = None
 
@@ -151,7 +156,11 @@ class ModelRunner:
             hidden = self._recorded.forward(batch, lora)
             if hidden is not None:
                 return hidden
-        return self._decoder.forward(batch.token_ids, batch.positions, self._kv_cache.layers, batch.attention, lora)
+        arguments = (batch.token_ids, batch.positions, self._kv_cache.layers, batch.attention, lora)
+        if self._activations is None or batch.token_ids.shape[0] < _MANY_ROWS:
+            return self._decoder.forward(*arguments)
+        with self._activations.in_use():
+            return self._decoder.forward(*arguments)
 
     def _prompt_logprobs(
         self, plan: StepPlan, batch: HostBatch, hidden: Tensor, lora: LoraState | None

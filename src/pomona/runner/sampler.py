@@ -142,7 +142,9 @@ def _keep_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     ordered, order = probs.sort(dim=1, descending=True, stable=True)
     ordered = ordered.masked_fill(torch.arange(probs.shape[1], device=probs.device) >= top_k, 0.0)
     before = ordered.cumsum(dim=1) - ordered  # probability of everything more likely
-    ordered = ordered.masked_fill(before >= top_p * ordered.sum(dim=1, keepdim=True), 0.0)
+    is_past = before >= top_p * ordered.sum(dim=1, keepdim=True)
+    is_past[:, 0] = False  # the most likely token stays, also where top_p is 0 in float32
+    ordered = ordered.masked_fill(is_past, 0.0)
     return torch.zeros_like(probs).scatter_(1, order, ordered)
 
 

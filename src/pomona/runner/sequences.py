@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.plan import ScheduledSeq, SeqStart
-from pomona.core.request import SamplingParams
+from pomona.core.request import GREEDY_BELOW, SamplingParams
 
 
 class SequenceTable:
@@ -33,6 +33,7 @@ class SequenceTable:
         """Sequences that have had the row: tells whether it still belongs to the one it was given to."""
         self.num_prompt_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
         self.temperature: NDArray[np.float32] = np.zeros(max_num_seqs, dtype=np.float32)
+        """0 for greedy rows."""
         self.top_p: NDArray[np.float32] = np.ones(max_num_seqs, dtype=np.float32)
         self.top_k: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
         self.min_p: NDArray[np.float32] = np.zeros(max_num_seqs, dtype=np.float32)
@@ -88,7 +89,7 @@ class SequenceTable:
         self.num_tokens[row] = self.num_host_tokens[row] = num_tokens
         self.tenure[row] += 1
         self.num_prompt_tokens[row] = start.num_prompt_tokens
-        self.temperature[row] = sampling.temperature
+        self.temperature[row] = 0.0 if sampling.temperature < GREEDY_BELOW else sampling.temperature
         self.top_p[row] = sampling.top_p
         self.top_k[row] = sampling.top_k
         self.min_p[row] = sampling.min_p

@@ -7,7 +7,7 @@ computed from the host copy, and it decodes when the weights are there (CaraServ
 adapters of requests further back in the queue are copied ahead into pages that nobody uses.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from pomona.sched.memory import Memory
@@ -33,6 +33,7 @@ class AdapterArrivals:
         self._adapters = memory.adapters
         self._is_awaited = loading == "on_demand"
         self._is_assisted = loading == "assist"
+        self._joining: dict[Sequence, None] = {}
 
     def may_start(self, seq: Sequence) -> bool:
         """True if a waiting sequence may begin to compute. Otherwise its adapter is on the way, or has just been sent
@@ -47,6 +48,7 @@ class AdapterArrivals:
         if not seq.is_joining:
             self._pin(seq)
             seq.is_joining = True
+            self._joining[seq] = None
         return False
 
     def take(self, seq: Sequence) -> int:
@@ -57,16 +59,26 @@ class AdapterArrivals:
         """
         if seq.is_joining:
             seq.is_joining = False
+            del self._joining[seq]
         else:
             self._pin(seq)
         return seq.num_loaded_pages
 
     def leave(self, seq: Sequence) -> None:
-        """Note that a waiting sequence has ended."""
+        """Note that a waiting sequence has ended, or has to give up its adapter's pages."""
         if seq.is_joining:
             seq.is_joining = False
+            del self._joining[seq]
             assert seq.request.adapter_id is not None
             self._adapters.unpin(seq.request.adapter_id)
+
+    def give_up(self, owes: Callable[[Sequence], bool]) -> None:
+        """Unpin the adapters of those waiting sequences that owe it, except while they are copied: a copy is soon made,
+        and two that interrupted each other's would never have one."""
+        for seq in list(self._joining):
+            assert seq.request.adapter_id is not None
+            if owes(seq) and not self._adapters.is_loading(seq.request.adapter_id):
+                self.leave(seq)
 
     def is_held(self, seq: Sequence) -> bool:
         """True if a running sequence may not compute its next token yet: its prompt was computed from the host copy,
@@ -95,7 +107,6 @@ class AdapterArrivals:
     def _pin(self, seq: Sequence) -> None:
         adapters, adapter_id = self._adapters, seq.request.adapter_id
         assert adapter_id is not None
-        seq.num_loaded_pages = 0
         if not adapters.is_resident(adapter_id):
             seq.num_loaded_pages = len(self._memory.load(adapter_id, is_awaited=self._is_awaited).page_ids)
         seq.adapter_order = adapters.pin(adapter_id)

@@ -4,12 +4,17 @@ Requests whose adapter is resident overtake one whose adapter is not, which keep
 could keep its pages pinned for ever. So after a limit the waiting one becomes the claimant. The adapters whose running
 users will be done first are *closed* to new users, as many as it needs the pages of, and until it has them nobody else
 gets pages; users of all other adapters come and go meanwhile. KV is *confined* to its own blocks meanwhile, so that the
-pages it has borrowed come back when those who hold them now are done. Base-model requests never wait here.
+pages it has borrowed come back when those who hold them now are done. Base-model requests never wait here. Sequences
+that wait with pages pinned, for a place in the batch, give them up to a claimant that they do not come before, and at
+once to whom they would have to yield if they ran; and a claim ends when a sequence of a higher class lacks room.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 from pomona.core.ids import AdapterId
+from pomona.sched.adapter_arrivals import AdapterArrivals
+from pomona.sched.fair_queue import FairQueue
 from pomona.sched.memory import Memory
 from pomona.sched.sequence import Sequence
 
@@ -19,25 +24,29 @@ class AdapterTurn:
 
     Args:
         memory: the pages and who has them.
+        arrivals: which waiting sequences pin some.
+        queue: who has the better right to be served, and so passes a claimant.
         wait_limit_s: how long a request lets others overtake it.
-        is_before: True if the first of two waiting sequences has the better right to be served, and so passes a
-            claimant.
         running: the sequences that run now.
     """
 
     def __init__(
         self,
         memory: Memory,
+        arrivals: AdapterArrivals,
+        queue: FairQueue,
         wait_limit_s: float,
-        is_before: Callable[[Sequence, Sequence], bool],
         running: Callable[[], Iterable[Sequence]],
     ) -> None:
         self._memory = memory
         self._adapters = memory.adapters
+        self._arrivals = arrivals
+        self._queue = queue
         self._wait_limit_s = wait_limit_s
-        self._is_before = is_before
         self._running = running
         self._claimant: Sequence | None = None
+        # When a claimant yielded: the wait for the next claim begins then, whoever makes it.
+        self._yielded_s = -math.inf
         # Adapters that take no new users until the claimant has its pages; in the order in which they were closed.
         self._closed: dict[AdapterId, None] = {}
 
@@ -52,26 +61,40 @@ class AdapterTurn:
 
         Sequences that were admitted before and preempted since, and those that wait for their adapter's copy, are not
         barred: they are finite in number, so the claimant waits at most until those of them, and of the running ones,
-        that use a closed adapter have ended.
+        that use a closed adapter have ended, or have given up its pages.
         """
         adapter_id = seq.request.adapter_id
         if adapter_id is None:
             return True
-        if not self.is_barred(seq) and (self._adapters.is_resident(adapter_id) or self._memory.can_load(adapter_id)):
+        is_barred = self.is_barred(seq)
+        if not is_barred and (self._adapters.is_resident(adapter_id) or self._memory.can_load(adapter_id)):
             return True
         if seq.first_blocked_s is None:
             seq.first_blocked_s = now_s
-        if self._claimant is None and now_s - seq.first_blocked_s >= self._wait_limit_s:
+        if self._claimant is None and now_s - max(seq.first_blocked_s, self._yielded_s) >= self._wait_limit_s:
             self._claimant = seq
             self._memory.pool.is_confined = True
-        return False
+        if is_barred:
+            return False
+        self._arrivals.give_up(lambda joining: self._owes_pages(joining, seq))
+        return self._memory.can_load(adapter_id)
+
+    def yield_room(self, seq: Sequence, now_s: float) -> bool:
+        """End a claim of a lower class than that of a sequence that lacks room: KV is not confined for those who come
+        after it. Returns True if there was one."""
+        claimant = self._claimant
+        if claimant is None or claimant.account.priority <= seq.account.priority:
+            return False
+        self._end_claim()
+        self._yielded_s = now_s
+        return True
 
     def is_barred(self, seq: Sequence) -> bool:
         """True if a claimant stands before the sequence, so that pages would be of no use to it."""
         claimant, adapter_id = self._claimant, seq.request.adapter_id
         if claimant is None or claimant is seq or adapter_id is None or seq.was_admitted or seq.is_joining:
             return False
-        if self._is_before(seq, claimant):
+        if self._queue.is_before(seq, claimant):
             return False
         if not self._adapters.is_resident(adapter_id):
             return True
@@ -82,9 +105,16 @@ class AdapterTurn:
         """Note that the sequence has its pages, or has ended."""
         seq.first_blocked_s = None
         if self._claimant is seq:
-            self._claimant = None
-            self._closed.clear()
-            self._memory.pool.is_confined = False
+            self._end_claim()
+
+    def _end_claim(self) -> None:
+        self._claimant = None
+        self._closed.clear()
+        self._memory.pool.is_confined = False
+
+    def _owes_pages(self, joining: Sequence, seq: Sequence) -> bool:
+        is_after_claimant = self._claimant is seq and not self._queue.is_before(joining, seq)
+        return is_after_claimant or self._queue.must_yield(joining.account, seq.account)
 
     def _close(self, claimant: Sequence) -> None:
         """See to it that free pages, those that KV gives back and those of closed adapters are enough for the claimant:

@@ -8,7 +8,7 @@ from the lowest class first, there from the tenant most served, there from the l
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from pomona.core.ids import AdapterId, PageId
+from pomona.core.ids import AdapterId, BlockId, PageId
 from pomona.sched.account import Account
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.fair_queue import FairQueue
@@ -79,16 +79,22 @@ class Claims:
         others = [seq for seq in running if seq not in taken and seq is not oldest]
         return max(others, key=self._queue.preemption_key) if others else oldest
 
-    def for_room(self, seq: Sequence, running: list[Sequence], chosen: list[Sequence]) -> Iterator[Sequence]:
-        """Running sequences to preempt, one by one, until the waiting one has a place and blocks. None if all of them
-        together would not do."""
+    def for_room(
+        self, seq: Sequence, found: list[BlockId], running: list[Sequence], chosen: list[Sequence]
+    ) -> Iterator[Sequence]:
+        """Running sequences to preempt, one by one, until the waiting one has a place, and blocks beside those that it
+        found. None if all of them together would not do."""
         num_blocks = -(-len(seq.token_ids) // self._config.block_size)
         debtors = self._debtors(seq, running, chosen, has_seat=num_blocks <= self._share(self._config.num_kv_blocks))
         num_free = self._memory.num_free_blocks_beside(self._memory.num_pages_to_pin(seq.request.adapter_id))
-        if num_blocks <= num_free + sum(self._memory.num_blocks_counted(one.block_ids) for one in debtors):
-            for debtor in debtors:
-                if self._still_owes(debtor.account, seq.account):
-                    yield debtor
+        num_missing = num_blocks - len(found) - (num_free - self._pool.num_idle(found))
+        tables = [one.block_ids for one in debtors]
+        # The sum is cheap, and at least as much: it counts what they share several times.
+        if num_missing > sum(map(len, tables)) or num_missing > self._memory.num_blocks_held(tables, found):
+            return
+        for debtor in debtors:
+            if self._still_owes(debtor.account, seq.account):
+                yield debtor
 
     def for_pages(self, seq: Sequence, running: list[Sequence], chosen: list[Sequence]) -> list[Sequence]:
         """Running sequences to preempt so that the waiting one's adapter can be loaded; none if that cannot be had."""

@@ -1,5 +1,6 @@
 """Settings of one replica's scheduler. Built by the composition root, which fills in what the runner found at start-up
-(``num_kv_blocks``, ``num_adapter_pages``, ``blocks_per_page``); never read from files or the environment here.
+(``num_kv_blocks``, ``num_adapter_pages``, ``blocks_per_page``, ``vocab_size``); never read from files or the
+environment here.
 """
 
 import math
@@ -10,7 +11,7 @@ from pomona.core.errors import ConfigError
 from pomona.sched.adapter_arrivals import AdapterLoading
 from pomona.sched.fairness import FairnessConfig
 
-_AT_LEAST_ONE = ("max_num_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "num_kv_blocks")
+_AT_LEAST_ONE = ("vocab_size", "max_num_batched_tokens", "max_num_seqs", "max_waiting", "block_size", "num_kv_blocks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class SchedulerConfig:
     """KV blocks on the device that are never an adapter's, as the runner sized them."""
     max_model_len: int
     """Context in tokens: prompt and output of one sequence together."""
+    vocab_size: int = 2**31
+    """Token ids are below this: what the model has, or if there is no model, what an int32 holds."""
     num_adapter_pages: int = 0
     """Adapter pages on the device; 0 serves the base model alone."""
     blocks_per_page: int = 0
@@ -48,7 +51,7 @@ class SchedulerConfig:
     reserve_steps: int = 8
     """A sequence is admitted only if the blocks left are enough for the running ones to decode this many steps, so that
     it is not preempted at once; 0 fills the pool."""
-    adapter_wait_limit_s: float = 1.0
+    adapter_wait_limit_s: float = 2.0
     """A request that has waited this long for adapter pages gets them next: until then nobody else gets pages, and the
     adapters that will be given up for it take no new users."""
     adapter_loading: AdapterLoading = "on_demand"

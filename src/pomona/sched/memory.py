@@ -7,6 +7,10 @@ cached blocks when an adapter needs a page. How long an adapter waits for what i
 which confines KV to its own blocks meanwhile.
 """
 
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+
 from pomona.core.ids import AdapterId, BlockId
 from pomona.core.plan import AdapterLoad
 from pomona.sched.adapter_slots import AdapterSlots
@@ -52,11 +56,15 @@ class Memory:
             return 0
         return self.adapters.num_pages_of(adapter_id)
 
-    def num_blocks_counted(self, block_ids: list[BlockId]) -> int:
-        """Blocks of a table that would count as free once nobody held them."""
-        if not self.pool.is_confined:
-            return len(block_ids)
-        return sum(self.pool.page_of(block_id) is None for block_id in block_ids)
+    def num_blocks_held(self, tables: Iterable[list[BlockId]], apart_from: Iterable[BlockId]) -> int:
+        """Blocks that would count as free once these tables were released, apart from some: those nobody else holds."""
+        pool, num_held = self.pool, Counter(itertools.chain.from_iterable(tables))
+        for block_id in apart_from:
+            del num_held[block_id]
+        return sum(
+            count == pool.num_refs(block_id) and not (pool.is_confined and pool.page_of(block_id) is not None)
+            for block_id, count in num_held.items()
+        )
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
         """Hand out blocks, see ``BlockPool``. When no blank one is left, KV borrows a free page; if there is none, the

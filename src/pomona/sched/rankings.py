@@ -183,8 +183,11 @@ class DeficitRoundRobin:
 
     def leave(self, account: Account) -> None:
         """Take out an account that has nothing waiting any more."""
+        was_its_turn = self._ring[0] is account
         self._ring.remove(account)
         self._left_at[account] = self._num_rounds
+        if was_its_turn and self._ring:
+            self._begin_turn()  # else ``best`` would take the next for one whose turn is over
 
     def lower(self, account: Account) -> None:
         """Nothing to do: no order depends on counters."""
@@ -203,8 +206,7 @@ class DeficitRoundRobin:
                 self._num_rounds += num_void
         while ring[0].counter >= 0.0:
             ring.rotate(-1)
-            ring[0].counter -= self._quantum
-            self._num_rounds += 1 / len(ring)
+            self._begin_turn()
         return ring[0]
 
     def ranked(self) -> Iterator[Account]:
@@ -227,3 +229,8 @@ class DeficitRoundRobin:
         if is_paid:
             self._left_at.pop(account, None)
         return is_paid
+
+    def _begin_turn(self) -> None:
+        """Give the first of the ring its quantum."""
+        self._ring[0].counter -= self._quantum
+        self._num_rounds += 1 / len(self._ring)

@@ -68,10 +68,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._released: list[RequestId] = []
         self._preempted: list[Sequence] = []
-        self._turn = AdapterTurn(
-            self._memory, config.adapter_wait_limit_s, self._queue.is_before, lambda: self._running
-        )
         self._arrivals = AdapterArrivals(self._memory, config.adapter_loading)
+        self._turn = AdapterTurn(
+            self._memory, self._arrivals, self._queue, config.adapter_wait_limit_s, lambda: self._running
+        )
         # The plans whose results are outstanding, oldest first: their steps and sequences, in plan order.
         self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
         self._now_s = 0.0
@@ -152,22 +152,21 @@ class Scheduler:
             preempted, although some may have ended, or samples from all of its own tokens (penalties).
         """
         assert len(self._in_flight) == 1, "one step is planned ahead"
+        self._settle(now_s)  # charges make claims
         if self._has_open_claim or (len(self._queue) > 0 and self._claims.has_any()):
             self._has_open_claim = False
             return None
         _, seqs = self._in_flight[0]
         if any(seq.num_pending_tokens and seq.request.sampling.has_penalties for seq in seqs):
             return None
-        num_free = self._memory.num_free_blocks
-        if num_free < len(self._running) and num_free < sum(seq.will_grow for seq in self._running):
+        if self._lacks_blocks(self._running):
             return None
         chosen = self._choose(now_s)
         return self._plan(now_s, chosen) if chosen else None
 
     def _choose(self, now_s: float) -> list[Sequence]:
         """Decide who computes what next, and which adapters that needs."""
-        self._now_s = now_s
-        self._queue.settle(now_s)
+        self._settle(now_s)
         chosen: list[Sequence] = []
         num_preemptions = self._num_preemptions
         allowance = self._allowance()
@@ -175,12 +174,13 @@ class Scheduler:
         self._is_limited = budget < self.config.max_num_batched_tokens
         is_waited_for = len(self._queue) > 0
         running, held = self._claims.split(self._running) if is_waited_for else (self._running.copy(), [])
-        is_crowded = len(running) * (1 + self._rows_per_seq) > budget
+        is_crowded = len(running) * (1 + self._rows_per_seq) > budget or self._lacks_blocks(running)
         budget = self._schedule_running(self._claims.by_turn(running) if is_crowded else running, budget, chosen)
         if is_waited_for and (held or self._num_preemptions == num_preemptions):
             budget = self._admit(now_s, budget, chosen)
         if held:
             held = self._claims.may_go_on(held) if chosen else held
+            held = self._claims.by_turn(held) if self._lacks_blocks(held) else held
             budget = self._schedule_running(held, budget, chosen)
         if budget <= 0 and self._is_limited:
             taken = set(chosen)
@@ -191,6 +191,16 @@ class Scheduler:
         if self._queue.config.prices.per_page_second:
             self._queue.note_computing(chosen)
         return chosen
+
+    def _settle(self, now_s: float) -> None:
+        """Charge for what is held, up to now."""
+        self._now_s = now_s
+        self._queue.settle(now_s)
+
+    def _lacks_blocks(self, running: list[Sequence]) -> bool:
+        """True if there are not blocks for all of these that need another one."""
+        num_free = self._memory.num_free_blocks
+        return num_free < len(running) and num_free < sum(seq.will_grow for seq in running)
 
     def _allowance(self) -> Allowance:
         """The token budget, held to the time that a step may take."""
@@ -222,7 +232,7 @@ class Scheduler:
         Args:
             plan: the oldest one whose result is outstanding.
             result: what the executor made of it.
-            now_s: the engine's clock after the step.
+            now_s: the engine's clock, as it was when the step began or later.
 
         Returns:
             News of every sequence that has some, in plan order.
@@ -328,6 +338,8 @@ class Scheduler:
     def _make_room(self, seq: Sequence, chosen: list[Sequence]) -> bool:
         """Preempt running sequences until a block is free; False if ``seq`` itself had to go."""
         while self._memory.num_free_blocks == 0:
+            if self._turn.yield_room(seq, self._now_s):
+                continue
             victim = self._claims.to_grow(self._running, chosen)
             self._preempt(victim)
             if victim is seq:
@@ -357,12 +369,15 @@ class Scheduler:
             found = self._find(seq)
             if self._cache.should_wait(seq, len(found)):
                 continue
-            if not self._fits(seq, found) and not self._make_way(seq, found, chosen):
-                self._look_ahead(seq, candidates)
-                break
-            if not self._arrivals.may_start(seq):
+            fits = self._fits(seq, found) or (self._turn.yield_room(seq, now_s) and self._fits(seq, found))
+            # Nobody makes way before the adapter is there: they would be admitted again while it is copied.
+            is_joining = (fits or self._queue.has_claim(seq.account)) and not self._arrivals.may_start(seq)
+            if is_joining:
                 self._turn.leave(seq)
                 continue
+            if not fits and not self._make_way(seq, found, chosen):
+                self._look_ahead(seq, candidates)
+                break
             self._start(seq, found, now_s)
             room = budget
             if self._is_limited and seq.account.num_running == 1:
@@ -385,7 +400,7 @@ class Scheduler:
         if self._in_flight:
             self._has_open_claim = True
             return False
-        for victim in self._claims.for_room(seq, self._running, chosen):
+        for victim in self._claims.for_room(seq, found, self._running, chosen):
             self._preempt(victim)
             if self._fits(seq, found):
                 return True

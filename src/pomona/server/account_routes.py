@@ -52,7 +52,7 @@ def _add_keys(app: FastAPI) -> None:
         path,
         tags=["accounts"],
         openapi_extra=openapi.query_parameters({"tenant": "Only this tenant's keys."}),
-        responses=openapi.answers(wire.KeyList, 403, 503),
+        responses=openapi.answers(wire.KeyList, 400, 403, 503),
     )(admin.list_keys)
     app.post(
         path + "/{key_id}/rotate",
@@ -113,8 +113,8 @@ def _add_usage(app: FastAPI) -> None:
         "tenant": "Only this tenant's rows (for administrators).",
         "key": "Only this key's rows.",
         "adapter": "Only rows of this adapter (qualified name).",
-        "start": "Ended then or later: Unix time or date.",
-        "end": "Ended before: Unix time or date.",
+        "start": "Ended then or later: Unix time or date, UTC unless it says otherwise.",
+        "end": "Ended before: the same.",
         "group_by": "Columns by commas: tenant, key, adapter, adapter_version, outcome, day, month.",
         "format": "json (sums), csv or parquet (rows).",
     }
@@ -129,6 +129,7 @@ def _add_usage(app: FastAPI) -> None:
 def _add_batches(app: FastAPI) -> None:
     file_id = openapi.path_parameter("file_id", "The file's id.")
     paging = {"after": "Id of the last one already seen.", "limit": "Most of them in the answer."}
+    order = "desc, the newest first (the default), or asc."
     properties = {"purpose": {"type": "string", "enum": ["batch"]}, "file": {"type": "string", "format": "binary"}}
     form = {"schema": {"type": "object", "required": ["purpose", "file"], "properties": properties}}
     app.post(
@@ -140,7 +141,7 @@ def _add_batches(app: FastAPI) -> None:
     app.get(
         "/v1/files",
         tags=["batch"],
-        openapi_extra=openapi.query_parameters({"purpose": "Only files of this purpose.", "order": "desc.", **paging}),
+        openapi_extra=openapi.query_parameters({"purpose": "Only files of this purpose.", "order": order, **paging}),
         responses=openapi.answers(wire.FileList, 400, 403, 503),
     )(files.list_files)
     found = openapi.answers(wire.FileCard, 403, 404, 503)

@@ -92,7 +92,7 @@ class ShareRequest(Wire):
 
     name: str
     """Of the caller's adapter; an administrator writes ``tenant/name``."""
-    tenants: list[str] = Field(default_factory=list)
+    tenants: list[str] = Field(default_factory=list, max_length=1000, fail_fast=True)
     public: bool = False
     """Shared with all tenants."""
 

@@ -15,6 +15,7 @@ from pomona.server import account_types as wire
 from pomona.server.body import read_model
 from pomona.server.context import context_of
 from pomona.server.errors import UnknownAdapterError
+from pomona.server.paging import check_names
 from pomona.server.tenant import principal_of
 
 _NANOS = 1_000_000_000
@@ -93,6 +94,7 @@ async def create_key(request: Request) -> Response:
 
 async def list_keys(request: Request) -> Response:
     """List keys, all or those of the tenant given as ``?tenant=``."""
+    check_names(request.query_params, ("tenant",))
     accounts = accounts_of(request)
     keys = await accounts.database.run(accounts.tenants.keys, request.query_params.get("tenant"))
     return json_answer(wire.KeyList([_key_card(key) for key in keys]))
@@ -150,7 +152,11 @@ async def set_price(request: Request) -> Response:
     body = await read_model(request, wire.PriceRequest, _max_body_bytes(request))
     accounts = accounts_of(request)
     cached = body.input_per_million if body.cached_per_million is None else body.cached_per_million
-    price = Price(*(_nanos_per_token(value) for value in (body.input_per_million, cached, body.output_per_million)))
+    price = Price(
+        _nanos_per_token("input_per_million", body.input_per_million),
+        _nanos_per_token("cached_per_million", cached),
+        _nanos_per_token("output_per_million", body.output_per_million),
+    )
     adapter = body.adapter or ""
     await accounts.change(accounts.usage.set_price, adapter, price)
     return json_answer(_price_card(adapter, price))
@@ -177,8 +183,11 @@ def _scope_of(request: Request) -> tuple[str, str]:
     return scope, scope_id
 
 
-def _nanos_per_token(per_million: float) -> int:
-    return round(per_million * (_NANOS // _MILLION))
+def _nanos_per_token(field: str, per_million: float) -> int:
+    nanos = round(per_million * (_NANOS // _MILLION))
+    if nanos * _MILLION / _NANOS != per_million:  # what is stored is what is shown
+        raise InvalidRequestError.out_of_range(field, per_million, f"a multiple of {_MILLION / _NANOS:g}")
+    return nanos
 
 
 def _tenant_card(tenant: Tenant) -> wire.TenantCard:

@@ -113,7 +113,7 @@ def _add_generation_routes(app: FastAPI, model: str) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     chat_example = {"model": model, "messages": messages, "max_tokens": 32}
     completion_example = {"model": model, "prompt": "The capital of France is", "max_tokens": 8}
-    generation_errors = (400, 404, 413, 429, 503)
+    generation_errors = (400, 404, 409, 413, 429, 503)
     app.post(
         "/v1/chat/completions",
         tags=["generation"],

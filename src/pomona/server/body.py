@@ -30,7 +30,6 @@ _REASONS = {
     "model_type": "must be an object",
     "finite_number": "must be a finite number",
     "too_short": "must not be empty",
-    "too_long": "must have fewer entries",
 }
 
 
@@ -110,6 +109,9 @@ def _invalid(error: pydantic.ValidationError) -> InvalidRequestError:
         return InvalidRequestError(name, f"Unknown parameter: {name!r}.")
     if kind == "missing":
         return InvalidRequestError(field, f"{field} is missing")
+    if kind == "too_long":
+        num_entries, most = len(first["input"]), first["ctx"]["max_length"]
+        return InvalidRequestError(field, f"{field} has {num_entries} entries: at most {most} are allowed")
     if kind == "value_error":
         return InvalidRequestError(field, f"{field} {first['ctx']['error']}")
     reason = _REASONS.get(kind) or first["msg"].replace("Input should be", "must be")

@@ -8,11 +8,18 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from pomona.accounts.ledger import Entry
-from pomona.core.errors import EngineUnavailableError, PomonaError, QueueFullError
+from pomona.core.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    PomonaError,
+    QueueFullError,
+    RateLimitError,
+)
 from pomona.core.interfaces import EngineClient
 from pomona.core.output import RequestOutput
 from pomona.core.request import FinishReason, Request
@@ -20,6 +27,8 @@ from pomona.server.errors import RequestAbortedError, RequestFailedError
 from pomona.server.metrics import AdapterSeries, RequestMeter
 
 _Pump = asyncio.Task[None]
+_REFUSALS = (QueueFullError, RateLimitError, InvalidRequestError)
+"""Of the engine: what it did not admit."""
 
 
 class FanOut:
@@ -33,13 +42,21 @@ class FanOut:
         requests: at least one.
         series: where their latencies and ends are counted.
         entry: the ledger's line of all of them together; closed here, once.
+        is_prompt_only: nobody asked for output: the one token that the engine must make is not in the ledger.
     """
 
     def __init__(
-        self, client: EngineClient, requests: Sequence[Request], series: AdapterSeries, entry: Entry | None = None
+        self,
+        client: EngineClient,
+        requests: Sequence[Request],
+        series: AdapterSeries,
+        entry: Entry | None = None,
+        *,
+        is_prompt_only: bool = False,
     ) -> None:
         assert requests, "nothing to run"
         self._entry = entry
+        self._is_prompt_only = is_prompt_only
         self._client = client
         self._requests = requests
         self._meters = [RequestMeter(series, len(request.prompt_token_ids), request.arrival_s) for request in requests]
@@ -62,7 +79,7 @@ class FanOut:
         try:
             for index, meter in enumerate(self._meters):
                 if not meter.timeline.is_ended:
-                    await self._abort(index, None if isinstance(error, QueueFullError) else reason)
+                    await self._abort(index, None if isinstance(error, _REFUSALS) else reason)
             if self._entry is not None and self._num_over < len(self._streams):
                 settling = asyncio.create_task(self._settle())
                 try:
@@ -79,7 +96,7 @@ class FanOut:
         """Outputs of all requests as they come, each with its request's index.
 
         Raises:
-            QueueFullError: one was not admitted.
+            QueueFullError, RateLimitError, InvalidRequestError: one was not admitted.
             EngineUnavailableError, RequestFailedError, RequestAbortedError: one ended without an answer.
         """
         return self._outputs
@@ -157,7 +174,8 @@ class FanOut:
         meter = self._meters[index]
         meter.advance(output, now_s)
         if self._entry is not None:
-            self._entry.note(index, output, now_s)
+            noted = replace(output, new_token_ids=()) if self._is_prompt_only else output
+            self._entry.note(index, noted, now_s)
         if output.finish_reason is None:
             return
         self._num_over += 1
@@ -180,6 +198,6 @@ def _outcome_of(error: BaseException | None) -> str:
     """Word an ending for the ledger."""
     if error is None:
         return "finish"
-    if isinstance(error, QueueFullError):
+    if isinstance(error, _REFUSALS):
         return "reject"
     return "fail" if isinstance(error, EngineUnavailableError | RequestFailedError) else "abort"

@@ -1,6 +1,7 @@
 """/v1/files: upload, list, show, read and delete a tenant's files, in OpenAI's shapes."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -15,7 +16,7 @@ from pomona.core.errors import InvalidRequestError
 from pomona.server import account_types as wire
 from pomona.server.admin import accounts_of, json_answer
 from pomona.server.errors import BodyError, BodyTooLargeError
-from pomona.server.paging import page_of
+from pomona.server.paging import check_names, page_of
 from pomona.server.tenant import principal_of
 
 _MAX_FORM_BYTES = 16 * 1024
@@ -54,11 +55,15 @@ async def upload_file(request: Request) -> Response:
 
 
 async def list_files(request: Request) -> Response:
-    """List the tenant's files, the newest first."""
+    """List the tenant's files, the newest first, or with ``order=asc`` the oldest."""
     accounts = accounts_of(request)
-    after, limit = page_of(request, default=1000, most=10_000)
-    purpose, tenant_id = request.query_params.get("purpose"), tenant_of(request)
-    found = await accounts.database.run(accounts.batches.files, tenant_id, purpose, after, limit + 1)
+    after, limit = page_of(request, default=1000, most=10_000, others=("purpose", "order"))
+    purpose, order = request.query_params.get("purpose"), request.query_params.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequestError.out_of_range("order", order[:_MAX_NAME_CHARS], "asc or desc")
+    found = await accounts.database.run(
+        accounts.batches.files, tenant_of(request), purpose, after, limit + 1, is_oldest_first=order == "asc"
+    )
     cards = [_card(file) for file in found[:limit]]
     ends = (cards[0].id, cards[-1].id) if cards else (None, None)
     return json_answer(wire.FileList(cards, len(found) > limit, *ends))
@@ -100,13 +105,16 @@ async def _read_form(request: Request, max_file_bytes: int) -> tuple[UploadFile,
         raise BodyError("The request body is not a well-formed multipart form.") from error
     except ClientDisconnect as error:
         raise BodyError("The client went away before its request was complete.") from error
-    upload, purpose = form.get("file"), form.get("purpose")
-    if not isinstance(upload, UploadFile):
+    try:
+        check_names(form, ("file", "purpose"))
+        upload, purpose = form.get("file"), form.get("purpose")
+        if not isinstance(upload, UploadFile):
+            raise InvalidRequestError("file", "file is missing")
+        if not isinstance(purpose, str):
+            raise InvalidRequestError("purpose", "purpose is missing")
+    except InvalidRequestError:
         await form.close()
-        raise InvalidRequestError("file", "file is missing")
-    if not isinstance(purpose, str):
-        await form.close()
-        raise InvalidRequestError("purpose", "purpose is missing")
+        raise
     return upload, purpose
 
 
@@ -122,10 +130,14 @@ async def _bounded(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
 def _copy(upload: UploadFile, path: Path) -> None:
     """Write the content beside its place and move it there, so that it is there whole or not at all."""
     upload.file.seek(0)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        while chunk := upload.file.read(2**20):
-            file.write(chunk)
-    os.replace(file.name, path)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with open(descriptor, "wb") as file:
+            shutil.copyfileobj(upload.file, file, 2**20)
+        os.replace(name, path)
+    except BaseException:  # such as a full disk
+        os.unlink(name)
+        raise
 
 
 def _card(file: StoredFile) -> wire.FileCard:

@@ -112,26 +112,30 @@ def respond(
 
     async def produce(reply: Reply) -> None:
         adapters = adapters_of(request)
-        # What is wrong with a request is told before its adapter is brought in.
-        await adapters.find(body.model)
+        # What is wrong with a request is told, and limits are asked, before its adapter is brought in.
+        found = await adapters.find(body.model)
         job = await plan_job(response_id)
-        async with adapters.lease(body.model) as lease:
-            facts = AnswerFacts(
-                tokenizer=context.tokenizer,
-                response_id=response_id,
-                created_s=int(time.time()),  # noqa: TID251  # a date for people
-                model=body.model,
-                has_logprobs=job.rules.has_logprobs,
-                has_usage_event=job.has_usage_event,
-            )
-            principal = principal_of(request)
-            if principal is None:
+        facts = AnswerFacts(
+            tokenizer=context.tokenizer,
+            response_id=response_id,
+            created_s=int(time.time()),  # noqa: TID251  # a date for people
+            model=body.model,
+            has_logprobs=job.rules.has_logprobs,
+            has_usage_event=job.has_usage_event,
+        )
+        principal = principal_of(request)
+        if principal is None:
+            async with adapters.lease(body.model) as lease:
                 await run(context, job, _Backing(lease, context.default_caller), answer_format(facts), reply)
-                return
-            async with admitted(request, principal, lease, response_id, job.size(body)) as entry:
-                await run(
-                    context, job, _Backing(lease, tenant_caller(request, principal), entry), answer_format(facts), reply
-                )
+            return
+        adapter_name = None if found is None else found.name
+        async with (
+            admitted(request, principal, adapter_name, job.size(body)) as generation,
+            adapters.lease(body.model) as lease,
+        ):
+            entry = generation.begin(lease, response_id)
+            backing = _Backing(lease, tenant_caller(request, principal), entry)
+            await run(context, job, backing, answer_format(facts), reply)
 
     return WatchedResponse(produce)
 
@@ -146,7 +150,8 @@ async def run(context: ServerContext, job: Job, backing: _Backing, answer: Answe
     series = context.metrics.series_of(backing.lease.adapter_name)
     requests = _engine_requests(context, job, backing)
     try:
-        async with FanOut(context.client, requests, series, backing.entry) as fan_out:
+        is_prompt_only = job.rules.hides_output
+        async with FanOut(context.client, requests, series, backing.entry, is_prompt_only=is_prompt_only) as fan_out:
             async for index, output in fan_out:
                 one = progress[index]
                 piece = one.advance(output)

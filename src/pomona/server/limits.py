@@ -27,17 +27,57 @@ class RequestSize:
     choices_per_prompt: int
 
 
+class Admitted:
+    """A generation that limits have let in, before and after its adapter is there.
+
+    Args:
+        accounts: of the server.
+        principal: who asks.
+        base_name: of the model.
+        size: of the request.
+    """
+
+    def __init__(self, accounts: Accounts, principal: Principal, base_name: str, size: RequestSize) -> None:
+        self._accounts = accounts
+        self._principal = principal
+        self._base_name = base_name
+        self._size = size
+        self._entry: Entry | None = None
+
+    def begin(self, lease: Lease, request_id: str) -> Entry:
+        """Open the ledger's line. Once.
+
+        Args:
+            lease: the adapter.
+            request_id: the ledger's; never used twice.
+
+        Raises:
+            DatabaseUnavailableError: it cannot be written.
+        """
+        assert self._entry is None, "a request has one line"
+        adapter, size = lease.adapter_name or self._base_name, self._size
+        booking = Booking(request_id, adapter, lease.adapter_id or "", size.prompt_tokens, size.choices_per_prompt)
+        self._entry = self._accounts.begin(self._principal, booking)
+        return self._entry
+
+    def end(self) -> int:
+        """Close the ledger's line, if there is one; return the tokens that were used."""
+        if self._entry is None:
+            return 0
+        self._entry.close("abort", time.monotonic())  # has no effect if it is closed, as it should be
+        return self._entry.counted.input_tokens + self._entry.counted.output_tokens
+
+
 @contextlib.asynccontextmanager
 async def admitted(
-    connection: HTTPConnection, principal: Principal, lease: Lease, request_id: str, size: RequestSize
-) -> AsyncIterator[Entry]:
-    """Admit a generation for the length of the block, or refuse it; the ledger's line is open meanwhile.
+    connection: HTTPConnection, principal: Principal, adapter_name: str | None, size: RequestSize
+) -> AsyncIterator[Admitted]:
+    """Admit a generation for the length of the block, or refuse it, before its adapter is brought in.
 
     Args:
         connection: whose answer gets the headers.
         principal: who asks.
-        lease: the adapter.
-        request_id: the ledger's; never used twice.
+        adapter_name: the catalogue's; None for the base model.
         size: of the request.
 
     Raises:
@@ -47,22 +87,20 @@ async def admitted(
     context = context_of(connection)
     accounts = context.accounts
     assert accounts is not None, "only accounts know principals"
-    adapter = lease.adapter_name or context.model.name
-    scopes = accounts.scopes(principal, adapter)
+    base_name = context.model.name
+    scopes = accounts.scopes(principal, adapter_name or base_name)
     accounts.ledger.check()
     if scopes:
         connection.scope["state"]["limit_headers"] = lambda: limit_headers(accounts, scopes)
     num_tokens = sum(size.prompt_tokens) + size.max_output_tokens
     admission = await accounts.limiter.admit(scopes, num_tokens) if scopes else None
+    generation = Admitted(accounts, principal, base_name, size)
     used = 0
     try:
-        booking = Booking(request_id, adapter, lease.adapter_id or "", size.prompt_tokens, size.choices_per_prompt)
-        entry = accounts.begin(principal, booking)
         try:
-            yield entry
+            yield generation
         finally:
-            entry.close("abort", time.monotonic())  # has no effect if it is closed, as it should be
-            used = entry.counted.input_tokens + entry.counted.output_tokens
+            used = generation.end()
     finally:
         if admission is not None:
             admission.settle(used)

@@ -58,7 +58,7 @@ _ERRORS: Final = {
     401: "The API key is missing or wrong.",
     403: "The API key is not for this; or the adapter's source lies outside what the operator allows.",
     404: "There is nothing of that name, as far as this API key can see.",
-    409: "It exists already.",
+    409: "It exists already, or is in use. Of `model`: the adapter cannot be used; the message says why.",
     413: "The body is larger than the limit.",
     422: "The adapter cannot be used; the message says why. Nothing has changed.",
     429: "The queue is full or a limit is reached; nothing was admitted. Try again after `Retry-After` seconds.",

@@ -12,6 +12,7 @@ from pomona.server.sampling import check_token_id
 
 _MAX_INLINE_CHARS: Final = 4096
 """Texts up to this length are tokenized at once (about a millisecond); a thread would cost more."""
+_MAX_SHOWN_CHARS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,30 @@ class Prompt:
     """As the client wrote it; None if it sent ids."""
 
 
-async def encode(context: ServerContext, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Tokenize, beside the event loop if the text is long."""
-    encode_text = context.tokenizer.encode
-    if len(text) <= _MAX_INLINE_CHARS:
-        return encode_text(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(encode_text, text, add_special_tokens=add_special_tokens)
+async def encode(context: ServerContext, field: str, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Tokenize, beside the event loop if the text is long.
+
+    Raises:
+        InvalidRequestError: ``field``'s text holds a token that the model does not have.
+    """
+
+    def tokenize() -> list[int]:
+        return _encode(context, field, text, add_special_tokens=add_special_tokens)
+
+    return tokenize() if len(text) <= _MAX_INLINE_CHARS else await asyncio.to_thread(tokenize)
+
+
+def _encode(context: ServerContext, field: str, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Tokenize at once. A tokenizer may have tokens that were added to it and never to the model."""
+    token_ids = context.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    largest, vocab_size = max(token_ids, default=0), context.model.vocab_size
+    if largest >= vocab_size:
+        token = context.tokenizer.token_text(largest)
+        raise InvalidRequestError(
+            field,
+            f"{field} holds {token[:_MAX_SHOWN_CHARS]!r}, token {largest}: the model has tokens below {vocab_size}",
+        )
+    return token_ids
 
 
 async def completion_prompts(
@@ -37,13 +56,13 @@ async def completion_prompts(
     """Return the prompts of a plain completion.
 
     Raises:
-        InvalidRequestError: one is empty, or holds a token id outside the vocabulary.
+        InvalidRequestError: one is empty, or holds a token that the model does not have.
     """
     checked = []
     for position, prompt in enumerate(prompts):
         field = "prompt" if len(prompts) == 1 else f"prompt[{position}]"
         if isinstance(prompt, str):
-            token_ids = tuple(await encode(context, prompt, add_special_tokens=add_special_tokens))
+            token_ids = tuple(await encode(context, field, prompt, add_special_tokens=add_special_tokens))
         else:
             token_ids = prompt
             check_token_id(field, max(prompt, default=0), context.model.vocab_size)
@@ -64,7 +83,8 @@ async def chat_token_ids(
     """Return the prompt of a conversation.
 
     Raises:
-        InvalidRequestError: the model has no chat template, or the template refuses the messages.
+        InvalidRequestError: the model has no chat template, the template refuses the messages, or they hold a token
+            that the model does not have.
     """
     template = context.chat_template
     if template is None:
@@ -80,7 +100,7 @@ async def chat_token_ids(
 
     def render() -> list[int]:
         text = template.render(plain, add_generation_prompt=add_generation_prompt, variables=variables)
-        return context.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return _encode(context, "messages", text, add_special_tokens=add_special_tokens)
 
     is_short = num_chars <= _MAX_INLINE_CHARS and len(plain) <= 64
     token_ids = render() if is_short else await asyncio.to_thread(render)

@@ -55,7 +55,7 @@ class GenerationRequest(Wire):
     max_tokens: int | None = None
     """Most output tokens. Default: 16 for completions, the rest of the context for chat."""
     temperature: float | None = Field(None, examples=[0.7])
-    """0 is greedy. Default 1."""
+    """Below 0.00001 is greedy. Default 1."""
     top_p: float | None = None
     """Nucleus sampling, in (0, 1]. Default 1."""
     top_k: int | None = None
@@ -67,7 +67,7 @@ class GenerationRequest(Wire):
     frequency_penalty: float | None = None
     """Subtracted from the logits of tokens once per occurrence in the output, in [-2, 2]. Default 0."""
     repetition_penalty: float | None = None
-    """Divides (or multiplies, if negative) the logits of tokens in prompt and output. Default 1."""
+    """Divides (or multiplies, if negative) the logits of tokens in prompt and output, in [0.01, 100]. Default 1."""
     logit_bias: LogitBias = _nothing()
     """Token id to a number in [-100, 100] that is added to its logit."""
     seed: int | None = None
@@ -107,6 +107,7 @@ class ChatMessage(Wire):
     audio: Annotated[Any, Neutral()] = None
     function_call: Annotated[Any, Neutral()] = None
     tool_calls: Annotated[Any, Neutral([])] = None
+    annotations: Annotated[Any, Neutral([])] = None
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]

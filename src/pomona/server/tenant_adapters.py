@@ -5,6 +5,7 @@ with calls it ``acme/legal``, and to everybody else it does not exist. The opera
 all. On a server without accounts everybody sees everything under its own name.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,12 @@ from starlette.requests import HTTPConnection
 from pomona.accounts.accounts import Accounts
 from pomona.accounts.principal import Principal
 from pomona.adapters.catalogue import CatalogueEntry
-from pomona.core.errors import InvalidRequestError, ModelNotFoundError
+from pomona.core.errors import (
+    AdapterFailedError,
+    AdapterUnavailableError,
+    InvalidRequestError,
+    ModelNotFoundError,
+)
 from pomona.server.adapter_service import AdapterService, Lease
 from pomona.server.context import context_of
 from pomona.server.errors import UnknownAdapterError
@@ -62,13 +68,25 @@ class TenantAdapters:
     async def lease(self, model: str) -> AsyncIterator[Lease]:
         """``AdapterService.lease`` of a model under the caller's name for it.
 
+        Why an adapter cannot be used is told to those who may change it: it says where its files are.
+
         Raises:
             ModelNotFoundError: there is none for this caller.
             AdapterUnavailableError, AdapterFailedError, EngineUnavailableError: as ``AdapterService.lease``.
         """
+        catalogue_name = self._catalogue_name(model)
         with self._named(model):
-            async with self._service.lease(self._catalogue_name(model)) as lease:
-                yield lease
+            try:
+                async with self._service.lease(catalogue_name) as lease:
+                    yield lease
+            except (AdapterFailedError, AdapterUnavailableError) as error:
+                if self._is_own(catalogue_name):
+                    raise
+                shown = model[:_MAX_SHOWN_CHARS]
+                if isinstance(error, AdapterUnavailableError):
+                    message = f"The adapter {shown!r} cannot be brought in now."
+                    raise AdapterUnavailableError(message, error.retry_after_s) from error
+                raise AdapterFailedError(f"The adapter {shown!r} cannot be used.") from error
 
     async def find(self, model: str) -> CatalogueEntry | None:
         """``AdapterService.find`` of a model under the caller's name for it.
@@ -131,9 +149,13 @@ class TenantAdapters:
             raise InvalidRequestError.out_of_range("name", name[:_MAX_SHOWN_CHARS], "without a slash")
         if self._accounts is None or owner is None:
             return SeenAdapter(name, await self._service.load(name, source), is_own=True)
+        if name == self._base_name:
+            raise InvalidRequestError.out_of_range("name", name, "another name than the base model's")
         catalogue_name = f"{owner}/{name}"
         sources = self._service.sources if self._tenant_id is None else self._service.sources.below(owner)
         await self._accounts.database.run(self._accounts.tenants.tenant, owner)
+        # What is loaded, and written down for other servers, is the folder that the source means now.
+        source = await asyncio.to_thread(sources.settled, source)
         entry = await self._service.load(catalogue_name, source, sources)
         await self._accounts.change(self._accounts.shares.put, owner, name, source)
         return SeenAdapter(name if self._tenant_id else catalogue_name, entry, is_own=True)

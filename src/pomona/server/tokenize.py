@@ -26,7 +26,9 @@ async def tokenize(request: Request) -> Response:
         raise InvalidRequestError("prompt", "prompt or messages: exactly one of them is needed")
     if body.messages is None:
         assert body.prompt is not None
-        token_ids = await encode(context, body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        token_ids = await encode(
+            context, "prompt", body.prompt, add_special_tokens=body.add_special_tokens is not False
+        )
     else:
         rendered = await chat_token_ids(
             context,

@@ -11,6 +11,7 @@ from pomona.accounts.usage import UsageFilter
 from pomona.core.errors import InvalidRequestError
 from pomona.server.account_types import UsageReport, UsageSums
 from pomona.server.admin import accounts_of, json_answer
+from pomona.server.paging import check_names
 from pomona.server.tenant import principal_of
 
 _NANOS = 1_000_000_000
@@ -21,13 +22,12 @@ _PARAMETERS = frozenset({"tenant", "key", "adapter", "start", "end", "group_by",
 async def get_usage(request: Request) -> Response:
     """Sum up the ledger (``group_by``), or export its rows (``format=csv`` or ``parquet``).
 
-    Tenants see their own rows. ``start`` and ``end`` are Unix times or dates (UTC) and bound when requests ended.
+    Tenants see their own rows. ``start`` and ``end`` are Unix times or dates (UTC unless they say otherwise); they
+    bound when requests ended.
     """
     accounts = accounts_of(request)
     query = request.query_params
-    for name in query:
-        if name not in _PARAMETERS:
-            raise InvalidRequestError(name[:100], f"Unknown parameter: {name[:100]!r}.")
+    check_names(query, _PARAMETERS)
     which = _filter_of(request)
     kind = query.get("format", "json")
     if kind == "json":
@@ -84,7 +84,8 @@ def _moment(name: str, text: str | None) -> float | None:
         return None
     try:
         if "-" in text[1:]:
-            return datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC).timestamp()
+            date = datetime.datetime.fromisoformat(text)
+            return (date if date.tzinfo else date.replace(tzinfo=datetime.UTC)).timestamp()
         moment = float(text)
         if abs(moment) <= 1e12:  # false for NaN too
             return moment

@@ -25,11 +25,6 @@ class EventHeap:
     def __len__(self) -> int:
         return len(self._events)
 
-    @property
-    def next_s(self) -> float:
-        """Time of the next event; infinite if there is none."""
-        return self._events[0][0] if self._events else math.inf
-
     def at(self, time_s: float, action: Action) -> None:
         """Call ``action`` at ``time_s``, after all events of that time that are on the heap already."""
         assert self.now_s <= time_s < math.inf, f"an event at {time_s} s, but it is {self.now_s} s"

@@ -17,17 +17,19 @@ from pomona.sim.spec import SimulationSpec, parse_spec
 
 
 class PlanSection(BaseModel):
-    """The section ``plan``."""
+    """For `pomona plan` only: what it may choose, and how much must be met."""
 
     model_config = STRICT
 
     min_attainment: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Share of the requests that arrive that must meet ``slo``."""
     max_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] = 64
+    """Largest fleet to try."""
     adapter_shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Values of replica.adapter_share to choose from; without any, replicas are as they are. With a machine only: a
     profile does not say what a KV block and an adapter page cost in bytes."""
     policies: Annotated[tuple[PolicyName, ...], Field(min_length=1)] = ("least-loaded", "affinity")
+    """Routers to choose from."""
     window_start_s: Annotated[float, Field(ge=0)] = 0.0
     """Beginning of the part of the workload that the search looks at."""
     window_s: Annotated[float, Field(gt=0)] = 300.0

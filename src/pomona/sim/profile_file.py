@@ -6,7 +6,6 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pomona.core.errors import ConfigError
-from pomona.sched.config import SchedulerConfig
 from pomona.sim.cost_model import CostTerm, LinearCost
 from pomona.sim.step_work import StepWork
 
@@ -63,10 +62,6 @@ class ReplicaSize(_Part):
     block_size: int = Field(ge=1)
     max_num_batched_tokens: int = Field(ge=1)
     max_num_seqs: int = Field(ge=1)
-
-    def scheduler_config(self) -> SchedulerConfig:
-        """The replica's scheduler, other settings at their defaults."""
-        return SchedulerConfig(**self.model_dump())
 
 
 class CostProfile(_Part):

@@ -47,35 +47,6 @@ class UniquePrompts:
         return ()
 
 
-class SystemPrompts:
-    """Prompts of one adapter begin alike, with the system prompt that it was trained with.
-
-    Args:
-        num_shared_tokens: length of the system prompts; longer than a request's prompt, they fill it but for a token.
-        key_tokens: tokens per prefix key.
-    """
-
-    def __init__(self, num_shared_tokens: int, key_tokens: int) -> None:
-        self._num_shared_tokens = num_shared_tokens
-        self._key_tokens = key_tokens
-
-    def _num_shared(self, request: WorkloadRequest) -> int:
-        return min(self._num_shared_tokens, request.num_prompt_tokens - 1)
-
-    def token_ids(self, number: int, request: WorkloadRequest, num_delivered: int) -> tuple[int, ...]:
-        """See ``PromptSource``."""
-        num_shared = self._num_shared(request)
-        num_own = request.num_prompt_tokens + num_delivered - num_shared
-        index = -1 if request.adapter_index is None else request.adapter_index
-        return (index + 1,) * num_shared + (number, *_filler(num_own - 1))
-
-    def prefix_keys(self, number: int, request: WorkloadRequest) -> tuple[bytes, ...]:
-        """See ``PromptSource``."""
-        del number
-        num_keys = self._num_shared(request) // self._key_tokens
-        return tuple(f"{request.adapter_index}/{k}".encode() for k in range(num_keys))
-
-
 class RecordedPrompts:
     """Prompts begin alike as far as a trace says so.
 

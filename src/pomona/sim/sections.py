@@ -36,6 +36,11 @@ def section(kind: type, tag: str | None = None, leave_out: frozenset[str] = froz
     return found
 
 
+def origin_of(model: type[BaseModel]) -> type | None:
+    """The dataclass that a section was derived from; None if it was written by hand."""
+    return next((kind for (kind, _), made in _sections.items() if made is model), None)
+
+
 def _annotation(annotation: Any) -> Any:
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
         return section(annotation)

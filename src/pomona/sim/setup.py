@@ -229,6 +229,12 @@ def _autoscaler(spec: SimulationSpec) -> AutoscalerConfig:
         return replace(config, min_replicas=spec.cluster.num_replicas, max_replicas=spec.cluster.num_replicas)
     if config.max_replicas > MAX_REPLICAS:
         raise ConfigError(f"autoscaler.max_replicas is {config.max_replicas}: must be at most {MAX_REPLICAS}")
+    if not config.min_replicas <= spec.cluster.num_replicas <= config.max_replicas:
+        raise ConfigError(
+            f"cluster.num_replicas is {spec.cluster.num_replicas}: must be from autoscaler.min_replicas "
+            f"({config.min_replicas}) to autoscaler.max_replicas ({config.max_replicas}), between which "
+            f"{config.policy} keeps the fleet"
+        )
     return config
 
 

@@ -74,8 +74,11 @@ class ReplicaSection(_Section):
     profile: str | None = None
     """File of `pomona profile`."""
     machine: str | None = None
+    """Instead of a profile: a roofline from its data sheet."""
     model: str | None = None
+    """What a machine serves."""
     num_devices: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Machines that share one replica; with a machine only."""
     use_tables: bool = False
     """H200 only: measured operators instead of the data sheet."""
     adapter_share: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -93,7 +96,10 @@ class ReplicaSection(_Section):
     overlap_steps: bool = False
     """The next step is planned while one is under way, as `pomona serve` does on a GPU."""
     max_waiting: _Count = 1_000_000
+    """Requests that may wait on a replica; one more is rejected. `pomona serve` lets 1024 wait."""
     enable_prefix_cache: bool = False
+    """Share the KV of equal prefixes, as `pomona serve` does. Only a trace of format mooncake says which prompts begin
+    alike: in other workloads none do."""
     adapter_wait_limit_s: _Seconds = 2.0
 
     @field_validator("machine", "model")
@@ -114,19 +120,22 @@ class ReplicaSection(_Section):
 
 
 class RecordedSection(_Section):
-    """Uses counted in a file of Alibaba's GenTD26 trace."""
+    """Independent draws in proportion to uses counted in a file of Alibaba's GenTD26 trace."""
 
     kind: Literal["recorded"]
     file: str
+    """CSV with a column lora_args."""
     base_share: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the requests without an adapter; by default the trace's own."""
 
 
 class GroupsSection(_Section):
-    """See GroupPopularity."""
+    """Each group of consecutive requests divides among adapters exactly as ``groups`` says, in an order of its own."""
 
     kind: Literal["group"]
     groups: Literal["identical", "distinct", "uniform", "zipf-1.5"]
+    """identical: all requests of a group ask for one adapter. distinct: all adapters in turn. uniform: the square root
+    of group_size adapters, evenly. zipf-1.5: each adapter is asked for 1.5 times as often as the next."""
     num_adapters: _Count
     group_size: _Count = 32
 
@@ -143,6 +152,7 @@ class AdaptersSection(_Section):
         _Base | _Zipf | GroupsSection | RecordedSection,
         Field(discriminator="kind"),
     ] = Field(default_factory=lambda: _Base(kind="base"))
+    """Which of them each request asks for."""
 
 
 class SyntheticSection(_Section):
@@ -150,10 +160,15 @@ class SyntheticSection(_Section):
 
     kind: Literal["synthetic"]
     num_requests: _Count | None = None
+    """How many; this, or for how long."""
     duration_s: _Positive | None = None
+    """For how long requests arrive."""
     arrivals: _Arrivals
+    """When requests arrive."""
     prompt_lengths: _Lengths
+    """Tokens of the prompts."""
     output_lengths: _Lengths
+    """Tokens of the answers."""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -169,8 +184,12 @@ class TraceSection(_Section):
 
     kind: Literal["trace"]
     file: str
+    """The trace."""
     format: Literal["azure", "mooncake", "plain"]
+    """azure: CSV with TIMESTAMP, ContextTokens, GeneratedTokens. mooncake: JSON lines of timestamp (ms), input_length,
+    output_length, hash_ids. plain: CSV with arrival_s, num_prompt_tokens, num_output_tokens."""
     selection: _Selection = Field(default_factory=_Selection)
+    """Which part of it."""
 
 
 class ClientsSection(_Section):
@@ -178,16 +197,20 @@ class ClientsSection(_Section):
 
     kind: Literal["clients"]
     rates_file: str
+    """CSV with client, window_start_s, rate_rps, cv."""
     lengths_file: str
+    """CSV with client, window_start_s, field (input_tokens or output_tokens), p50, p90, p99."""
     start_s: _Seconds = 0.0
+    """Where in the files to begin."""
     duration_s: _Positive
+    """For how long requests arrive."""
 
 
 class LossesSection(_Losses):  # type: ignore[misc]
     """How replicas are lost; capacity may come from a file."""
 
     mean_life_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] | None = None
-    """With much shorter lives no request would ever end."""
+    """Mean time to failure of a replica; by default none fails. With much shorter lives no request would ever end."""
     notice_s: _Seconds = 30.0
     capacity_file: str | None = None
     """Spot availability: lines of time_ms,add|remove,node; bundled samples have names without a path."""
@@ -196,7 +219,7 @@ class LossesSection(_Losses):  # type: ignore[misc]
 
 
 class ClusterSection(_Section):
-    """See ClusterConfig."""
+    """How many replicas there are, and what happens between them."""
 
     num_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] = 1
     start_s: _Seconds = 60.0
@@ -209,6 +232,7 @@ class SimulationSpec(_Section):
     """A simulation."""
 
     seed: int = 0
+    """Of everything that is drawn."""
     until_s: _Positive | None = None
     """When to stop; by default, when the last request has ended."""
     sample_interval_s: _Interval | None = None
@@ -216,8 +240,9 @@ class SimulationSpec(_Section):
     replica: ReplicaSection
     adapters: AdaptersSection = Field(default_factory=AdaptersSection)
     workload: Annotated[SyntheticSection | TraceSection | ClientsSection, Field(discriminator="kind")]
+    """The requests."""
     tenants: Annotated[dict[str, _Positive], Field(min_length=1)] = Field(default_factory=lambda: {"default": 1.0})
-    """Share of the requests, by tenant."""
+    """Share of the requests, by tenant; clients (workload.kind) bring their own."""
     cluster: ClusterSection = Field(default_factory=ClusterSection)
     router: _Router = Field(default_factory=_Router)
     autoscaler: _Autoscaler = Field(default_factory=_Autoscaler)

@@ -66,11 +66,6 @@ class StepWork:
         return self.num_decode_kv_tokens + self.num_prefill_kv_tokens
 
     @property
-    def num_attended_pairs(self) -> int:
-        """(query, key) pairs of causal attention; a decode row has as many as its context."""
-        return self.num_decode_kv_tokens + self.num_prefill_pairs
-
-    @property
     def padded_row_ranks(self) -> int:
         """Rows with an adapter times the largest rank: CaraServe's cost of kernels that pad (BGMV)."""
         return self.num_adapter_rows * self.max_rank

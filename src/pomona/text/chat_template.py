@@ -26,8 +26,8 @@ class _GenerationTag(ext.Extension):
     tags = {"generation"}  # noqa: RUF012  # jinja2's own interface
 
     def parse(self, parser: parser.Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        return [nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)]
 
 
 def _raise_exception(message: str) -> None:
@@ -38,9 +38,15 @@ def _strftime_now(format_string: str) -> str:
     return datetime.datetime.now().strftime(format_string)
 
 
-def _to_json(value: Any, indent: int | None = None, separators: Any = None, sort_keys: Any = None) -> str:
+def _to_json(  # transformers' parameters in transformers' order
+    value: Any,
+    ensure_ascii: bool = False,  # noqa: FBT001, FBT002
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,  # noqa: FBT001, FBT002
+) -> str:
     # jinja2's own filter escapes HTML characters, which prompts must not be.
-    return json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=bool(sort_keys))
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _environment() -> sandbox.ImmutableSandboxedEnvironment:

@@ -141,13 +141,16 @@ class Tokenizer:
 
 def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], where: Path) -> None:
     """Add tokens that only tokenizer_config.json knows, and make its special tokens whole and special."""
-    declared = config.get("added_tokens_decoder")
-    for key, entry in sorted((declared or {}).items(), key=lambda item: int(item[0])):
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, Mapping) or not all(key.isdecimal() for key in declared):
+        raise CheckpointError(f"{where}: added_tokens_decoder: must be an object of token ids and what they are")
+    for key, entry in sorted(declared.items(), key=lambda item: int(item[0])):
         text = _content_of(entry)
         if text is None or backend.token_to_id(text) is not None:
             continue
-        flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-        token = tokenizers.AddedToken(text, special=bool(entry.get("special", False)), **flags)
+        fields = entry if isinstance(entry, Mapping) else {}
+        flags = {name: bool(fields.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        token = tokenizers.AddedToken(text, special=bool(fields.get("special", False)), **flags)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
         if backend.token_to_id(text) != int(key):
             raise CheckpointError(
@@ -156,6 +159,8 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
             )
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     extra = config.get("additional_special_tokens") or []
+    if not isinstance(extra, list):
+        raise CheckpointError(f"{where}: additional_special_tokens: must be a list of tokens")
     for entry in [config.get("bos_token"), config.get("eos_token"), *extra]:
         text = _content_of(entry)
         if text is not None and text not in known and backend.token_to_id(text) is not None:

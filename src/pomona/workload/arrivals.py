@@ -31,6 +31,7 @@ class ConstantArrivals:
     """One request every ``1 / rate_per_s`` seconds."""
 
     rate_per_s: float
+    """Requests per second."""
 
     def __post_init__(self) -> None:
         """Refuse rates out of range."""
@@ -47,6 +48,7 @@ class PoissonArrivals:
     """Independent exponential gaps of mean ``1 / rate_per_s``: many clients that know nothing of each other."""
 
     rate_per_s: float
+    """Requests per second."""
 
     def __post_init__(self) -> None:
         """Refuse rates out of range."""
@@ -67,7 +69,9 @@ class GammaArrivals:
     """
 
     rate_per_s: float
+    """Requests per second, on average."""
     cv: float = 1.0
+    """Standard deviation of the gaps over their mean."""
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""

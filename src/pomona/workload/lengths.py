@@ -11,6 +11,7 @@ class FixedLength:
     """Always ``num_tokens``."""
 
     num_tokens: int
+    """The length."""
 
     def __post_init__(self) -> None:
         """Refuse less than one token, and more than ``MAX_TOKENS``."""
@@ -27,7 +28,9 @@ class UniformLength:
     """Every integer from ``min_tokens`` to ``max_tokens`` equally often. S-LoRA's synthetic workloads use [8, 512]."""
 
     min_tokens: int
+    """The shortest."""
     max_tokens: int
+    """The longest."""
 
     def __post_init__(self) -> None:
         """Refuse empty ranges and less than one token."""
@@ -47,10 +50,15 @@ class LognormalLength:
     """
 
     median_tokens: float
+    """Half are shorter, but for the shift."""
     sigma: float
+    """Spread: standard deviation of the logarithm."""
     max_tokens: int
+    """Longer ones become this long."""
     min_tokens: int = 1
+    """Shorter ones become this long."""
     shift_tokens: int = 0
+    """Added to each."""
 
     def __post_init__(self) -> None:
         """Refuse empty ranges, less than one token, and a spread that is negative or not finite."""

@@ -85,8 +85,11 @@ class GroupPopularity:
     """
 
     kind: GroupKind
+    """How a group divides."""
     num_adapters: int
+    """How many there are."""
     group_size: int = 32
+    """Requests of a group."""
 
     def __post_init__(self) -> None:
         """Refuse unknown kinds, and groups or populations without members."""
@@ -113,7 +116,9 @@ class ZipfPopularity:
     """
 
     num_adapters: int
+    """How many there are."""
     alpha: float
+    """The exponent."""
 
     def __post_init__(self) -> None:
         """Refuse an empty population and exponents that are negative or not finite."""

@@ -206,10 +206,15 @@ def use_isa(name: str) -> Iterator[None]:
         library().pomona_set_isa(before)
 
 
+Lend = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+"""Makes uninitialized memory of a shape and dtype."""
+
+
 class _Allocation(threading.local):
     """How the calling thread allocates kernels' results."""
 
-    empty: Callable[[Sequence[int], torch.dtype], torch.Tensor] | None = None
+    empty: Lend | None = None
+    is_recording: bool = False
 
 
 _allocation = _Allocation()
@@ -223,18 +228,30 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 def is_recording() -> bool:
     """True while this thread's native calls are recorded: a call that is idle now may not be in a replay."""
-    return _allocation.empty is not None
+    return _allocation.is_recording
 
 
 @contextmanager
-def allocate_with(lend: Callable[[Sequence[int], torch.dtype], torch.Tensor]) -> Iterator[None]:
+def allocate_with(lend: Lend) -> Iterator[None]:
     """Let another allocator make kernels' results on this thread while the context lasts."""
-    assert _allocation.empty is None, "a recording inside a recording"
+    before = _allocation.empty
     _allocation.empty = lend
     try:
         yield
     finally:
-        _allocation.empty = None
+        _allocation.empty = before
+
+
+@contextmanager
+def record_with(lend: Lend) -> Iterator[None]:
+    """Likewise, while this thread's native calls are recorded."""
+    assert not _allocation.is_recording, "a recording inside a recording"
+    _allocation.is_recording = True
+    try:
+        with allocate_with(lend):
+            yield
+    finally:
+        _allocation.is_recording = False
 
 
 def address_of(struct: Structure) -> int:

@@ -6,65 +6,23 @@ of the compiled kernels are repeated; a function that does any other work on ten
 """
 
 import ctypes
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pomona.kernels.attention import AttentionBatch
 from pomona.kernels.cpu import attention, binding, lora
-from pomona.kernels.host_memory import new_on_huge_pages
+from pomona.kernels.cpu.workspace import RegionFullError, Workspace
 from pomona.kernels.lora import LoraBatch, LoraRanks
 
-_ALIGNMENT = 64
-_FIRST_REGION_BYTES = 1 << 20
 _Result = TypeVar("_Result")
 
 
 class NotRecordableError(RuntimeError):
     """The function did work on tensors that is not a call of a compiled kernel."""
-
-
-class _RegionFullError(RuntimeError):
-    """The workspace has to grow before this function can be recorded."""
-
-
-class Workspace:
-    """Memory for what recorded functions allocate. All recordings made with one workspace overlap in it: a result lives
-    until the next replay of any of them."""
-
-    def __init__(self) -> None:
-        self.region = new_on_huge_pages((_FIRST_REGION_BYTES,), torch.uint8)
-        self._lent: list[tuple[int, int]] = []
-        """[start, end) of what is in use, in order."""
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialized tensor in the lowest gap that holds it; the gap is free again when its storage is gone."""
-        num_elems = math.prod(shape)
-        if num_elems == 0:
-            return torch.empty(shape, dtype=dtype)
-        num_bytes = -(-num_elems * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        start, index = 0, 0
-        for index, (used_start, used_end) in enumerate([*self._lent, (self.region.numel(), 0)]):  # noqa: B007
-            if start + num_bytes <= used_start:
-                break
-            start = used_end
-        else:
-            raise _RegionFullError
-        span = (start, start + num_bytes)
-        self._lent.insert(index, span)
-        memory = (ctypes.c_uint8 * num_bytes).from_address(self.region.data_ptr() + start)
-        weakref.finalize(memory, self._lent.remove, span)
-        return torch.frombuffer(memory, dtype=dtype, count=num_elems).view(*shape)
-
-    def grow(self) -> None:
-        """Take a region of twice the size. Recordings keep the one they were made in."""
-        self.region = new_on_huge_pages((2 * self.region.numel(),), torch.uint8)
-        self._lent = []
 
 
 class _OnlyKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -134,9 +92,9 @@ def record(function: Callable[[], _Result], workspace: Workspace) -> tuple[Recor
         handle = binding.library().pomona_begin_recording()
         recording = Recording(handle, workspace.region)
         try:
-            with binding.allocate_with(workspace.empty), _OnlyKernels():  # type: ignore[no-untyped-call]
+            with binding.record_with(workspace.empty), _OnlyKernels():  # type: ignore[no-untyped-call]
                 return recording, function()
-        except _RegionFullError:
+        except RegionFullError:
             workspace.grow()
         finally:
             binding.library().pomona_end_recording()

@@ -1,0 +1,193 @@
+"""Commands that talk to a server, against one that writes down what it was asked."""
+
+import asyncio
+import json
+import os
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pomona.cli import bench, demo
+from pomona.cli.ceilings import CeilingsConfig, measure
+from pomona.cli.config import load_config
+from pomona.cli.hub import bundled_dir
+from pomona.cli.main import app
+from pomona.cli.serve import Running
+from pomona.core.errors import ConfigError, PomonaError
+
+CARD = {"name": "legal", "state": "ready", "lora_rank": 8, "id": "0" * 64}
+CHUNK = {"choices": [{"delta": {"content": "ananab"}}], "usage": {"completion_tokens": 3}}
+
+
+@dataclass
+class Server:
+    """Answers everything with the same bytes."""
+
+    url: str = ""
+    api_key: str | None = None
+    """Whoever sends no other is refused."""
+    answer: bytes = b'{"data": [], "has_more": false}'
+    num_missing_bytes: int = 0
+    """The answer breaks off so many bytes before what was announced."""
+    asked: list[tuple[str, str, str | None, Any]] = field(default_factory=list)
+    """Method, path, authorization, body."""
+
+
+@pytest.fixture
+def server():
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            num_bytes = int(self.headers.get("content-length", 0))
+            body = json.loads(self.rfile.read(num_bytes)) if num_bytes else None
+            given = self.headers.get("authorization")
+            state.asked.append((self.command, self.path, given, body))
+            is_refused = state.api_key is not None and given != f"Bearer {state.api_key}"
+            answer = b'{"error": {"message": "The API key is wrong."}}' if is_refused else state.answer
+            self.send_response(401 if is_refused else 200)
+            self.send_header("content-length", str(len(answer) + state.num_missing_bytes))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        state.url = f"http://127.0.0.1:{http.server_port}"
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield state
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("POMONA_API_KEY", "POMONA_DATA_DIR", "POMONA_DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def pomona(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, PomonaError):
+        raise result.exception  # which is one line for people
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_api_key_may_come_from_the_environment(server, monkeypatch):
+    server.api_key = "from-env"
+    with pytest.raises(PomonaError, match=r"The API key is wrong\."):
+        pomona("adapters", "list", "--url", server.url)
+    monkeypatch.setenv("POMONA_API_KEY", "from-env")
+    for command in (["adapters", "list"], ["tenants", "list"], ["keys", "list"]):
+        pomona(*command, "--url", server.url)
+    server.api_key = "from-flag"
+    pomona("adapters", "list", "--url", server.url, "--api-key", "from-flag")
+
+
+def test_usage_is_written_to_a_file(server, tmp_path):
+    server.answer = b"tenant,tokens\nacme,3\n"
+    rows = tmp_path / "rows.csv"
+    assert pomona("tenants", "usage", "--output", rows, "--start", "2026-11-01", "--url", server.url) == f"{rows}\n"
+    assert rows.read_bytes() == server.answer
+    assert server.asked == [("GET", "/v1/usage?start=2026-11-01&format=csv", None, None)]
+
+
+@pytest.mark.parametrize("name", ["rows.txt", "rows", "no-such-folder/rows.csv"])
+def test_usage_goes_only_where_it_can(server, tmp_path, name):
+    with pytest.raises(ConfigError, match=rf"--output .*{name}: must be a \.csv or \.parquet file"):
+        pomona("tenants", "usage", "--output", tmp_path / name, "--url", server.url)
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.csv cannot be written: Is a directory"):
+        pomona("tenants", "usage", "--output", tmp_path / "folder.csv", "--url", server.url)
+
+
+def test_usage_that_does_not_come_whole_leaves_no_file(server, tmp_path):
+    rows = tmp_path / "rows.csv"
+    with pytest.raises(PomonaError, match="nothing answers at"):
+        pomona("tenants", "usage", "--output", rows, "--url", "http://127.0.0.1:9")
+    server.num_missing_bytes = 5
+    with pytest.raises(PomonaError, match=server.url):
+        pomona("tenants", "usage", "--output", rows, "--url", server.url)
+    server.num_missing_bytes, server.api_key = 0, "secret"
+    with pytest.raises(PomonaError, match=r"The API key is wrong\."):
+        pomona("tenants", "usage", "--output", rows, "--url", server.url)
+    assert not rows.exists()
+
+
+def test_an_adapter_is_added_for_a_tenant(server):
+    server.answer = json.dumps(CARD).encode()
+    pomona("adapters", "add", "legal", "org/legal", "--tenant", "acme", "--url", server.url)
+    pomona("adapters", "add", "legal", "org/legal", "--url", server.url)
+    assert [body for *_, body in server.asked] == [
+        {"name": "legal", "source": "org/legal", "tenant": "acme"},
+        {"name": "legal", "source": "org/legal"},
+    ]
+
+
+def test_help_says_what_adapters_list_shows_and_from_where_adapters_may_be_added():
+    shown = pomona("adapters", "list", "--help")
+    assert "features" not in shown
+    assert "source" not in shown
+    shown = pomona("adapters", "add", "--help")
+    for flag in ("--adapters-dir", "--allowed-adapter-root", "--allow-hub-adapters"):
+        assert flag in shown
+
+
+def test_the_first_key_is_made_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("POMONA_DATA_DIR", "~/data")
+    assert pomona("keys", "admin").startswith("pk-")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_the_demo_sends_the_servers_key_and_does_not_show_it(server, monkeypatch, capsys):
+    server.api_key = "very-secret"
+    server.answer = f"data: {json.dumps(CHUNK)}\n\ndata: [DONE]\n\n".encode()
+    adapters = SimpleNamespace(entries=[SimpleNamespace(name="reverse", info=SimpleNamespace(lora_rank=16))])
+    running = Running(server.url, "pippin", adapters)  # type: ignore[arg-type]
+    monkeypatch.setattr(demo, "run_server", lambda config, show: asyncio.run(show(running)))
+    demo.run_demo(load_config({"api_key": "very-secret"}))
+    shown = capsys.readouterr().out
+    assert "4 requests" in shown
+    assert "Bearer KEY" in shown
+    assert "very-secret" not in shown
+
+
+def test_a_spawned_server_asks_for_the_key_that_is_sent(monkeypatch):
+    started = []
+    process = SimpleNamespace(send_signal=lambda number: None, wait=lambda timeout: 0)
+
+    def start(command, env):
+        assert "k1" not in command  # others could read it
+        started.append(env.get("POMONA_API_KEY"))
+        return process
+
+    monkeypatch.setattr(bench.subprocess, "Popen", start)
+    monkeypatch.setattr(bench, "_wait_until_ready", lambda url, process: None)
+    sent = []
+    monkeypatch.setattr(bench, "run_bench", lambda config: sent.append(config.api_key))
+    pomona("bench", "serve", "--spawn", "--api-key", "k1")
+    monkeypatch.setenv("POMONA_API_KEY", "k2")
+    pomona("bench", "serve", "--spawn")
+    assert started == sent == ["k1", "k2"]
+
+
+def test_without_affinity_as_on_macos_all_cores_are_used(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    pomona("adapters", "inspect", bundled_dir() / "adapters" / "reverse", "--model", "pippin")
+    measure(CeilingsConfig(device="cpu", num_runs=1, run_s=0.001, is_small=True))
+    assert asked == [os.cpu_count()] * 2
