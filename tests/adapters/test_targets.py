@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -136,8 +136,18 @@ def _is_possible_in_peft(*, is_tied: bool, **config: Any) -> bool:
     return True
 
 
+TWICE = {
+    "target_modules": ["q_proj"],
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": {"lm_head": [2], "embed_tokens": [1]},
+    "ensure_weight_tying": True,
+}
+"""lm_head saved whole, which peft wraps in its token rows, and these different from the embedding's."""
+
+
 @settings(max_examples=40, deadline=None)
 @given(CONFIGS, st.booleans())
+@example(TWICE, True)
 def test_only_what_peft_cannot_do_or_we_do_not_support_is_refused(config: dict[str, Any], is_tied: bool) -> None:
     error = _refusal(is_tied=is_tied, **config)
     if error is not None and _is_possible_in_peft(is_tied=is_tied, **config):

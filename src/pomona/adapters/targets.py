@@ -47,6 +47,10 @@ def resolve(spec: AdapterSpec, base: BaseModules) -> ResolvedAdapter:
     saved = _saved_modules(request, base)
     tokens, tokens_are_tied = _token_rows(spec, base)
     _check_disjoint(matched, saved, set(tokens))
+    if base.is_tied and spec.ensure_weight_tying and len(tokens) > 1:
+        raise AdapterConfigError(
+            "ensure_weight_tying", "cannot be kept with different trainable_token_indices for tied modules"
+        )
     if tokens_are_tied:
         # PEFT puts a tied head's token rows under its low-rank part; it cannot put them under anything else
         _check_disjoint(matched if spec.use_dora else set(), saved, {HEAD_NAME})
@@ -186,10 +190,6 @@ def _token_rows(spec: AdapterSpec, base: BaseModules) -> tuple[dict[str, tuple[i
     if not base.is_tied or EMBEDDING_NAME not in tokens:
         return tokens, False
     if HEAD_NAME in tokens and tokens[HEAD_NAME] != tokens[EMBEDDING_NAME]:
-        if spec.ensure_weight_tying:
-            raise AdapterConfigError(
-                "ensure_weight_tying", "cannot be kept with different trainable_token_indices for tied modules"
-            )
         return tokens, False
     tokens.pop(HEAD_NAME, None)
     return tokens, True
