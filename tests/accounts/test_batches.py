@@ -100,6 +100,16 @@ async def test_a_batch_is_carried_out_line_by_line(served, clients):
     }
 
 
+async def test_work_ends_when_it_is_told_to_as_it_wakes(served):
+    context = served.served.app.state.context
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            async with running_batches(served.served.app, served.accounts, context.wake_batches):
+                await asyncio.sleep(0.2)  # it has looked, and waits
+                context.wake_batches.set()
+                await asyncio.sleep(0)  # it is about to wake
+
+
 async def test_chats_go_in_batches_too(served, clients):
     client = clients["acme"]
     chat = {"model": BASE, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}

@@ -61,7 +61,9 @@ class BatchRunner:
             while True:
                 await self._take_up()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), _POLL_S)
+                    # Not wait_for, which in Python 3.11 swallows a cancellation that comes with the event.
+                    async with asyncio.timeout(_POLL_S):
+                        await self._wake.wait()
                 self._wake.clear()
         finally:
             works = list(self._working.values())
