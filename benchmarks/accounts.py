@@ -24,11 +24,12 @@ from typing import Any
 import aiohttp
 import httpx
 
+from benchmarks import results
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
 from pomona.accounts.principal import Limits
 from pomona.accounts.tenants import TenantStore
-from pomona.bench.machine import describe_hardware, find_commit
+from pomona.bench.machine import describe_hardware
 from pomona.cli.bench import spawned_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +98,7 @@ def measure(num_rounds: int) -> dict[str, Any]:
     return {
         "kind": "accounts",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": find_commit(),
+        **results.setup(),
         "hardware": describe_hardware(),
         "num_clients": NUM_CLIENTS,
         "num_requests": NUM_REQUESTS,

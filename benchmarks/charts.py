@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from benchmarks.chart import Bar, Point, Series, grouped_bars, roofline
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.results import Row
-from benchmarks.tables import Sample, batch_title, job_taxes, label_of, least_taxes, ordered, sample
+from benchmarks.tables import Sample, batch_title, by_batch, job_taxes, label_of, least_taxes, ordered, sample
 from benchmarks.workload import BASE_INT8, POPULARITIES
 
 
@@ -23,11 +23,10 @@ def _exact(value: float) -> Bar:
 
 def peer_chart(rows: Sequence[Row], shape: str, batch: str) -> str:
     """Throughput of one batch: popularities side by side, a color per system."""
-    here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
-    popularities = ordered((row["popularity"] for row in here), POPULARITIES)
+    popularities = ordered((row["popularity"] for row in rows), POPULARITIES)
     series = []
-    for system in ordered((row["system"] for row in here), list(SYSTEMS)):
-        bars = [_bar(sample(here, "output_tokens_per_s", system=system, popularity=one)) for one in popularities]
+    for system in ordered((row["system"] for row in rows), list(SYSTEMS)):
+        bars = [_bar(sample(rows, "output_tokens_per_s", system=system, popularity=one)) for one in popularities]
         series.append(Series(label_of(system), tuple(bars)))
     return grouped_bars(
         f"{shape}: {batch_title(batch)}", "popularity of adapters", "output tokens per second", popularities, series
@@ -46,7 +45,7 @@ def step_chart(rows: Sequence[Row], shape: str) -> str:
     floors, steps = [], []
     for batch, mix in cases:
         here = [row for row in decodes if row["batch"] == batch and row["mix"] == mix]
-        floors.append(_exact(here[-1]["floor_ms"]))
+        floors.append(_bar(sample(here, "floor_ms")))
         steps.append(_bar(sample(here, "step_ms")))
     groups = [f"{batch}, {mix}" for batch, mix in cases]
     series = [Series("floor", tuple(floors)), Series("measured", tuple(steps))]
@@ -55,8 +54,7 @@ def step_chart(rows: Sequence[Row], shape: str) -> str:
 
 def tax_chart(rows: Sequence[Row], shape: str) -> str:
     """What adapters cost the first batch of the rows, measured and by the formulas, by popularity."""
-    batch = rows[0]["cell"].partition("/")[0]
-    rows = [row for row in rows if row["cell"].startswith(f"{batch}/")]
+    batch, rows = next(iter(by_batch(rows).items()))
     popularities = [
         one for one in ordered((row["popularity"] for row in rows), POPULARITIES) if not one.startswith("base")
     ]

@@ -128,7 +128,6 @@ def run_in_turns(jobs: Sequence[RunningJob], look: Callable[[], None] = lambda: 
                 pass
         return
     order = list(jobs)
-    order = list(jobs)
     for number in itertools.count():
         if number in _FIRST_LOOKS or number % _ROUNDS_PER_LOOK == 0:
             look()

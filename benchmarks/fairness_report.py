@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, tables
 from benchmarks.chart import Bar, Series, grouped_bars
 from benchmarks.papers.lines import Line, Panel, line_chart
 
@@ -138,6 +138,7 @@ paper's metric. It counts service that was asked for and not given, and can rank
 overloaded; both grow with a run's length, so runs are compared over the seconds of the arrivals. With *seats* is how
 the server comes; the other policies preempt nobody for fairness' sake, as in the paper.
 
+{tables.setup_text([row for of in latest.values() for row in of.values()])}
 {chr(10).join(parts)}
 {_noisy_section()}"""
     (DOCS / "fairness.md").write_text(page.rstrip() + "\n")

@@ -209,7 +209,7 @@ def speed_table(rows: Sequence[Row]) -> str:
         plain, int8 = (tables.sample(here, "step_ms", quantization=name) for name in ("none", "int8"))
         if plain is None or int8 is None:
             continue
-        floors = [next(row["floor_ms"] for row in here if row["quantization"] == name) for name in ("none", "int8")]
+        floors = [tables.median_of(tables.counted(here, quantization=name), "floor_ms") for name in ("none", "int8")]
         lines.append(
             [
                 f"{phase} of {batch}",

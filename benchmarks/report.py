@@ -77,25 +77,26 @@ class Report:
         rows = tables.of_one_program(self._rows("peers", "peer"))
         for shape in dict.fromkeys(row["shape"] for row in rows):
             here = [row for row in rows if row["shape"] == shape]
-            for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in here):
-                yield self._below + _chart_name("peers", shape, batch), charts.peer_chart(here, shape, batch)
+            for batch, of_batch in tables.by_batch(here).items():
+                yield self._below + _chart_name("peers", shape, batch), charts.peer_chart(of_batch, shape, batch)
         if rows:
             page = self._page("Pomona beside other systems", "peers", self._peer_sections(rows))
             yield f"{self._below}peers.md", page
 
     def _peer_sections(self, rows: list[Row]) -> Iterator[str]:
-        yield f"\n{tables.noise_text(rows)}\n{tables.versions_table(rows)}"
+        yield f"\n{tables.noise_text(rows)}\n{tables.versions_table(rows)}\n"
+        yield "Systems took turns, run by run, where they began together; what began at another time may have met\n"
+        yield "the machine at another speed.\n"
         for shape in dict.fromkeys(row["shape"] for row in rows):
             here = [row for row in rows if row["shape"] == shape]
-            yield f"\n## {shape}\n\nRatios are of medians. What adapters cost Pomona itself is less than what the "
-            yield "machine varies by from one repetition to the next; it is measured step by step in turns: "
-            yield "[engine](engine.md).\n\n"
+            yield f"\n## {shape}\n\nRatios are of medians; without a range a cell was run once. What adapters cost "
+            yield "Pomona itself is measured step by step in turns: [engine](engine.md).\n\n"
             yield tables.peer_ratios(here)
-            for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in here):
+            for batch, of_batch in tables.by_batch(here).items():
                 title = tables.batch_title(batch)
                 yield f"\n### {shape}: {title}\n\n![{title}]({_chart_name('peers', shape, batch)})\n"
                 for field, title, form in _PEER_METRICS:
-                    yield f"\n{title}:\n\n{tables.peer_metric(here, batch, field, form)}"
+                    yield f"\n{title}:\n\n{tables.peer_metric(of_batch, field, form)}"
         found = self._rows("peers", "agreement")
         if found:
             yield "\n## Same work?\n\nGreedy tokens against those of transformers. Rounding differs between systems,\n"
@@ -122,8 +123,7 @@ class Report:
     def _engine_sections(self) -> Iterator[str]:
         for shape, rows in self._by_shape("engine", "job"):
             yield f"\n![Tax]({_chart_name('engine', shape)})\n"
-            for batch in dict.fromkeys(row["cell"].partition("/")[0] for row in rows):
-                here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
+            for batch, here in tables.by_batch(rows).items():
                 yield f"\n## {shape}: {tables.batch_title(batch)}\n\n{tables.noise_text(here)}\n"
                 yield tables.job_table(here)
 
@@ -150,7 +150,7 @@ class Report:
             "ops": self._ops_part(),
             "steps": self._joined(tables.step_table, "step", "step"),
             "ranks": self._joined(tables.rank_table, "step", "step"),
-            "jobs": self._joined(tables.job_table, "engine", "job"),
+            "jobs": self._joined(_job_tables, "engine", "job"),
             "server": self._joined(tables.server_table, "server", "server"),
         }
 
@@ -194,6 +194,12 @@ _CHARTS: tuple[tuple[str, str, Callable[[list[Row], str], str]], ...] = (
     ("engine", "job", charts.tax_chart),
 )
 """Kind of results, kind of rows, the chart of a shape."""
+
+
+def _job_tables(rows: list[Row]) -> str:
+    """A table for each batch of a shape."""
+    found = tables.by_batch(rows).items()
+    return "\n".join(f"{tables.batch_title(batch)}:\n\n{tables.job_table(here)}" for batch, here in found)
 
 
 def _chart_name(*words: str) -> str:

@@ -100,8 +100,7 @@ def row_of(run: Run, stamps: EngineStamps) -> dict[str, Any]:
     return {
         "kind": "server",
         "popularity": run.popularity,
-        "num_streams": len(streams) + run.load.num_errors,
-        "num_errors": run.load.num_errors,
+        "num_streams": len(streams),
         "num_output_tokens": num_tokens,
         "output_tokens_per_s": num_tokens / run.wall_s,
         "events_per_token": num_events / num_tokens,

@@ -87,6 +87,7 @@ class Bench:
         self._parts: EngineParts = engine_builder(load_config(settings))()
         self._shape = shape
         self._num_requests = 0
+        self._rng = random.Random(workload.SEED)
         self._prompts = workload.prompts(shape, max(BATCHES), NUM_PROMPT_TOKENS)
         self._ids: dict[str | None, AdapterId | None] = {None: None}
         for name in adapters:
@@ -145,10 +146,10 @@ class Bench:
         self._end(request_ids)
         return times_s, first_context + (len(times_s) - 1) / 2
 
-    def prefill(self, mix: Mix, seed: int) -> list[float]:
+    def prefill(self, mix: Mix) -> list[float]:
         """The time of one step that computes all prompts, each new to the prefix cache."""
-        rng = random.Random(seed)
-        prompts = [[rng.randrange(256, self._shape.vocab_size) for _ in range(NUM_PROMPT_TOKENS)] for _ in mix.adapters]
+        tokens = range(256, self._shape.vocab_size)
+        prompts = [self._rng.choices(tokens, k=NUM_PROMPT_TOKENS) for _ in mix.adapters]
         request_ids = self._add(mix.adapters, prompts)
         start_s = time.perf_counter()
         self._parts.engine.step(time.monotonic())
@@ -253,7 +254,7 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, console: Console
                     if phase == "decode":
                         times_s, context = bench.decode(mix)
                     else:
-                        times_s, context = bench.prefill(mix, seed=repeat), float(NUM_PROMPT_TOKENS)
+                        times_s, context = bench.prefill(mix), float(NUM_PROMPT_TOKENS)
                 noise = clock.disturbance
                 limits = ceilings.mean((before, probe.measure()))
                 row = row_of(shape, phase, mix, times_s, context, limits)

@@ -49,7 +49,6 @@ class LoadRecord(Generic[_Mark]):
     the first one ends."""
 
     streams: tuple[StreamRecord, ...]
-    num_errors: int
     steady: tuple[_Mark, _Mark]
     """Marks taken at its two ends."""
     steady_s: tuple[float, float]
@@ -65,6 +64,9 @@ def load(url: str, bodies: Sequence[bytes], mark: Callable[[], _Mark]) -> LoadRe
         url: the server's root.
         bodies: JSON of streaming requests that ask for usage.
         mark: called at both ends of the steady part.
+
+    Raises:
+        RuntimeError: a stream was refused or broke off: the others had more of the machine than they should.
     """
     address = urlsplit(url)
     streams = [_Stream(socket.create_connection((address.hostname, address.port))) for _ in bodies]
@@ -86,8 +88,11 @@ def load(url: str, bodies: Sequence[bytes], mark: Callable[[], _Mark]) -> LoadRe
             stream.connection.close()
     records = [_record(stream) for stream in streams]
     whole = tuple(record for record in records if record is not None)
+    if len(whole) < len(records):
+        begun = b"".join(streams[records.index(None)].pieces)[:500].decode(errors="replace")
+        raise RuntimeError(f"{len(records) - len(whole)} of {len(records)} streams failed; the first:\n{begun}")
     (begin_s, begin), (end_s, end) = marks
-    return LoadRecord(whole, len(records) - len(whole), (begin, end), (begin_s, end_s), cpu_s, wall_s)
+    return LoadRecord(whole, (begin, end), (begin_s, end_s), cpu_s, wall_s)
 
 
 def _read(poll: select.epoll, by_fd: dict[int, _Stream], mark: Callable[[], _Mark]) -> Iterator[tuple[float, _Mark]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from benchmarks.peers.systems import SYSTEMS
 from benchmarks.results import Row, of_kind
+from benchmarks.roofline import BF16, Ceilings, Cost
+from benchmarks.shapes import SHAPES
 from benchmarks.workload import POPULARITIES
 
 POMONA = "pomona"
@@ -43,12 +45,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sample(rows: Iterable[Row], field: str, **match: object) -> Sample | None:
-    """The values of a field in the rows whose other fields are as given; None if there are none."""
+def counted(rows: Iterable[Row], **match: object) -> list[Row]:
+    """The rows whose fields are as given and that nobody disturbed; if all were disturbed, all."""
     found = [row for row in rows if all(row.get(key) == value for key, value in match.items())]
-    clean = [row for row in found if row.get("is_clean")]
-    values = tuple(float(row[field]) for row in clean or found)
-    return Sample(values, bool(clean)) if values else None
+    return [row for row in found if row.get("is_clean")] or found
+
+
+def sample(rows: Iterable[Row], field: str, **match: object) -> Sample | None:
+    """The values of a field in the ``counted`` rows; None if there are none."""
+    found = counted(rows, **match)
+    return Sample(tuple(float(row[field]) for row in found), bool(found[0].get("is_clean"))) if found else None
+
+
+def median_of(rows: Sequence[Row], field: str) -> float:
+    """Of a field in all of the rows."""
+    return float(statistics.median(row[field] for row in rows))
 
 
 def of_one_program(rows: Sequence[Row]) -> list[Row]:
@@ -63,9 +74,12 @@ def ordered(values: Iterable[str], order: Sequence[str]) -> list[str]:
     return [value for value in order if value in found] + [value for value in found if value not in order]
 
 
-def _batches(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(row["cell"].partition("/")[0] for row in rows)
-    return sorted(names, key=lambda name: [-int(part) for part in name.removeprefix("b").split("-")])
+def by_batch(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of cells by batch, such as b32-128-64."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["cell"].partition("/")[0], []).append(row)
+    return found
 
 
 def batch_title(batch: str) -> str:
@@ -79,13 +93,12 @@ def label_of(system: str) -> str:
     return SYSTEMS[system].label if system in SYSTEMS else system
 
 
-def peer_metric(rows: Sequence[Row], batch: str, field: str, form: str) -> str:
+def peer_metric(rows: Sequence[Row], field: str, form: str) -> str:
     """Systems by popularities for one batch of one shape."""
-    here = [row for row in rows if row["cell"].startswith(f"{batch}/")]
-    popularities = ordered((row["popularity"] for row in here), POPULARITIES)
+    popularities = ordered((row["popularity"] for row in rows), POPULARITIES)
     lines = []
-    for system in ordered((row["system"] for row in here), list(SYSTEMS)):
-        found = [sample(here, field, system=system, popularity=popularity) for popularity in popularities]
+    for system in ordered((row["system"] for row in rows), list(SYSTEMS)):
+        found = [sample(rows, field, system=system, popularity=popularity) for popularity in popularities]
         cells = [one.text(form) if one else NONE for one in found]
         if "idle" in popularities and system in SYSTEMS and SYSTEMS[system].is_idle_base:
             cells[popularities.index("idle")] = "as base"
@@ -106,7 +119,7 @@ def fastest_peer(rows: Sequence[Row], batch: str, popularity: str) -> tuple[str,
 def peer_ratios(rows: Sequence[Row]) -> str:
     """Pomona against the fastest peer on the same cell, and against the fastest peer's base-only."""
     lines = []
-    for batch in _batches(rows):
+    for batch in sorted(by_batch(rows), key=lambda name: [-int(part) for part in name.removeprefix("b").split("-")]):
         base_peer = fastest_peer(rows, batch, "base")
         for popularity in POPULARITIES:
             ours = sample(rows, "output_tokens_per_s", system=POMONA, cell=f"{batch}/{popularity}")
@@ -173,13 +186,14 @@ def _flat(value: object) -> str:
 
 
 def versions_table(rows: Sequence[Row]) -> str:
-    """What ran, with the settings that were not its defaults."""
+    """What ran, with the settings that were not its defaults, and when each command that ran it was given."""
     lines = []
     for system in ordered((row["system"] for row in rows), list(SYSTEMS)):
         mine = [row for row in rows if row["system"] == system]
         settings = dict.fromkeys(_flat(row["settings"]) for row in mine)
-        lines.append([label_of(system), _flat(mine[-1]["versions"]), "; ".join(settings) or NONE])
-    return table(["", "versions", "settings"], lines)
+        began = ", ".join(sorted({row["utc"][:16].replace("T", " ") for row in mine}))
+        lines.append([label_of(system), _flat(mine[-1]["versions"]), "; ".join(settings) or NONE, began])
+    return table(["", "versions", "settings", "began (UTC)"], lines)
 
 
 def ceilings_table(row: Row | None) -> str:
@@ -198,42 +212,23 @@ def ceilings_table(row: Row | None) -> str:
     )
 
 
-def floor_rows(rows: Sequence[Row], key: Callable[[Row], tuple[str, ...]], measured: str, floor: str, unit: str) -> str:
-    """Measured times beside floors, one line per key."""
-    lines = []
-    for name in dict.fromkeys(key(row) for row in rows):
-        here = [row for row in rows if key(row) == name]
-        one = sample(here, measured)
-        assert one is not None
-        least = float(here[-1][floor])
-        megabytes, gflop = here[-1]["bytes"] / 1e6, here[-1]["flops"] / 1e9
-        lines.append(
-            [*name, f"{megabytes:.0f}", f"{gflop:.2f}", f"{least:.2f}", one.text("{:.2f}"), f"{one.median / least:.2f}"]
-        )
-    header = [
-        *([""] * len(lines[0][:-5]) if lines else [""]),
-        "MB",
-        "GFLOP",
-        f"floor {unit}",
-        f"measured {unit}",
-        "ratio",
-    ]
-    return table(header, lines)
-
-
 def step_table(rows: Sequence[Row]) -> str:
-    """Steps of one shape."""
-    return floor_rows(rows, lambda row: (f"{row['phase']} {row['batch']}", row["mix"]), "step_ms", "floor_ms", "ms")
+    """Steps of one shape beside their floors; a ratio is of a step and the floor of its own moment."""
+    lines = []
+    for phase, batch, mix in dict.fromkeys((row["phase"], row["batch"], row["mix"]) for row in rows):
+        here = counted(rows, phase=phase, batch=batch, mix=mix)
+        one = sample(here, "step_ms")
+        assert one is not None
+        megabytes, gflop = median_of(here, "bytes") / 1e6, median_of(here, "flops") / 1e9
+        floor, ratio = f"{median_of(here, 'floor_ms'):.2f}", f"{median_of(here, 'times_floor'):.2f}"
+        measured = one.text("{:.2f}")
+        lines.append([f"{phase} {batch}", mix, f"{megabytes:.0f}", f"{gflop:.2f}", floor, measured, ratio])
+    return table(["", "", "MB", "GFLOP", "floor ms", "measured ms", "ratio"], lines)
 
 
 def job_taxes(rows: Sequence[Row], popularity: str) -> list[float]:
     """1 - time of the base / time of the job, of each repetition; of those that nobody disturbed, if there are any."""
-    return [1 - row["base_wall_s"] / row["wall_s"] for row in _clean(rows, popularity)]
-
-
-def _clean(rows: Sequence[Row], popularity: str) -> list[Row]:
-    here = [row for row in rows if row["popularity"] == popularity]
-    return [row for row in here if row["is_clean"]] or here
+    return [1 - row["base_wall_s"] / row["wall_s"] for row in counted(rows, popularity=popularity)]
 
 
 def _extra_s(rows: Sequence[Row], popularity: str) -> list[tuple[Row, float]]:
@@ -248,7 +243,7 @@ def _extra_s(rows: Sequence[Row], popularity: str) -> list[tuple[Row, float]]:
             (row["bytes"] - base["bytes"]) / row["ceilings"]["bytes_per_s"]
             + (row["flops"] - base["flops"]) / row["ceilings"]["flops_per_s"],
         )
-        for row in _clean(rows, popularity)
+        for row in counted(rows, popularity=popularity)
     ]
 
 
@@ -266,25 +261,21 @@ def over_formulas(rows: Sequence[Row], popularity: str) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-def median_of(rows: Sequence[Row], popularity: str, key: str) -> float:
-    """Of a popularity's clean jobs, or of all if none is."""
-    return float(statistics.median(row[key] for row in _clean(rows, popularity)))
-
-
 def job_table(rows: Sequence[Row]) -> str:
     """Jobs of one shape, with the tax on throughput (of `base`, against its like) and what the formulas make of it."""
     lines = []
     for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
-        one = sample(rows, "output_tokens_per_s", popularity=popularity)
+        here = counted(rows, popularity=popularity)
+        one = sample(here, "output_tokens_per_s")
         assert one is not None
         over, least = over_formulas(rows, popularity), least_taxes(rows, popularity)
         lines.append(
             [
                 popularity,
                 one.text(),
-                f"{median_of(rows, popularity, 'wall_s'):.2f}",
-                f"{median_of(rows, popularity, 'floor_s'):.2f}",
-                f"{median_of(rows, popularity, 'times_floor'):.2f}",
+                f"{median_of(here, 'wall_s'):.2f}",
+                f"{median_of(here, 'floor_s'):.2f}",
+                f"{median_of(here, 'times_floor'):.2f}",
                 f"{statistics.median(job_taxes(rows, popularity)):.1%}",
                 NONE if over is None else f"{statistics.median(least):.1%}",
                 NONE if over is None else f"{over:.2f}",
@@ -299,8 +290,7 @@ def server_table(rows: Sequence[Row]) -> str:
     """Streams through the server: what the client saw beside what the engine did."""
     lines = []
     for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
-        here = [row for row in rows if row["popularity"] == popularity]
-        here = [row for row in here if row["is_clean"]] or here
+        here = counted(rows, popularity=popularity)
         mark = "" if here[0]["is_clean"] else "~"
 
         def median(value: Callable[[Row], float], here: Sequence[Row] = here) -> float:
@@ -358,27 +348,31 @@ def op_table(rows: Sequence[Row]) -> str:
 
 
 def rank_table(rows: Sequence[Row]) -> str:
-    """One adapter of rank 128 beside others of rank 4: what it adds to a decode step, measured and by the formulas.
-    Nothing where that was not measured."""
+    """One adapter of rank 128 beside others of rank 4: what it adds to a decode step, measured and by the formulas,
+    under the same ceilings with and without. Nothing where that was not measured."""
     lines = []
     for batch in sorted({row["batch"] for row in rows if row["mix"] == ALL_SMALL}):
         here = [row for row in rows if row["batch"] == batch and row["phase"] == "decode"]
         small, mixed = (sample(here, "step_ms", mix=mix) for mix in (ALL_SMALL, ONE_LARGE))
-        of_small, of_mixed = ([row for row in here if row["mix"] == mix] for mix in (ALL_SMALL, ONE_LARGE))
         if small is None or mixed is None:
             continue
-        extra = {field: of_mixed[-1][field] - of_small[-1][field] for field in ("bytes", "flops", "floor_ms")}
-        padded_mb = batch * 128 / (128 - 4) * extra["bytes"] / 1e6
+        shape = SHAPES[here[0]["shape"]]
+        num_extra = shape.lora_parameters(128) - shape.lora_parameters(4)
+        extra = Cost(flops=2.0 * num_extra, bytes=BF16.adapter * num_extra)  # one row has the adapter
+        least_s = []
+        for row in counted(here, mix=ONE_LARGE):
+            limits, cost = Ceilings(**row["ceilings"]), Cost(flops=row["flops"], bytes=row["bytes"])
+            least_s.append(limits.floor_s(cost) - limits.floor_s(cost - extra))
         lines.append(
             [
                 f"{batch} sequences",
                 f"{small.text('{:.2f}')}",
                 f"{mixed.text('{:.2f}')}",
                 f"{mixed.median - small.median:+.2f}",
-                f"{extra['floor_ms']:.2f}",
-                f"{extra['bytes'] / 1e6:.1f}",
-                f"{extra['flops'] / 1e9:.3f}",
-                f"{padded_mb:.0f}",
+                f"{1e3 * statistics.median(least_s):.2f}",
+                f"{extra.bytes / 1e6:.1f}",
+                f"{extra.flops / 1e9:.3f}",
+                f"{batch * BF16.adapter * shape.lora_parameters(128) / 1e6:.0f}",
             ]
         )
     if not lines:

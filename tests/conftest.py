@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, settings
 
 from support.triton_sampling import _tensors_where_the_kernels_run, pytest_collection_modifyitems  # noqa: F401
 
-# Both are read when the libraries are imported, which the test modules do.
-if not torch.cuda.is_available():
+# All are read when the libraries are imported or first used, which the test modules do.
+if torch.cuda.is_available():
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or there are no products while kernels' memory is poisoned
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

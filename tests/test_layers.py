@@ -32,6 +32,7 @@ def test_imports_follow_the_layers():
         "pomona.server.app",
         "pomona.driver.client",
         "pomona.cli.main",
+        "pomona.cli.serve",
         "pomona.cli.simulate",
     ],
 )

@@ -1,4 +1,4 @@
-"""Times every op of every backend beside its floor: bytes / bandwidth or FLOPs / peak, whichever is longer.
+"""Times every op of the backends for CPUs beside its floor: bytes / bandwidth or FLOPs / peak, whichever is longer.
 
     python -m benchmarks.kernels.bench_ops                                  # both shapes, all threads; 15 minutes
     python -m benchmarks.kernels.bench_ops --shape smollm2-135m --ops lora,attention --threads 2
@@ -103,8 +103,8 @@ def all_cases(ops: set[str], shape: ModelShape, dtype: torch.dtype) -> Iterator[
 
 
 def default_backends() -> list[str]:
-    """Those that run on this machine as they would in production."""
-    return [name for name in backends_of("lora") if name != "triton" or torch.cuda.is_available()]
+    """Those for CPUs, where the cases' tensors are."""
+    return [name for name in backends_of("lora") if name != "triton"]
 
 
 def runs_of(case: Case, backends: Sequence[str]) -> dict[str, Callable[[], None]]:

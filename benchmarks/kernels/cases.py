@@ -1,6 +1,7 @@
 """What bench_ops measures: each op at the shapes of one decoder layer, over as many layers as a model has.
 
-Weights and caches of all layers are distinct, so that they come from memory as in a real step and not from a cache.
+Weights and caches of all layers are distinct, so that they come from memory as in a real step and not from a cache; and
+they lie on huge pages, as a real engine's do.
 Bytes and FLOPs are what the op must move and compute, from the formulas, not what a backend happens to do.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from benchmarks.shapes import ModelShape
 from pomona.kernels.activation import silu_mul
 from pomona.kernels.attention import AttentionBatch, paged_attention, write_kv
+from pomona.kernels.host_memory import new_on_huge_pages
 from pomona.kernels.linear import pack, packed_linear
 from pomona.kernels.lora import LoraBatch, LoraRanks, LoraSlices, adapted_linear, lora
 from pomona.kernels.norm import add_rms_norm
@@ -110,7 +112,7 @@ def _lora_steps(
 ) -> Iterator[_LoraStep]:
     layout = PageLayout(spec, ROWS_PER_PAGE)
     num_pages = [-(-lora_rank // ROWS_PER_PAGE) for lora_rank in ranks]
-    pool = torch.empty(sum(num_pages), layout.page_elems, dtype=dtype).uniform_(-0.05, 0.05)
+    pool = new_on_huge_pages((sum(num_pages), layout.page_elems), dtype).uniform_(-0.05, 0.05)
     order = torch.randperm(sum(num_pages), generator=torch.Generator().manual_seed(0)).int()
     pages = [tuple(part.tolist()) for part in order.split(num_pages)]
     slices = {(layer, site): layout.slices(pool, layer, site) for layer in range(spec.num_layers) for site in Site}
@@ -229,7 +231,7 @@ def attention_cases(spec: ModelSpec, dtype: torch.dtype, mixes: dict[str, list[t
         blocks_of = [-(-context // BLOCK_SIZE) for _, context in seqs]
         num_blocks = sum(blocks_of)
         shape = (spec.num_layers, 2, num_blocks, BLOCK_SIZE, spec.num_kv_heads, spec.head_dim)
-        caches = torch.empty(shape, dtype=dtype).uniform_(-1, 1)
+        caches = new_on_huge_pages(shape, dtype).uniform_(-1, 1)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0)).int()
         tables = torch.zeros(len(seqs), max(blocks_of), dtype=torch.int32)
         slots, used = [], 0

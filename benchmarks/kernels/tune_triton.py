@@ -245,6 +245,7 @@ def time_us(problem: Problem, device: torch.device) -> tuple[float, Tensor] | No
     copies += [problem.build(device) for _ in range(num_copies - 1)]
     launches = [launch for copy, _ in copies for launch in copy]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for launch in launches:
             launch.run()

@@ -1,5 +1,6 @@
 """One system's process during a comparison: started, asked for runs, stopped in its tracks while others run."""
 
+import contextlib
 import json
 import os
 import select
@@ -148,7 +149,8 @@ class SystemProcess:
         """End it and its children."""
         self.resume()
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended; what it was asked last was not sent
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=20.0)
         except subprocess.TimeoutExpired:

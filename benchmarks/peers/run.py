@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import assets, meter, results, workload
 from benchmarks.peers.plan import REPEAT_BELOW_S, Key, Task, by_cell, done_runs, expected_text, is_repeated, plan
 from benchmarks.peers.process import SystemFailedError, SystemProcess, key_of
-from benchmarks.peers.setup import make_gguf
+from benchmarks.peers.setup import make_gguf, works
 from benchmarks.peers.systems import LLAMA_CPP, SYSTEMS
 from benchmarks.results import Row
 from benchmarks.shapes import SHAPES
@@ -172,7 +172,7 @@ class Comparison:
             first, prefix = agreement(token_ids, reference or [])
             where = {**self._where(task), "system": name, "reference": REFERENCE}
             found = {"kind": "agreement", **where, "same_first_token": first, "mean_common_prefix": prefix}
-            results.append(self.output, {"utc": self.setup["utc"], **found})
+            results.append(self.output, {**self.setup, **found})
         self._tokens.clear()
 
 
@@ -227,17 +227,22 @@ def main(words: Sequence[str] | None = None) -> None:
     if setup["program"].endswith("-dirty"):
         console.print("src has changes that are not committed: these rows cannot be reproduced", style="yellow")
     done = done_runs(results.read(arguments.output), setup["program"])
-    tasks = plan(shapes, cells, [SYSTEMS[name] for name in arguments.system or SYSTEMS], arguments.repeats)
+    systems = [SYSTEMS[name] for name in arguments.system or SYSTEMS]
+    tasks = plan(shapes, cells, systems, arguments.repeats)
     left = [task for task in tasks if task.key not in done and is_repeated(task, done, arguments.repeat_below_s)]
     console.print(f"{len(left)} of {len(tasks)} runs to do; rows go to {arguments.output}")
     console.print(expected_text(left, done, arguments.repeat_below_s), highlight=False)
     if arguments.dry_run:
         return
+    if missing := [system.name for system in systems if not system.is_installed]:
+        raise SystemExit(
+            f"not installed: {', '.join(missing)}; run `python -m benchmarks.peers.setup`, or name others by --system"
+        )
     for shape in shapes:
         if arguments.quick:
             assets.make(shape)
         workload.write(shape)
-        if arguments.quick and LLAMA_CPP.python.exists():
+        if arguments.quick and works(LLAMA_CPP):
             make_gguf(shape.name)
     comparison = Comparison(
         arguments.output,

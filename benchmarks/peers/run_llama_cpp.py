@@ -40,7 +40,7 @@ class LlamaCppRunner:
         params.n_batch = params.n_ctx
         params.n_ubatch = work.settings.get("n_ubatch", 2048)
         params.n_seq_max = work.max_batch
-        params.n_threads = params.n_threads_batch = work.settings.get("num_threads", os.cpu_count())
+        params.n_threads = params.n_threads_batch = work.settings.get("num_threads", len(os.sched_getaffinity(0)))
         params.flash_attn_type = 1
         params.kv_unified = False
         params.no_perf = True

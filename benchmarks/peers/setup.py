@@ -40,7 +40,7 @@ def install(environment: Environment) -> None:
     """Make an environment, politely: at the lowest priority.
 
     Raises:
-        SystemExit: pip failed; its output was shown.
+        RuntimeError: it does not work; what pip said was shown.
     """
     _log(f"{environment.name}: installing {', '.join(environment.packages)}")
     if not environment.python.exists():
@@ -50,11 +50,11 @@ def install(environment: Environment) -> None:
     variables.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     done = subprocess.run([*pip, "install", *environment.packages], env=variables, check=False)
     if done.returncode:
-        raise SystemExit(f"{environment.name}: pip failed with exit code {done.returncode}")
+        raise RuntimeError(f"pip failed with exit code {done.returncode}")
     if environment.removed:
         subprocess.run([*pip, "uninstall", "--yes", "--quiet", *environment.removed], check=True)
     if not works(environment):
-        raise SystemExit(f"{environment.name}: installed, but `{environment.check}` fails in {environment.folder}")
+        raise RuntimeError(f"installed, but `{environment.check}` fails in {environment.folder}")
 
 
 def fetch_tcmalloc() -> None:
@@ -86,21 +86,28 @@ def main() -> None:
     parser.add_argument("--only", choices=names, action="append", help="these environments; repeatable")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
     arguments = parser.parse_args()
+    failed = []
     for number, environment in enumerate(ENVIRONMENTS, 1):
         if arguments.only and environment.name not in arguments.only:
             continue
         if works(environment):
             _log(f"{number}/{len(ENVIRONMENTS)} {environment.name}: is there")
-        else:
+            continue
+        try:
             install(environment)
             _log(f"{number}/{len(ENVIRONMENTS)} {environment.name}: done")
+        except (RuntimeError, subprocess.CalledProcessError) as error:  # the others can still be compared
+            failed.append(f"{environment.name}: {error}")
+            _log(f"{number}/{len(ENVIRONMENTS)} {failed[-1]}")
     if VLLM.python.exists():
         fetch_tcmalloc()
     shapes = arguments.shape or ["smollm2-135m", "qwen2.5-0.5b"]
     assets.make_with_progress([SHAPES[name] for name in shapes])
-    if LLAMA_CPP.python.exists():
+    if works(LLAMA_CPP):
         for name in shapes:
             make_gguf(name)
+    if failed:
+        raise SystemExit("all others are ready; " + "; ".join(failed))
     _log(f"ready: {workload.cache_dir()}")
 
 

@@ -1,6 +1,5 @@
 """The systems under comparison: how each is installed, started, and set. One place for every knob that was turned."""
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.workload import Cell, Popularity
+from pomona.core.machine import num_usable_cores
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class System:
         return sys.executable if self.environment is None else str(self.environment.python)
 
 
-_THREADS = os.cpu_count() or 1
+_THREADS = num_usable_cores()
 
 SYSTEMS = {
     system.name: system

@@ -5,9 +5,14 @@ part of the package never imports the rest.
 """
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # For torch's OpenMP runtime, which reads it when it is loaded: see docs/design/0019-waiting-threads.md.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _LAZY = {"LLM": "pomona.cli.llm", "Completion": "pomona.cli.llm", "SamplingParams": "pomona.core.request"}
 

@@ -217,3 +217,26 @@ async def test_what_cannot_be_is_refused_by_name(accounts):
         await accounts.change(tenants.update_tenant, "acme", change_level=lambda _: ServiceLevel(weight=float("nan")))
     with pytest.raises(InvalidRequestError, match="expires_at"):
         await new_key(accounts, expires_s=1.0)
+
+
+async def test_a_change_that_fails_makes_no_process_forget_whom_it_knows(accounts):
+    _, key = await new_key(accounts)
+    assert await accounts.authenticator.authenticate(key.text)
+
+    def fail(*_, **__):
+        raise DatabaseUnavailableError("down")
+
+    accounts.database.read = accounts.database.write = fail
+    with pytest.raises(DatabaseUnavailableError):
+        await accounts.change(accounts.shares.remove, "bolt", "legal")
+    assert await accounts.authenticator.authenticate(key.text)
+    del accounts.database.read, accounts.database.write
+
+
+async def test_a_key_that_was_made_is_shown_although_the_database_goes_away_just_then(accounts, monkeypatch):
+    def fail():
+        raise DatabaseUnavailableError("down")
+
+    monkeypatch.setattr(accounts.shares, "adapters", fail)
+    _, key = await new_key(accounts)
+    assert await accounts.authenticator.authenticate(key.text)

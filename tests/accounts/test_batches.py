@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -13,6 +14,7 @@ from pomona.accounts.batches import BatchStore
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.tables import BatchRow
 from pomona.core.request import Priority
+from pomona.server.batch_files import Answer, Line, OutputFiles
 from pomona.server.batch_runner import BatchRunner, running_batches
 from support.accounts import serve_accounts
 from support.server import BASE, listen
@@ -213,6 +215,27 @@ async def test_files_have_a_limit_together(config, tmp_path):
     assert statuses == [200, 409]
 
 
+async def test_files_that_come_at_once_have_the_limit_together_too(config, tmp_path):
+    async with serve_accounts(tmp_path, replace(config, max_tenant_file_bytes=100)) as served:
+        headers = {"authorization": f"Bearer {served.keys['acme']}"}
+        form = {"files": {"file": b"x" * 150}, "data": {"purpose": "batch"}}
+        answers = await asyncio.gather(
+            *(served.served.http.post("/v1/files", headers=headers, **form) for _ in range(8))
+        )
+        assert sorted(answer.status_code for answer in answers)[1:] == [409] * 7
+        assert len(list((served.accounts.config.data_dir / "files").iterdir())) == 1
+
+
+async def test_a_file_whose_name_the_database_does_not_take_leaves_nothing(served, clients):
+    part = b'--x\r\nContent-Disposition: form-data; name="'
+    content = part + b'purpose"\r\n\r\nbatch\r\n' + part + b'file"; filename="a\0b"\r\n\r\nlines\r\n--x--\r\n'
+    headers = {"authorization": f"Bearer {served.keys['acme']}", "content-type": "multipart/form-data; boundary=x"}
+    response = await served.served.http.post("/v1/files", headers=headers, content=content)
+    assert response.status_code in (200, 400), response.text
+    on_disk = list((served.accounts.config.data_dir / "files").iterdir())
+    assert [path.name for path in on_disk] == [file.id async for file in clients["acme"].files.list()]
+
+
 async def test_a_full_disk_leaves_nothing_of_a_file(served, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -222,6 +245,26 @@ async def test_a_full_disk_leaves_nothing_of_a_file(served, monkeypatch):
     headers = {"authorization": f"Bearer {served.keys['acme']}"}
     assert (await served.served.http.post("/v1/files", headers=headers, **form)).status_code == 500
     assert list((served.accounts.config.data_dir / "files").iterdir()) == []
+
+
+def test_an_answer_that_the_disk_takes_a_part_of_is_no_answer(tmp_path):
+    def opened():
+        return OutputFiles(("file-1", tmp_path / "output"), ("file-2", tmp_path / "error"))
+
+    answer = Answer(200, "r1", {}, 0.0)
+    files = opened()
+    files.write(Line("whole", 0, 0), answer)
+    whole, files._output = files._output, SimpleNamespace(write=lambda content: whole.write(content[:9]))
+    with pytest.raises(OSError, match="short write"):
+        files.write(Line("torn", 0, 0), answer)
+    assert files.num_completed == 1
+    files._output = whole
+    files.close()
+    again = opened()
+    again.write(Line("torn", 0, 0), answer)
+    again.close()
+    written = (tmp_path / "output").read_text().splitlines()
+    assert [json.loads(line)["custom_id"] for line in written] == ["whole", "torn"]
 
 
 async def test_tenants_do_not_wait_for_each_others_batches(served, clients):

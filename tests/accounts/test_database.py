@@ -1,17 +1,30 @@
 """Migrations and transactions, on both databases."""
 
+import asyncio
+import os
+import socket
+import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
+from pomona.accounts import accounts as accounts_module
 from pomona.accounts import clock
+from pomona.accounts import ledger as ledger_module
+from pomona.accounts.accounts import Accounts, Booking
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
+from pomona.accounts.limiter import Scope
+from pomona.accounts.principal import Limits, Principal
 from pomona.accounts.tables import SpendingRow, Table, UsageRow
 from pomona.core.errors import AccountConflictError, ConfigError, DatabaseUnavailableError
+from pomona.core.ids import TenantId
+from support.driver import until
 
 
 def test_migrations_make_exactly_the_tables_of_the_models(database):
@@ -54,6 +67,20 @@ def test_processes_that_start_together_on_an_empty_database_all_find_it_migrated
         database.close()
 
 
+def test_a_new_file_that_another_process_is_writing_into_is_waited_for(tmp_path):
+    config = AccountsConfig(data_dir=tmp_path)
+    other = sqlite3.connect(tmp_path / "accounts.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # still without a write-ahead log
+    commit = threading.Timer(0.1, other.execute, ["COMMIT"])
+    commit.start()
+    database = Database(config.url)
+    database.migrate()
+    assert database.revision() == 0
+    commit.join()
+    database.close()
+    other.close()
+
+
 def test_a_block_that_raises_leaves_nothing_behind(database):
     def fail():
         with database.session(is_change=True) as session:
@@ -80,3 +107,42 @@ def test_a_database_that_is_not_there_is_named_without_its_password(tmp_path):
 def test_a_url_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="database_url"):
         AccountsConfig(data_dir=tmp_path, database_url="mysql://localhost/db")
+
+
+def test_a_connection_that_nothing_arrives_from_is_given_up_by_the_kernel(postgres):
+    database = Database(AccountsConfig(Path(), postgres.create_database()).url)
+    with database.read() as connection, socket.socket(fileno=os.dup(connection.connection.fileno())) as end:
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 3000
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 3
+    database.close()
+
+
+async def test_accounts_go_on_after_tables_were_gone_for_a_while(config, monkeypatch):
+    monkeypatch.setattr(accounts_module, "_MAINTENANCE_S", 0.05)
+    monkeypatch.setattr(ledger_module, "_RETRY_S", 0.05)
+    names = ("buckets", "prices", "revision", "slots", "spending", "usage")
+    other = Database(config.url)
+
+    def rename(old, new):
+        with other.write() as connection:
+            for name in names:
+                connection.execute(sqlalchemy.text(f"ALTER TABLE {old}{name} RENAME TO {new}{name}"))
+
+    async with Accounts(config) as accounts:
+        limits = [Scope("tenant", "acme", Limits(requests_per_minute=100))]
+        key = Principal("k1", "k1", TenantId("acme"), None, b"", None)
+        await asyncio.to_thread(rename, "", "old_")
+        await accounts.limiter.admit(limits, 1)
+        accounts.begin(key, Booking("r1", "base", "", (10,))).close("finish", 1.0)
+        await asyncio.sleep(1.0)
+        await asyncio.to_thread(rename, "old_", "")
+        with other.session(is_change=True):
+            pass
+        known = accounts.authenticator._generation
+        await until(lambda: accounts.authenticator._generation > known, "the change is heard of")
+        await until(lambda: accounts.ledger.totals()["rows"] == 1, "the row arrives")
+        maintained = asyncio.Event()
+        monkeypatch.setattr(accounts.limiter, "maintain", lambda: asyncio.sleep(0, maintained.set()))
+        async with asyncio.timeout(5):
+            await maintained.wait()
+    other.close()

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import threading
 from dataclasses import replace
 
 import pytest
 
 from pomona.accounts import clock
+from pomona.accounts import database as database_module
 from pomona.accounts.buckets import Buckets, RateLimit
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
@@ -27,6 +29,17 @@ def process(config: AccountsConfig):
 
 def scope(**limits):
     return Scope("tenant", "acme", Limits(**limits))
+
+
+def go_down(database):
+    def fail(*_, **__):
+        raise DatabaseUnavailableError("down")
+
+    database.read = database.write = fail
+
+
+def come_back(database):
+    del database.read, database.write
 
 
 async def num_taken(buckets, limit, num_tries, amount=1):
@@ -220,12 +233,12 @@ async def test_a_request_that_is_refused_holds_nothing_of_a_budget(config, datab
 async def test_what_can_be_given_back_is_whatever_fails(config, database, monkeypatch):
     limiter = Limiter(database, config, "p1")
     scopes = [scope(max_concurrency=1, tokens_per_minute=100, monthly_tokens=100)]
-    admission = await limiter.admit(scopes, 60)
 
     def fail(*_):
         raise KeyError("a bug")
 
     monkeypatch.setattr(limiter.buckets, "put", fail)
+    admission = await limiter.admit(scopes, 60)
     with pytest.raises(KeyError, match="a bug"):
         admission.settle(10)
     monkeypatch.undo()
@@ -252,10 +265,7 @@ async def test_budgets_of_many_are_read_again_together(config, database):
 
 
 async def test_without_the_database_a_process_keeps_the_limits_alone_or_refuses(config, database):
-    def fail(*_, **__):
-        raise DatabaseUnavailableError("down")
-
-    database.read = database.write = fail
+    go_down(database)
     scopes = [scope(requests_per_minute=3, max_concurrency=2, monthly_tokens=5)]
     limiter = Limiter(database, config, "p1")
     first = await limiter.admit(scopes, 1)
@@ -263,8 +273,54 @@ async def test_without_the_database_a_process_keeps_the_limits_alone_or_refuses(
     with pytest.raises(RateLimitError, match="at once"):
         await limiter.admit(scopes, 1)
     first.settle(1)
+    (await limiter.admit(scopes, 1)).settle(1)
     with pytest.raises(RateLimitError, match="3 requests"):
         await limiter.admit(scopes, 1)
     with pytest.raises(DatabaseUnavailableError):
         await Limiter(database, replace(config, when_database_is_down="refuse"), "p2").admit(scopes, 1)
-    del database.read, database.write
+    come_back(database)
+
+
+async def test_slots_taken_without_the_database_are_counted_when_it_is_back(config, database):
+    first, second = Limiter(database, config, "p1"), Limiter(database, config, "p2")
+    scopes = [scope(max_concurrency=1)]
+    go_down(database)
+    await first.admit(scopes, 1)
+    come_back(database)
+    await first.maintain()
+    with pytest.raises(RateLimitError, match="at once"):
+        await second.admit(scopes, 1)
+
+
+async def test_what_was_taken_without_the_database_is_not_given_back_to_it(config, database):
+    limiter, scopes = Limiter(database, config, "p1"), [scope(tokens_per_minute=100)]
+    go_down(database)
+    (await limiter.admit(scopes, 100)).settle(1)
+    (await limiter.admit(scopes, 90)).settle(1)  # there it is given back to whoever it was taken from
+    come_back(database)
+    limit = scopes[0].tokens()
+    assert await num_taken(limiter.buckets, limit, 150) <= 101
+
+
+async def test_a_clock_that_is_put_back_locks_nobody_out(database, monkeypatch):
+    limit, now_s = RateLimit("clock", 10), clock.now_s()
+    assert await num_taken(Buckets(database), limit, 10) == 10
+    monkeypatch.setattr(clock, "now_s", lambda: now_s - 3600)
+    buckets = Buckets(database)
+    assert await num_taken(buckets, limit, 20) == 10
+    monkeypatch.setattr(clock, "now_s", lambda: now_s - 3600 + 30)
+    assert await num_taken(Buckets(database), limit, 10) == 5
+
+
+async def test_nobody_waits_long_for_a_database_that_hangs(config, database, monkeypatch):
+    monkeypatch.setattr(database_module, "_ASK_LIMIT_S", 0.3)
+    limiter, goes_on = Limiter(database, config, "p1"), threading.Event()
+    scopes = [scope(requests_per_minute=100, max_concurrency=50, monthly_tokens=1000)]
+    write = database.write
+    database.write = lambda: (goes_on.wait(), write())[1]
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(limiter.admit(scopes, 1) for _ in range(20)))
+    goes_on.set()
+    del database.write
+    await database.run(database.revision)
+    await limiter.maintain()

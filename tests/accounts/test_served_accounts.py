@@ -8,7 +8,7 @@ import pytest
 
 from pomona.accounts.accounts import Accounts
 from pomona.adapters.stores import StoredAdapter
-from pomona.core.errors import ConfigError
+from pomona.core.errors import ConfigError, DatabaseUnavailableError
 from pomona.core.request import Priority, ServiceLevel
 from pomona.metrics.registry import LEDGER_METRICS
 from pomona.sched.fairness import FairnessConfig
@@ -332,6 +332,16 @@ async def test_usage_is_exported_as_files(served):
     assert table.num_rows == 3
     empty = await served.call("admin", "GET", f"/v1/usage?format=csv&end={today}")
     assert len(empty.text.splitlines()) == 1
+
+
+async def test_exports_without_the_database_say_so(served, monkeypatch):
+    def fail(*_):
+        raise DatabaseUnavailableError("down")
+
+    await served.complete("acme")
+    monkeypatch.setattr(served.accounts.database, "read", fail)
+    for kind in ("csv", "parquet"):
+        assert (await served.call("acme", "GET", f"/v1/usage?format={kind}")).status_code == 503
 
 
 async def test_adapters_belong_to_their_tenants_after_a_restart(config, tmp_path):

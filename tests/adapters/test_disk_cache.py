@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pomona.adapters.disk_cache import DiskCache
-from pomona.core.errors import AdapterUnavailableError, ConfigError
+from pomona.core.errors import AdapterError, AdapterUnavailableError, ConfigError
 from pomona.core.ids import AdapterId
 
 
@@ -44,6 +44,15 @@ def test_the_least_recently_used_goes_but_nothing_in_use(tmp_path: Path):
     put(cache, "d")
     assert cache.ids == ("a", "d")
     assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"a", "d"}
+
+
+def test_what_is_larger_than_the_budget_is_refused_and_evicts_nothing(tmp_path: Path):
+    cache = DiskCache(tmp_path, 250)
+    put(cache, "a")
+    with pytest.raises(AdapterError, match="has 251 bytes, but adapter_cache_bytes is 250"):
+        put(cache, "large", 251)
+    assert cache.ids == ("a",)
+    put(cache, "largest", 250)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_behind(tmp_path: Path):

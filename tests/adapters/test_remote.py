@@ -125,13 +125,14 @@ def test_what_was_fetched_is_used_while_the_store_is_away(faulty, sources: Adapt
     sources.release(again)
 
 
-def test_other_bytes_under_the_same_url_are_fetched(faulty, sources: AdapterSources):
+@pytest.mark.parametrize("other", [b"other" * 100, WEIGHTS + b"c"])
+def test_other_bytes_under_the_same_url_are_fetched(faulty, sources: AdapterSources, other: bytes):
     first = sources.fetch("faulty://bucket/a")
     sources.release(first)
-    faulty.pipe_file("faulty://bucket/a/adapter_model.safetensors", b"other" * 100)
+    faulty.pipe_file("faulty://bucket/a/adapter_model.safetensors", other)
     again = sources.fetch("faulty://bucket/a")
     assert again.cached_id != first.cached_id
-    assert read_files(again.path).weights_bytes == b"other" * 100
+    assert read_files(again.path).weights_bytes == other
     sources.release(again)
 
 

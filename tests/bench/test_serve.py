@@ -304,6 +304,21 @@ async def test_results_are_appended_to_the_file_as_one_line_per_popularity(serve
     assert rows[0]["setup"]["pomona_version"]
 
 
+async def test_what_was_measured_is_in_the_file_when_the_rest_is_interrupted(server, tmp_path):
+    path = tmp_path / "results.jsonl"
+
+    def stop_in_the_second(progress: BenchProgress) -> None:
+        if progress.popularity == "uniform":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await run_serve_bench(
+            make_config(server, popularities=("base", "uniform"), output_file=path), stop_in_the_second
+        )
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (row["setup"]["popularity"], row["results"]["num_completed"]) == ("base", 4)
+
+
 async def test_a_results_file_that_cannot_be_written_is_refused_before_any_load(server, tmp_path):
     with pytest.raises(ConfigError, match=r"^output_file: "):
         await bench(server, output_file=tmp_path)

@@ -1,6 +1,8 @@
 """Measuring the machine's ceilings, at sizes too small to mean anything."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import ceilings, results
 from benchmarks.roofline import Ceilings
-from pomona.cli.ceilings import CeilingsConfig, measure, render, run_ceilings
+from pomona.cli.ceilings import CeilingsConfig, _launch_tests, measure, render, run_ceilings
 from pomona.core.errors import ConfigError
 
 SMALL = CeilingsConfig(device="cpu", num_threads=1, num_runs=2, run_s=0.001, is_small=True)
@@ -40,6 +42,22 @@ def test_the_command_prints_one_json_line_and_appends_it(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert output.read_text().splitlines() == lines
     assert [json.loads(line)["kind"] for line in lines] == ["ceilings"] * 2
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+    with pytest.raises(ConfigError, match="Is a directory"):
+        run_ceilings(SMALL, tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_small_kernels_are_captured_and_launched_although_inference_mode_is_left_in_between(monkeypatch):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    with torch.inference_mode():
+        for test in _launch_tests():
+            test.call()
 
 
 @pytest.mark.parametrize("wrong", [{"num_runs": 0}, {"run_s": -1.0}, {"num_threads": 0}, {"device": "tpu"}])

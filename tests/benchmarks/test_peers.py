@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
 import sys
 
 import pytest
 from rich.console import Console
 
 from benchmarks import results, workload
+from benchmarks.peers import setup
 from benchmarks.peers.plan import Task, by_cell, done_runs, expected_s, expected_text, is_repeated, plan
 from benchmarks.peers.process import SystemFailedError, SystemProcess, key_of
 from benchmarks.peers.run import Comparison, agreement, execute, main, summarize
@@ -174,7 +177,7 @@ def test_every_repetition_is_a_new_process_and_systems_agreement_is_written(smal
     systems = [echo(name="transformers"), echo()]
     execute(
         plan([TINY], [BASE, CELL], systems, repeats=2),
-        Comparison(output, {"utc": "now"}, QUIET, accept_noise=True),
+        Comparison(output, {"utc": "now", "commit": "abc"}, QUIET, accept_noise=True),
         QUIET,
     )
     rows = results.read(output)
@@ -187,6 +190,7 @@ def test_every_repetition_is_a_new_process_and_systems_agreement_is_written(smal
     ]
     assert len({row["load_s"] for row in peers}) == 2 * 2 * 2  # base and adapters are different processes too
     assert {row["mean_common_prefix"] for row in results.of_kind(rows, "agreement")} == {4.0}
+    assert {row["commit"] for row in rows} == {"abc"}
 
 
 def test_a_paused_process_is_stopped_and_goes_on_when_resumed(small_work):
@@ -204,6 +208,48 @@ def test_an_unknown_cell_ends_the_runner_with_the_reason(small_work):
     with pytest.raises(SystemFailedError, match="no such cell"):
         process.run("no such cell")
     process.close()
+
+
+def test_a_process_that_died_between_runs_can_be_closed(small_work):
+    process = SystemProcess(echo(), TINY, "base")
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(SystemFailedError):
+        process.run(BASE.name)
+    process.close()
+
+
+def test_systems_that_are_not_installed_are_named_before_anything_runs(tiny_cache, tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    with pytest.raises(SystemExit, match="not installed: vllm; run "):
+        main(["--system", "pomona", "--system", "vllm", "--shape", "tiny", "--output", str(output)])
+    capsys.readouterr()
+    assert not output.exists()
+
+
+def test_what_cannot_be_installed_does_not_keep_the_others_from_it(tiny_cache, monkeypatch, capsys):
+    asked = []
+
+    def install(environment: Environment) -> None:
+        asked.append(environment.name)
+        if environment.name == "llama":
+            raise RuntimeError("pip failed with exit code 1")
+
+    monkeypatch.setattr(setup, "install", install)
+    monkeypatch.setattr(setup.assets, "make_with_progress", lambda shapes: asked.append("models"))
+    monkeypatch.setattr(sys, "argv", ["setup"])
+    with pytest.raises(SystemExit, match="all others are ready; llama: pip failed with exit code 1"):
+        setup.main()
+    assert asked == ["transformers", "llama", "vllm", "models"]
+    assert "2/3 llama: pip failed" in capsys.readouterr().out
+
+
+def test_systems_take_the_cores_that_they_may_run_on():
+    code = "import os; os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})\n"
+    code += "from benchmarks.peers.systems import SYSTEMS\n"
+    code += "print(SYSTEMS['llama.cpp'].settings['num_threads'], SYSTEMS['vllm'].environment_variables)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=results.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1 {'OMP_NUM_THREADS': '1'}"
 
 
 def test_an_environment_is_a_folder_of_the_cache(tiny_cache):

@@ -48,6 +48,12 @@ def test_steps_are_timed_and_shown(quick, capsys):
     _check(step.main, ["--batch", "8", "--profile"], "step", pages, quick, capsys)
 
 
+def test_ops_are_timed_where_the_tensors_are_whether_or_not_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_ops, "backends_of", lambda op: ("reference", "cpu", "triton"))
+    assert bench_ops.default_backends() == ["reference", "cpu"]
+
+
 def test_ops_are_timed_and_shown(quick, capsys):
     pages = {"benchmarks/ops.md": "rank 128 beside 31 of 4", "benchmarks/ops-tiny.svg": "tiny: ops under the roof"}
     _check(bench_ops.main, ["--threads", "1"], "ops", pages, quick, capsys)

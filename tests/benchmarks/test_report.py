@@ -12,6 +12,7 @@ from benchmarks import results, tables
 from benchmarks.chart import Bar, Point, Series, grouped_bars, nice_step, roofline
 from benchmarks.report import DOCS, Report, all_reports, fill, stale
 from benchmarks.results import Row
+from benchmarks.shapes import TINY
 
 SETUP = {
     "utc": "2026-01-02T03:04:05+00:00",
@@ -57,10 +58,10 @@ def peer_rows() -> list[Row]:
 STEPS = {"base": 6.0, "distinct": 9.0, tables.ALL_SMALL: 7.0, tables.ONE_LARGE: 7.5}
 
 
-def step_row(mix: str, step_ms: float) -> Row:
-    is_large = mix == tables.ONE_LARGE
-    floor = {"floor_ms": 5.2, "bytes": 1.04e8, "flops": 1.1e9} if is_large else {"floor_ms": 5.0, "bytes": 1e8}
-    numbers = {"step_ms": step_ms, "flops": 1e9, **floor, "other_pct": 0.0, "steal_pct": 0.0}
+def step_row(mix: str, step_ms: float, floor_ms: float = 5.0) -> Row:
+    floor = {"floor_ms": floor_ms, "times_floor": step_ms / floor_ms, "bytes": 1e8, "flops": 1e9}
+    limits = {"ceilings": {"bytes_per_s": 1e8 / floor_ms * 1e3, "flops_per_s": 5e11}}
+    numbers = {"step_ms": step_ms, **floor, **limits, "other_pct": 0.0, "steal_pct": 0.0}
     what = {"kind": "step", "shape": "tiny", "phase": "decode", "batch": 32, "mix": mix, "is_clean": True}
     return {**SETUP, **what, **numbers}
 
@@ -161,7 +162,7 @@ def test_every_page_can_be_made_from_sample_rows(results_folder):
     assert "| `kernels.lora` | 8 | 1.25 |" in files["benchmarks/step.md"]
     assert "| distinct | 600 | 3.41 | 1.25 | 2.73 | 25.0% | 13.5% | 2.13 |" in files["benchmarks/engine.md"]
     assert "| lora: decode | 4.0 | 10.0 | 50.0 | 2.50 |" in files["benchmarks/ops.md"]
-    ranks = "| 32 sequences | 7.00 | 7.50 | +0.50 | 0.20 | 4.0 | 0.100 | 132 |"
+    ranks = "| 32 sequences | 7.00 | 7.50 | +0.50 | 0.05 | 1.0 | 0.001 | 34 |"
     assert ranks in files["benchmarks/step.md"]
     assert ranks in files["performance.md"]
     assert "| 256 streams, base | 900 | 10.0 | 10.5 | 20.0 | 21.0 | 1.05 | 30 | 4.5 |" in files["performance.md"]
@@ -253,6 +254,36 @@ def test_the_least_tax_is_that_of_the_extra_bytes_and_flops_beside_the_measured_
     assert tables.least_taxes(rows[1:], "distinct") == []
 
 
+def test_a_step_is_held_to_the_floor_of_its_own_moment():
+    moments = [step_row("base", 6.0, 5.0), step_row("base", 12.0, 10.0), step_row("base", 9.0, 5.0)]
+    disturbed = {**step_row("base", 6.0, 12.0), "is_clean": False}
+    line = tables.step_table([*moments, disturbed]).splitlines()[-1]
+    assert line == "| decode 32 | base | 100 | 1.00 | 5.00 | 9.00 [6.00–12.00] | 1.20 |"
+
+
+def test_what_a_large_rank_costs_by_the_formulas_does_not_depend_on_when_each_was_measured():
+    for floor_ms in (5.0, 2.0):
+        rows = [step_row(tables.ALL_SMALL, 7.0, floor_ms), step_row(tables.ONE_LARGE, 7.5)]
+        assert "| +0.50 | 0.05 | 1.0 | 0.001 | 34 |" in tables.rank_table(rows)
+    extra_bytes = 2 * (TINY.lora_parameters(128) - TINY.lora_parameters(4))
+    assert f"{extra_bytes / 1e8 * 5.0:.2f}" == "0.05"
+
+
+def test_jobs_of_each_batch_have_a_table_of_their_own(results_folder):
+    longer = {**job_row("distinct", 100.0, 1.0), "cell": "b32-512-32/distinct"}
+    results.append(results_folder / "2026-01-02-engine.jsonl", longer)
+    jobs = fill_of("jobs", dict(Report(results_folder).files((DOCS / "performance.md").read_text()))["performance.md"])
+    assert "32 requests, 128 in, 64 out:" in jobs and "| distinct | 600 |" in jobs
+    assert "32 requests, 512 in, 32 out:" in jobs and "| distinct | 100 |" in jobs
+
+
+def test_the_page_says_when_each_system_was_measured(results_folder):
+    results.append(results_folder / "2026-01-02-peers.jsonl", {**peer_rows()[0], "utc": "2026-01-02T09:00:00+00:00"})
+    page = dict(Report(results_folder).files("x"))["benchmarks/peers.md"]
+    assert "| num_threads 2 | 2026-01-02 03:04, 2026-01-02 09:00 |" in page
+    assert "| num_threads 2 | 2026-01-02 03:04 |" in page
+
+
 def test_steps_of_earlier_programs_do_not_count(results_folder):
     results.append(results_folder / "2026-01-02-step.jsonl", {**step_row("base", 7.0), "program": "later"})
     page = dict(Report(results_folder).files("x"))["benchmarks/step.md"]
@@ -271,7 +302,7 @@ def test_our_rows_of_earlier_programs_do_not_count_but_those_of_other_commits_do
 
 def test_a_cell_that_is_the_base_s_work_for_a_system_says_so():
     rows = [*peer_rows(), peer_row("pomona", "idle", 790.0), peer_row("llama.cpp", "base", 300.0)]
-    lines = tables.peer_metric(rows, "b32-128-64", "output_tokens_per_s", "{:.0f}").splitlines()
+    lines = tables.peer_metric(rows, "output_tokens_per_s", "{:.0f}").splitlines()
     assert lines[0] == "|  | base | idle | distinct |"
     assert "| 300 | as base | – |" in lines[3]
     assert "as base" not in lines[2]

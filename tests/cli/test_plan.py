@@ -127,6 +127,18 @@ def test_resources_made_plentiful_change_nothing_else(tmp_path):
     assert runner.cluster_config(settings, "cold starts").scheduler == plain.scheduler
 
 
+def test_adapter_memory_made_plentiful_lends_kv_no_more_than_before(tmp_path):
+    runner = _runner(_folder(tmp_path, SPEC.replace("max_num_seqs = 16", "max_num_seqs = 16\nblocks_per_page = 2")))
+
+    def sizes(relaxation):
+        config = runner.cluster_config(PlanSettings(2, 0.1, "affinity"), relaxation).scheduler
+        return config.num_kv_blocks + config.num_adapter_pages * config.blocks_per_page, config.num_adapter_pages
+
+    num_blocks, num_pages = sizes("none")
+    assert sizes("kv") == (4 * num_blocks, num_pages)
+    assert sizes("adapter memory") == (num_blocks, 4 * num_pages)
+
+
 def test_relaxed_costs_scale_steps_and_copies_apart(tmp_path):
     cost = _runner(_folder(tmp_path)).cluster_config(PlanSettings(1, 0.1, "affinity")).cost_model
     work = StepWork(num_seqs=1, num_rows=1, num_decode_rows=1, num_sampled=1, num_loads=1, num_loaded_pages=3)
@@ -144,6 +156,21 @@ def test_a_fleet_of_one_is_asked_what_it_would_lack_at_twice_the_rate(tmp_path):
     assert "1 replica, " in result.output
     assert "What binds at twice the rate: nothing." in result.output
     assert "one replica fewer" not in result.output
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_what_is_not_defined_is_null(tmp_path, capsys):
+    run_plan(_folder(tmp_path, rows=[f"{k * 0.5},60,1" for k in range(10)]), as_json=True)
+    outcome = json.loads(capsys.readouterr().out, parse_constant=refuse_constant)["outcome"]
+    assert outcome["tpot_p99_s"] is None and outcome["ttft_p99_s"] > 0.0
+
+
+def test_a_workload_that_is_refused_at_once_meets_nothing(tmp_path):
+    with pytest.raises(ConfigError, match=r"plan\.max_replicas is 16: attainment is then 0\.0% at best"):
+        run_plan(_folder(tmp_path, rows=["0,600,20"]), as_json=True)
 
 
 def test_prompts_that_begin_alike_share_the_prefix_cache_in_a_plan_too(tmp_path):

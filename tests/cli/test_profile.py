@@ -41,6 +41,8 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measure
         run_profile_command(load_config({}), ProfileLimits(), tmp_path / "nowhere" / "p.json")
 
 
-def test_limits_must_be_positive():
+def test_limits_leave_something_to_measure():
     with pytest.raises(ConfigError, match="max_seconds is 0"):
         ProfileLimits(max_seconds=0)
+    with pytest.raises(ConfigError, match="max_points is 1: must be at least 2"):
+        ProfileLimits(max_points=1)

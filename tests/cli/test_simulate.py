@@ -78,6 +78,17 @@ def check_trace(trace, found):
     assert 0 < len(requests) <= 2 * found["all"]["num_requests"]
 
 
+def test_sizes_beyond_the_profiles_are_said_to_be_extrapolated(spec_file, capsys):
+    run_simulate(spec_file, SimulateOutputs())
+    assert "extrapolated: adapters.lora_ranks is 16 (measured: 8)\n" in capsys.readouterr().err
+    spec_file.write_text(SPEC.replace("[8, 16]", "[8]").replace('"p.json"', '"p.json"\nmax_num_seqs = 65'))
+    run_simulate(spec_file, SimulateOutputs())
+    assert "extrapolated: replica.max_num_seqs is 65 (measured: 64)\n" in capsys.readouterr().err
+    spec_file.write_text(SPEC.replace("[8, 16]", "[8]"))
+    run_simulate(spec_file, SimulateOutputs())
+    assert "extrapolated" not in capsys.readouterr().err
+
+
 def test_equal_specs_give_equal_results(spec_file):
     reports = [run_simulate(spec_file, SimulateOutputs()).to_json() for _ in range(2)]
     for report in reports:

@@ -85,6 +85,14 @@ def test_overlapped_steps_give_every_request_the_tokens_it_gets_without(base_pat
     assert answers[0] == answers[1]
 
 
+def test_a_chunk_of_a_prompt_has_been_computed_when_its_step_ends(base_path):
+    engine = TinyEngine(base_path, **SETTINGS)
+    engine.add(range(3, 103), GREEDY)
+    for _ in range(3):
+        engine.step()
+        assert torch.cuda.current_stream().query()
+
+
 def test_launching_a_replayed_step_never_waits_for_the_device(base_path, adapter_paths):
     engine = TinyEngine(base_path, **SETTINGS, overlap_steps=True)
     adapter_ids = [None, *(engine.load_adapter(path) for path in adapter_paths[:2])]

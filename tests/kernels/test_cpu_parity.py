@@ -15,7 +15,7 @@ from pomona.kernels.linear import Layout, pack, packed_linear, unpack
 from pomona.kernels.norm import add_rms_norm, rms_norm
 from pomona.kernels.rope import apply_rope
 from pomona.kernels.sample import greedy
-from support.kernel_cases import make_adapters, make_contexts, make_segments
+from support.kernel_cases import Segment, make_adapters, make_contexts, make_segments
 from support.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(not binding.is_available(), reason=binding.REASON)
@@ -146,6 +146,22 @@ def test_values_that_are_not_numbers_stay_so_and_reach_no_other_row(isa: str) ->
         bad, good = contexts.attend([(0, 29, 30), (1, 29, 30)])
     assert bad.isnan().all()
     assert good.isfinite().all()
+
+
+@pytest.mark.parametrize("isa", binding.available_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [5, 70])
+def test_an_adapter_reads_no_further_than_its_rows(num_rows: int, dtype: torch.dtype, isa: str) -> None:
+    """31 inputs end half a unit before a whole step of tile registers does."""
+    adapters = make_adapters([[4], [4]], in_features=31, widths=[48], dtype=dtype)
+    x = torch.randn(num_rows + 1, 31).to(dtype)
+    x[num_rows] = NAN
+    with _setup(isa, 1):
+        out = adapters.apply(
+            x, torch.zeros(num_rows + 1, 48, dtype=dtype), [Segment(0, num_rows, 0), Segment(num_rows, num_rows + 1, 1)]
+        )
+    assert out[:num_rows].isfinite().all()
+    assert out[num_rows].isnan().all()
 
 
 @pytest.mark.parametrize("num_rows, vocab_size", [(1, 1), (3, 100), (33, 5003)])

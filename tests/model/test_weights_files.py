@@ -240,7 +240,8 @@ def test_a_folder_without_weights_says_what_was_looked_for(llama: Path) -> None:
         ({}, "weight_map is missing"),
         ({"weight_map": {"lm_head.weight": "gone.safetensors"}}, r"the shard gone\.safetensors is missing"),
         ({"weight_map": {"lm_head.weight": "../llama/model.safetensors"}}, "not the name of a file in the same folder"),
-        ({"weight_map": {"lm_head.weight": 3}}, "3 is not the name of a file"),
+        ({"weight_map": {"lm_head.weight": 3}}, "the shard 3 is missing"),
+        ({"weight_map": {"lm_head.weight": ["a"]}}, r"the shard \['a'\] is missing"),
     ],
 )
 def test_a_bad_index_is_refused(index: dict[str, object], message: str, llama: Path) -> None:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pomona.core.errors import ConfigError
 from pomona.engine.engine import Engine
 from pomona.profiling.design import Design
 from pomona.profiling.measure import MeteredExecutor, PointMeter
@@ -39,6 +40,13 @@ def test_the_engine_does_at_a_point_what_the_point_says(point):
         assert (work.num_decode_rows, work.num_adapters) == (point.num_decodes, expected.num_adapters)
     assert not engine.has_work
     assert all(sample.point_index == 7 for sample in meter.measure(point, 7))
+
+
+def test_a_replica_too_small_for_the_steps_that_are_timed_is_refused():
+    with pytest.raises(ConfigError, match=r"max_model_len is 48, the KV cache has 256 blocks of .*: too small"):
+        seeds(replace(CONFIG, max_model_len=48))
+    with pytest.raises(ConfigError, match="the KV cache has 8 blocks"):
+        seeds(replace(CONFIG, num_kv_blocks=8))
 
 
 def test_candidates_differ_and_are_the_same_every_time():

@@ -1,5 +1,6 @@
 """Every indexed policy chooses what a plain scan over all replicas would, whatever joins, leaves, drains and ends."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -32,6 +33,9 @@ SCANS = {
     RouterConfig(policy="punica", max_requests=5): lambda rs, q: scan_largest_working_set(rs, q, 5),
     RouterConfig(policy="rank-aware", step_model=SUM_MODEL, max_step_s=3.0): (
         lambda rs, q: scan_rank_aware(rs, q, SUM_MODEL, 3.0)
+    ),
+    RouterConfig(policy="rank-aware", step_model=SUM_MODEL, max_step_s=math.inf): (
+        lambda rs, q: scan_rank_aware(rs, q, SUM_MODEL, math.inf)
     ),
     RouterConfig(policy="rank-aware", step_model=MAX_MODEL, max_step_s=6.0): (
         lambda rs, q: scan_rank_aware(rs, q, MAX_MODEL, 6.0)
@@ -110,6 +114,8 @@ def test_a_fleet_without_replicas_lets_requests_wait(policy: str):
 def test_round_robin_goes_round():
     fleet = _fleet("round-robin", 3)
     assert [_route(fleet, make_route()) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    fleet.report(make_snapshot(3))
+    assert [_route(fleet, make_route()) for _ in range(5)] == [1, 2, 0, 3, 1]
 
 
 def test_random_choice_is_uniform():
@@ -159,6 +165,12 @@ def test_affinity_follows_the_longest_held_prefix():
     fleet.sent(ReplicaId(1), make_route(num_keys=2))
     assert fleet.choose(make_route(num_keys=3)) == 2
     assert fleet.choose(make_route(num_keys=2)) == 1
+
+
+def test_what_a_replica_has_no_room_for_is_the_end_of_a_prefix():
+    fleet = _fleet("affinity", 2, affinity=AffinityConfig(prefix_tokens=40, prompt_token_s=1.0))  # two keys fit
+    fleet.sent(ReplicaId(1), make_route(num_keys=3))
+    assert fleet.choose(make_route(num_keys=1)) == 1
 
 
 def test_credit_spreads_a_popular_adapter_and_keeps_a_rare_one_where_it_is():

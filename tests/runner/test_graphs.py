@@ -137,6 +137,24 @@ def test_steps_that_no_graph_is_made_for_run_as_they_come(base_path, adapter_pat
     assert num_replays(query_value) == 3
 
 
+def test_logits_of_all_graphs_are_in_one_place(base_path, adapter_paths):
+    """A result for each would be gigabytes: two for every number of rows, of the whole vocabulary."""
+    engine = TinyEngine(base_path, decode_graphs=True, graph_batch_sizes=(1, 2))
+    graphs = engine.loaded.runner.graphs
+    assert graphs is not None
+    found: list[torch.Tensor] = []
+    logits = graphs.logits
+    graphs.logits = lambda batch, latest: found.append(logits(batch, latest)) or found[-1]  # type: ignore[method-assign]
+    greedy = SamplingParams(max_tokens=3, temperature=0.0)
+    for adapter_ids in ((None,), (None, engine.load_adapter(adapter_paths[1]))):
+        for adapter_id in adapter_ids:
+            engine.add(range(3, 9), greedy, adapter_id)
+        engine.run()
+    replayed = [rows for rows in found if rows is not None]
+    assert {len(rows) for rows in replayed} == {1, 2}
+    assert len({rows.untyped_storage().data_ptr() for rows in replayed}) == 1
+
+
 def test_contexts_that_share_more_tokens_than_there_is_memory_run_as_they_come(base_path):
     memory = {"kv_cache_bytes": 2**14, "max_model_len": 32, "min_prefix_wait_tokens": 4}
     engine = TinyEngine(base_path, decode_graphs=True, graph_batch_sizes=(8,), **memory)

@@ -88,6 +88,14 @@ def test_repetition_penalties_out_of_range_are_refused(penalty):
         SamplingParams(repetition_penalty=penalty)
 
 
+def test_a_top_k_that_no_table_holds_is_refused():
+    table, rows = make_table(SamplingParams(top_k=2**63 - 1, min_p=1.0))
+    logits = make_logits()
+    assert sample(logits.clone(), rows, table).token_ids[0] == logits.argmax()
+    with pytest.raises(InvalidRequestError, match="top_k"):
+        SamplingParams(top_k=2**63)
+
+
 def test_random_draws_follow_the_softmax_at_the_asked_temperature():
     logits = make_logits()
     frequencies = draw_many(SamplingParams(temperature=1.7), logits)
@@ -168,6 +176,13 @@ def test_penalties_follow_their_formulas():
     table, rows = make_table(params, prompt=(1, 2), output=(4, 6, 4))
     sample(logits, rows, table)
     torch.testing.assert_close(logits[0], expected)
+
+
+def test_penalties_count_on_the_host_because_a_device_would_have_to_be_waited_for(monkeypatch):
+    monkeypatch.delattr(torch, "unique")
+    params = SamplingParams(temperature=0.0, frequency_penalty=0.25, repetition_penalty=2.0)
+    table, rows = make_table(params, output=(4, 6, 4))
+    sample(make_logits(), rows, table)
 
 
 def test_stop_tokens_are_not_chosen_before_min_tokens():

@@ -105,6 +105,20 @@ def workload(name: str, base_path: Path, adapter_paths: Sequence[Path]) -> TinyE
 
 
 @needs_kernels
+def test_large_results_of_prompts_lie_in_memory_that_is_kept(tmp_path):
+    num_rows, num_layers = 256, 8
+    path = make_checkpoint(
+        tmp_path / "wide", num_hidden_layers=num_layers, intermediate_size=512, max_position_embeddings=2048
+    )
+    engine = TinyEngine(path, block_size=32, max_num_batched_tokens=num_rows, max_num_seqs=1)
+    engine.add([3 + index % 100 for index in range(6 * num_rows)], GREEDY)
+    for _ in range(2):  # the first finds no room
+        engine.step()
+    gate_and_up = num_rows * 2 * 512 * 4  # bytes: as few as are large
+    assert count_step(engine.step).allocated_bytes < num_layers * gate_and_up
+
+
+@needs_kernels
 @pytest.mark.parametrize("name", MOST)
 def test_a_step_does_no_more_than_it_did(name, base_path, adapter_paths):
     cost = count_step(workload(name, base_path, adapter_paths).step)

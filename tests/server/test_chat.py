@@ -71,7 +71,7 @@ async def test_special_tokens_of_the_answer_are_shown_on_request(served: Served)
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs is 21: must be between 0 and 20"),
         ({"logprobs": 3}, "logprobs", "logprobs is 3: must be true or false"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "give one"),
-        ({"max_tokens": 600}, "max_tokens", "the model's context is 512 tokens"),
+        ({"max_tokens": 600}, "max_tokens", "the model's context of 512 tokens"),
         ({"messages": [{"role": "user", "content": "x" * 9000}]}, "messages", "fit the model's context of 512 tokens"),
         ({"tools": [{}]}, "tools", "tools is not supported"),
         ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs", "'messages' is reserved"),

@@ -271,6 +271,20 @@ async def test_unloading_a_stores_name_frees_it_until_it_is_loaded_again(tmp_pat
         await _text(served, "a")
 
 
+async def test_an_unload_while_adapters_are_staged_again_stops_no_others(tmp_path: Path, monkeypatch):
+    for name, seconds in (("a", 0.4), ("b", 0.2), ("c", 0.0)):
+        make_adapter(tmp_path / name, name, seconds=seconds)
+    async with served_folder(tmp_path) as (served, _):
+        for name in "abc":
+            await _text(served, name)
+        monkeypatch.setattr(type(served.client), "num_restarts", 1)
+        served.adapters.restage()
+        assert (await served.http.delete("/v1/adapters/b")).status_code == 200
+        async with asyncio.timeout(10):
+            while (await _card(served, "c"))["state"] == "registered":
+                await asyncio.sleep(0.02)
+
+
 async def test_a_request_for_a_name_that_is_being_unloaded_does_not_bring_it_back(tmp_path: Path):
     make_adapter(tmp_path / "a", "a")
     async with served_folder(tmp_path) as (served, store):
@@ -305,12 +319,13 @@ async def test_what_a_store_says_after_a_name_was_loaded_and_unloaded_comes_too_
 
 
 async def test_requests_of_others_go_on_while_an_adapter_is_brought_in(tmp_path: Path):
-    make_adapter(tmp_path / "slow", "slow", seconds=0.5)
+    make_adapter(tmp_path / "slow", "slow", seconds=1)
     make_adapter(tmp_path / "quick", "quick")
     async with served_folder(tmp_path) as (served, _):
         slow = asyncio.create_task(_text(served, "slow"))
         await until(lambda: served.adapters.num_waiting == 1, "the request waits")
-        assert (await _card(served, "slow"))["state"] == "verifying"
+        while (state := (await _card(served, "slow"))["state"]) != "verifying":
+            assert state == "fetching"
         await _text(served, "quick")
         assert not slow.done()
         await slow

@@ -15,6 +15,7 @@ from pomona.router.fleet import RouterConfig
 from pomona.sim.clock import EventHeap
 from pomona.sim.cluster import ClusterSim
 from pomona.sim.cluster_config import ClusterConfig, LossConfig
+from pomona.sim.cost_model import PerTokenCost
 from pomona.sim.executor import SimExecutor
 from pomona.sim.ledger import Ending
 from pomona.sim.population import AdapterPages, AdapterPopulation
@@ -249,6 +250,7 @@ def test_service_is_counted_by_tenant_over_time():
         (lambda: make_cluster(start_s=-1.0), "start_s"),
         (lambda: make_cluster(sample_interval_s=0.0), "sample_interval_s"),
         (lambda: make_cluster(max_moves=0), "max_moves"),
+        (lambda: make_cluster(max_samples=4), "max_samples"),
         (lambda: LossConfig(mean_life_s=0.0), "mean_life_s"),
         (lambda: LossConfig(capacity=((2.0, 1), (1.0, 1))), r"capacity\[1\]"),
         (lambda: LossConfig(capacity=((-2.0, 1),)), r"capacity\[0\]"),
@@ -282,3 +284,84 @@ def test_the_ledgers_figures_are_those_of_the_glossary():
     assert (summary.attainment, summary.goodput_rps, summary.output_tokens_per_s) == (0.5, 0.5, 3.0)
     assert summary.ttft_s is not None and summary.ttft_s.p50 == pytest.approx(0.02)
     assert summary.tpot_s is not None and summary.tpot_s.num_samples == 1
+
+
+def test_what_arrives_at_one_time_is_in_one_step():
+    sim = simulate(make_cluster(num_replicas=1), [WorkloadRequest(1.0, 10, 1) for _ in range(4)])
+    assert list(sim.ledger.first_token_s) == [pytest.approx(1.014)] * 4
+
+
+@pytest.mark.parametrize("refused", [WorkloadRequest(0.0, 300, 4), WorkloadRequest(0.0, 200, 400)])
+def test_what_no_replica_has_memory_for_holds_up_nobody(refused):
+    # The first prompt is longer than the context; the second is answered until the context is full.
+    config = make_cluster(
+        num_replicas=1,
+        router=RouterConfig("punica", max_requests=1),
+        scheduler=make_cluster_scheduler(num_kv_blocks=16),
+    )
+    sim = simulate(config, [refused, WorkloadRequest(0.0, 20, 4)], until_s=60.0)
+    assert sim.ledger.ending[0] in (Ending.REJECTED, Ending.FINISHED)
+    assert sim.ledger.ending[1] == Ending.FINISHED
+
+
+def test_who_waits_for_a_replica_gets_one_that_comes_back_from_draining():
+    # The second replica is drained, then the first is lost; the second is busy with one long answer.
+    class Scripted:
+        def wanted(self, seen):
+            return 1 if seen.now_s < 1.5 else 2
+
+    config = make_cluster(
+        num_replicas=2,
+        router=RouterConfig("round-robin"),
+        cost_model=PerTokenCost(0.05),
+        start_s=50.0,
+        losses=LossConfig(capacity=((1.2, 1), (1.4, 2)), notice_s=0.0),
+    )
+    lasting = [WorkloadRequest(0.0, 20, 200), WorkloadRequest(0.0, 20, 200)]
+    for seed in range(8):
+        sim = ClusterSim(replace(config, seed=seed), make_population())
+        sim._size._autoscaler = Scripted()
+        sim.run([*lasting, WorkloadRequest(1.3, 20, 2)])
+        check_all_finished(sim, [*lasting, WorkloadRequest(1.3, 20, 2)])
+        if sim.ledger.num_restarts[1]:  # it was the one that did not drain that was lost
+            assert sim.ledger.last_token_s[2] < 3.0 < sim.ledger.last_token_s[0]
+            return
+    raise AssertionError("no seed loses the replica that does not drain")
+
+
+def test_nothing_is_lost_after_the_last_request_has_ended():
+    losses = LossConfig(mean_life_s=1e6, capacity=((0.0, 2), (100.0, 0)))
+    sim = simulate(make_cluster(losses=losses), steady(10, 0.1))
+    assert sim.end_s < 10.0
+    assert not any(record.is_lost for record in sim.replicas.values())
+
+
+def test_replicas_that_are_called_off_while_they_start_are_paid_for_until_then():
+    scaler = AutoscalerConfig("target-utilisation", 1, 3, interval_s=1.0, target_requests=1.0, num_calm=1)
+    config = make_cluster(num_replicas=1, autoscaler=scaler, start_s=100.0)
+    # Three requests at the first look at the fleet, one at the later ones.
+    sim = simulate(
+        config, [WorkloadRequest(0.0, 10, 100), WorkloadRequest(0.0, 10, 100), WorkloadRequest(0.0, 10, 230)]
+    )
+    asked = [record for record in sim.replicas.values() if record.asked_s > 0.0]
+    assert [(record.asked_s, record.end_s) for record in asked] == [(1.0, 2.0), (1.0, 2.0)]
+    assert sim.replica_s() == pytest.approx(sim.end_s + 2.0)
+
+
+def test_tokens_that_were_delivered_count_where_the_simulation_is_stopped():
+    sim = simulate(make_cluster(num_replicas=1), [WorkloadRequest(0.0, 20, 200)], until_s=1.0)
+    assert sim.ledger.ending[0] == Ending.NONE
+    summary = sim.ledger.summary(Slo(), 1.0)
+    assert sim.service["default"] == 20 + 2 * summary.output_tokens_per_s > 100
+    assert summary.ttft_s is not None and summary.ttft_s.p50 == pytest.approx(0.012)
+
+
+def test_a_simulation_that_lasts_longer_than_expected_keeps_few_samples():
+    config = make_cluster(num_replicas=1, sample_interval_s=0.01, max_samples=51)
+    sim = simulate(config, steady(40, 0.0, num_output_tokens=100))
+    assert sim.end_s > 5.0
+    times = [sample.now_s for sample in sim.samples]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert 25 <= len(times) <= 51
+    assert gaps == [pytest.approx(gaps[0])] * len(gaps)
+    assert times[-1] >= sim.end_s

@@ -95,6 +95,15 @@ def test_h200_tables_give_their_own_measurements_back_and_adapters_come_on_top()
     assert cost.seconds(StepWork()) == 0.0
 
 
+def test_attention_beyond_the_longest_prompt_measured_takes_as_much_longer_as_it_has_more_pairs():
+    cost, pairs = h200_cost("llama-3.1-8b", 1), 16384 * 16385 // 2
+    without, longest, more = (
+        cost.seconds(StepWork(num_seqs=1, num_rows=8192, num_prefill_pairs=count)) for count in (0, pairs, 4 * pairs)
+    )
+    assert longest - without == pytest.approx(LLAMA.num_layers * 0.003371)
+    assert more - without == pytest.approx(4 * (longest - without))
+
+
 def test_curves_are_straight_between_points_and_in_proportion_beyond_them():
     curve = ((1.0, 2.0, 4.0), (10.0, 20.0, 30.0))
     assert [interpolate(curve, x) for x in (0.5, 1.0, 1.5, 3.0, 4.0, 8.0)] == [10.0, 10.0, 15.0, 25.0, 30.0, 60.0]

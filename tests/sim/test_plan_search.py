@@ -114,9 +114,34 @@ def test_the_curve_and_the_sensitivity_surround_the_answer():
     assert dict(plan.sensitivity)["rate x 1.2"] == pytest.approx(9 / 12)
 
 
+@pytest.mark.parametrize("whole_load", [4.0, 6.0])
+def test_settings_that_cannot_do_hide_none_that_can(whole_load):
+    capacity = dict.fromkeys(itertools.product(SHARES, POLICIES), 0.01) | {(0.3, "affinity"): 1.0}
+    plan = PlanSearch(_space(), World(capacity, load=4.0, whole_load=whole_load)).run()
+    assert plan.settings == PlanSettings(int(whole_load), 0.3, "affinity")
+
+
+def test_settings_that_are_alike_in_the_window_are_told_apart_by_the_whole_workload():
+    class Alike(World):
+        def __call__(self, trial: Trial) -> TrialOutcome:
+            if trial.is_whole:
+                return super().__call__(trial)
+            self.trials.append(trial)
+            return _outcome(1.0 if trial.settings.num_replicas > 1 else 0.0)
+
+    capacity = dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0) | {(0.3, "affinity"): 2.0}
+    plan = PlanSearch(_space(), Alike(capacity, load=8.0)).run()
+    assert plan.settings == PlanSettings(4, 0.3, "affinity")
+    assert plan.one_fewer_settings == PlanSettings(3, 0.3, "affinity")
+    assert plan.one_fewer is not None and plan.one_fewer.attainment == pytest.approx(0.75)
+
+
 def test_objectives_that_the_largest_fleet_misses_are_refused_with_how_far_it_got():
     world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=100.0)
-    with pytest.raises(ConfigError, match=r"max_replicas is 40: attainment is then 40\.0%"):
+    with pytest.raises(ConfigError, match=r"max_replicas is 40: attainment is then 40\.0% at best"):
+        PlanSearch(_space(), world).run()
+    world = World(dict.fromkeys(itertools.product(SHARES, POLICIES), 1.0), load=20.0, whole_load=80.0)
+    with pytest.raises(ConfigError, match=r"is 40: attainment of the whole workload is then 50\.0% at best"):
         PlanSearch(_space(), world).run()
 
 

@@ -31,6 +31,10 @@ def test_what_is_read_beside_few_rows_is_free_beside_many():
         ({"terms": [{"quantity": "num_wishes", "seconds_each": 1.0}]}, "terms.0.quantity"),
         ({"terms": [{"quantity": "num_rows", "seconds_each": -1.0}]}, "terms.0.seconds_each"),
         ({"terms": [{"quantity": "num_rows", "seconds_each": 1.0, "beside_rows": 0}]}, "terms.0.beside_rows"),
+        (
+            {"terms": [{"quantity": "num_rows", "seconds_each": 1.0, "above": 9, "up_to": 5}]},
+            "terms.0: .*up_to is 5",
+        ),
         ({"replica": {"num_kv_blocks": 0}}, "replica.num_kv_blocks"),
     ],
 )

@@ -66,8 +66,9 @@ def test_shards_in_other_processes_find_the_same():
             shard.close()
 
 
-def test_with_routing_that_ignores_load_it_equals_the_cluster_on_one_heap():
-    config, workload = make_cluster(num_replicas=3, router=RouterConfig("round-robin")), steady(90, 0.004)
+@pytest.mark.parametrize("gap_s", [0.004, 0.0])
+def test_with_routing_that_ignores_load_it_equals_the_cluster_on_one_heap(gap_s: float):
+    config, workload = make_cluster(num_replicas=3, router=RouterConfig("round-robin")), steady(90, gap_s)
     sharded, whole = _run(config, workload, 3), simulate(config, workload)
     assert list(sharded.ledger.last_token_s) == pytest.approx(list(whole.ledger.last_token_s), abs=1e-12)
     assert list(sharded.ledger.replica_id) == list(whole.ledger.replica_id)

@@ -20,6 +20,7 @@ ZIPF = {"kind": "zipf", "num_adapters": 50, "alpha": 0.0}
 
 FILES = {
     "extras.json": make_profile(terms=EXTRA_TERMS).to_json(),
+    "bare.json": make_profile(adapters=()).to_json(),
     "p.json": make_profile().to_json(),
     "azure.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,30,4\n2023-11-16 18:15:47.1,30,4\n",
     "empty.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n",
@@ -109,6 +110,10 @@ def test_a_bad_spec_is_refused_with_the_path_of_the_key(path, value, complaint):
         ("losses.capacity", [[0.0, 2], [-3.0, 1]], r"losses.capacity\[1\] is at -3.0 s"),
         ("losses.capacity", [[5.0, 2], [3.0, 1]], r"losses.capacity\[1\] is at 3.0 s"),
         ("losses.capacity", [[0.0, 2], [9.0, 0]], "losses.capacity: ends with no instance"),
+        ("losses", {"capacity": [[0.0, 2]], "capacity_file": "spot.csv"}, "losses.capacity: leave it out"),
+        ("replica.num_devices", 4, "replica.num_devices is 4: needs replica.machine"),
+        ("replica.use_tables", True, "replica.use_tables is True: needs replica.machine"),
+        ("replica.adapter_share", 0.5, "replica.adapter_share is 0.5: needs replica.machine"),
         ("losses.capacity_file", "nowhere.csv", "losses.capacity_file: nowhere.csv: cannot be read"),
         ("replica.profile", "nowhere.json", "replica.profile: nowhere.json: cannot be read"),
         ("replica.profile", "azure.csv", "replica.profile: azure.csv: "),
@@ -132,6 +137,21 @@ def test_a_bad_spec_is_refused_with_the_path_of_the_key(path, value, complaint):
 def test_what_only_shows_when_the_spec_is_carried_out_is_refused_with_its_path_too(path, value, complaint):
     with pytest.raises(ConfigError, match=f"^{complaint}"):
         prepare(parse_spec(changed(path, value), "x.toml"), read_lines)
+
+
+def test_adapters_that_would_cost_nothing_are_refused():
+    values = changed("replica.profile", "bare.json")
+    assert prepare(parse_spec(values, "x"), read_lines).cost_error == 0.01
+    values["adapters"] = {"popularity": ZIPF}
+    with pytest.raises(ConfigError, match=r"^adapters.popularity: replica.profile was taken without adapters"):
+        prepare(parse_spec(values, "x"), read_lines)
+
+
+def test_a_router_that_counts_other_prefixes_than_the_trace_has_is_refused():
+    values = changed("router.affinity.prefix_tokens", 256, workload=trace("mooncake.jsonl", "mooncake"))
+    values["replica"]["enable_prefix_cache"] = True
+    with pytest.raises(ConfigError, match=r"^router.affinity.prefix_tokens is 256: must be 512, what a hash"):
+        prepare(parse_spec(values, "x"), read_lines)
 
 
 @pytest.mark.parametrize("autoscaler", [{}, {"max_replicas": 3}, {"min_replicas": 5, "max_replicas": 8}])
@@ -202,6 +222,7 @@ def test_prompts_of_a_trace_with_hashes_begin_alike_where_it_says_so():
     assert len(token_ids) == 1103
     assert token_ids[:512] == (1,) * 512 and token_ids[512:1024] == (2,) * 512
     assert set(token_ids[1024:]) == {2**30}
+    assert setup.prompts.prefix_keys(0, request) == (b"None/0", b"None/1")
 
 
 def test_recorded_popularity_keeps_the_traces_share_of_requests_without_an_adapter():

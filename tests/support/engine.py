@@ -375,7 +375,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     queue = scheduler._queue
     waiting = [seq for seq in scheduler._seqs.values() if seq.state is SequenceState.WAITING]
     assert len(queue) == len(waiting)
-    assert not any(seq.is_joining for seq in running)
+    assert not any(scheduler._arrivals.is_joining(seq) for seq in running)
     assert all(not seq.block_ids and seq.num_computed_tokens == 0 for seq in waiting)
     assert {seq.request_id for seq in running + waiting} == set(scheduler._seqs)
     assert len(running) + len(waiting) == len(scheduler._seqs)
@@ -390,7 +390,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     pages: list[PageId] = []
     for status in adapters.statuses():
         alive = [seq for seq in running + waiting if seq.request.adapter_id == status.adapter_id]
-        pinning = [seq for seq in alive if seq in running or seq.is_joining]
+        pinning = [seq for seq in alive if seq in running or scheduler._arrivals.is_joining(seq)]
         assert (status.num_users, status.num_pins) == (len(alive), len(pinning))
         assert status.is_resident or not pinning, "a pinned adapter is resident"
         pages.extend(status.page_ids or ())

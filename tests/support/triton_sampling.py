@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _tensors_where_the_kernels_run(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiled Triton kernels need their tensors on the GPU; every other backend is tested on the CPU."""
-    if _uses_triton(request.node) and torch.cuda.is_available():
+    is_triton = _uses_triton(request.node) or request.node.path.name.startswith("test_triton_")
+    if is_triton and torch.cuda.is_available():
         with torch.device("cuda"):
             yield
     else:

@@ -69,7 +69,16 @@ def test_mooncake_requests_are_spread_over_their_tick_and_stay_in_order():
     assert [row.arrival_s for row in read_mooncake(lines, tick_s=0)] == [0.0, 0.0, 0.0, 3.0, 3.0, 9.0]
 
 
-@pytest.mark.parametrize("line", ["{", "{}", '{"timestamp": 0, "input_length": -4, "output_length": 5}', "[1]"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "{}",
+        '{"timestamp": 0, "input_length": -4, "output_length": 5}',
+        "[1]",
+        '{"timestamp": 0, "input_length": 3.7, "output_length": 5}',
+    ],
+)
 def test_a_bad_mooncake_line_is_refused(line):
     with pytest.raises(ConfigError, match=r"^line 1: "):
         read_mooncake([line])
@@ -129,7 +138,7 @@ def test_uses_of_adapters_are_counted_most_popular_first():
         "\"[{'modelVersionId': 'x', 'scale': 1.0}, {'modelVersionId': 'y', 'scale': 1}]\",1",
         "[],2",
     ]
-    assert read_lora_uses([*lines, "\"[{'modelVersionId': 'y', 'scale': 1.0}]\",3"]) == ((2, 1), 3)
+    assert read_lora_uses([*lines, "\"[{'modelVersionId': 'y', 'scale': 1.0}]\",3"]) == ((2, 1), 1 / 3)
     with pytest.raises(ConfigError, match="no adapters"):
         read_lora_uses(["lora_args", "[]"])
     with pytest.raises(ConfigError, match="line 2: lora_args"):
@@ -168,8 +177,20 @@ def test_servegens_clients_send_at_their_own_rates_and_their_sum_is_in_order():
     assert requests == list(client_requests(rates, lengths, 0.0, 20.0, seed=3))
 
 
+@pytest.mark.parametrize("cv", [0.5, 1.0, 4.0])
+def test_a_client_sends_as_often_as_its_rate_says_however_bursty_it_is(cv):
+    rates = read_rates(["client,window_start_s,rate_rps,cv", *(f"a,{600 * k},0.01,{cv}" for k in range(6))])
+    lengths = read_lengths(
+        ["client,window_start_s,field,p50,p90,p99", *(f"a,0,{field}_tokens,5,5,5" for field in ("input", "output"))]
+    )
+    num_requests = sum(len(list(client_requests(rates, lengths, 0.0, 3600.0, seed))) for seed in range(400))
+    assert num_requests / 400 == pytest.approx(36.0, rel=0.1)
+
+
 def test_a_bad_servegen_table_is_refused_with_the_line():
     with pytest.raises(ConfigError, match="line 2: rate_rps is 'x'"):
         read_rates(["client,window_start_s,rate_rps,cv", "0,0,x,1"])
+    with pytest.raises(ConfigError, match="client '0' has windows at 300 and 600 s: must be 600 s apart"):
+        read_rates(["client,window_start_s,rate_rps,cv", "0,600,5,1", "0,300,5,1"])
     with pytest.raises(ConfigError, match="no client"):
         read_rates(["client,window_start_s,rate_rps,cv", "0,0,0,0"])

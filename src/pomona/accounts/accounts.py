@@ -1,6 +1,7 @@
 """Accounts: everything about tenants that a server process needs, started and stopped as one."""
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping
@@ -104,11 +105,12 @@ class Accounts:
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Result:
         """Change identities, limits, prices or shares in the database; this process knows of it on return."""
-        try:
-            return await self.database.run(work, *args, **kwargs)
-        finally:
-            self.authenticator.forget_all()
+        result = await self.database.run(work, *args, **kwargs)
+        # Not if it failed: without the database, what is remembered is all that there is.
+        self.authenticator.forget_all()
+        with contextlib.suppress(DatabaseUnavailableError):  # it is made by now; ``_follow`` reads again
             await self.facts()
+        return result
 
     @property
     def adapters(self) -> Mapping[str, OwnedAdapter]:
@@ -192,6 +194,8 @@ class Accounts:
                 await self.limiter.maintain()
             except DatabaseUnavailableError as error:
                 _LOGGER.warning("%s", error)
+            except Exception:  # whatever it was, limits are kept as long as the server runs
+                _LOGGER.exception("Limits could not be maintained; trying again")
 
 
 _NO_LIMITS = Limits()

@@ -105,7 +105,7 @@ class Authenticator:
         """Ask the database, once for all that wait for the same key."""
         lookup = self._lookups.get(key_id)
         if lookup is None:
-            lookup = asyncio.create_task(self._database.run(self._store.find_principal, key_id))
+            lookup = asyncio.create_task(self._database.ask(self._store.find_principal, key_id))
             self._lookups[key_id] = lookup
             generation = self._generation
             lookup.add_done_callback(lambda task: self._remember(key_id, task, generation))
@@ -140,6 +140,9 @@ class Authenticator:
                 if not is_down:
                     _LOGGER.warning("%s", error)
                 is_down = True
+                continue
+            except Exception:  # whatever it was, changes are followed as long as the server runs
+                _LOGGER.exception("The revision could not be read; trying again")
                 continue
             is_down = False
             own = [number for number in tuple(self._database.own_revisions) if number <= revision]

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import delete, func, or_, select, tuple_, update
+from sqlalchemy.orm import Session
 
 from pomona.accounts.clock import now_s
 from pomona.accounts.database import Database
-from pomona.accounts.tables import BatchRow, FileRow
+from pomona.accounts.tables import BatchRow, FileRow, TenantRow
 from pomona.core.errors import AccountConflictError, AccountNotFoundError
 
 LEASE_S: Final = 30.0
@@ -89,17 +90,22 @@ class BatchStore:
         Raises:
             AccountConflictError: its files fill what it has.
         """
-        query = select(func.coalesce(func.sum(FileRow.num_bytes), 0)).where(FileRow.tenant_id == tenant_id)
         with self._database.session() as session:
-            if int(session.scalar(query) or 0) >= max_bytes:
-                raise AccountConflictError(
-                    f"Your files have reached the limit of {max_bytes} bytes: delete some first."
-                )
+            _check_room(session, tenant_id, max_bytes)
 
-    def add_file(self, file_id: str, tenant_id: str, filename: str, purpose: str) -> StoredFile:
-        """Write down a file whose content is in its place."""
+    def add_file(
+        self, file_id: str, tenant_id: str, filename: str, purpose: str, max_bytes: int | None = None
+    ) -> StoredFile:
+        """Write down a file whose content is in its place.
+
+        Raises:
+            AccountConflictError: the tenant's files fill ``max_bytes`` without it.
+        """
         num_bytes = self.path_of(file_id).stat().st_size
         with self._database.session(is_write=True) as session:
+            if max_bytes is not None:
+                session.get(TenantRow, tenant_id, with_for_update=True)  # one of its files after the other
+                _check_room(session, tenant_id, max_bytes)
             row = FileRow(
                 id=file_id,
                 tenant_id=tenant_id,
@@ -271,6 +277,12 @@ class BatchStore:
             is_running = or_(BatchRow.status == "validating", BatchRow.status == "in_progress")
             session.execute(update(BatchRow).where(BatchRow.id == batch_id, is_running).values(status="cancelling"))
         return self.batch(batch_id)
+
+
+def _check_room(session: Session, tenant_id: str, max_bytes: int) -> None:
+    query = select(func.coalesce(func.sum(FileRow.num_bytes), 0)).where(FileRow.tenant_id == tenant_id)
+    if int(session.scalar(query) or 0) >= max_bytes:
+        raise AccountConflictError(f"Your files have reached the limit of {max_bytes} bytes: delete some first.")
 
 
 def _no_file(file_id: str) -> AccountNotFoundError:

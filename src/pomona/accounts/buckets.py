@@ -4,6 +4,7 @@ A bucket holds a minute's worth and drains at that rate. A process takes a chunk
 either fits whole or changes nothing, and spends it from memory for at most a second; what it has not spent by then it
 gives back. So the processes together never exceed a limit. They may fall short of it by what others hold: at most a
 sixteenth of a minute's worth per other process, for at most a second. A limit below 32 per minute is never taken ahead.
+A clock that is put back by more than a minute empties buckets, once: they would not drain before it has caught up.
 """
 
 import asyncio
@@ -20,13 +21,15 @@ _CHUNKS_PER_MINUTE: Final = 16
 LEASE_S: Final = 1.0
 
 _DRAINED: Final = (
-    "(CASE WHEN {now} > buckets.at_s AND buckets.level <= ({now} - buckets.at_s) * :rate THEN 0.0"
+    "(CASE WHEN {now} < buckets.at_s - 60 THEN 0.0"
+    " WHEN {now} > buckets.at_s AND buckets.level <= ({now} - buckets.at_s) * :rate THEN 0.0"
     " WHEN {now} > buckets.at_s THEN buckets.level - ({now} - buckets.at_s) * :rate ELSE buckets.level END)"
 )
 _TAKE: Final = text(
     "INSERT INTO buckets (name, level, at_s) VALUES (:name, :amount, :now)"
     " ON CONFLICT (name) DO UPDATE SET level = {drained} + excluded.level,"
-    " at_s = CASE WHEN excluded.at_s > buckets.at_s THEN excluded.at_s ELSE buckets.at_s END"
+    " at_s = CASE WHEN excluded.at_s BETWEEN buckets.at_s - 60 AND buckets.at_s THEN buckets.at_s"
+    " ELSE excluded.at_s END"
     " WHERE {drained} + excluded.level <= :capacity RETURNING level".format(
         drained=_DRAINED.format(now="excluded.at_s")
     )
@@ -145,6 +148,12 @@ class Buckets:
         lease.level, lease.level_at_s = level + amount, now_s
         return 0.0
 
+    def put_without_database(self, limit: RateLimit, amount: int) -> None:
+        """``put`` of what ``take_without_database`` has taken: the database knows nothing of it."""
+        lease = self._leases.get(limit.name)
+        if lease is not None:
+            lease.level -= amount
+
     def state(self, limit: RateLimit) -> BucketState:
         """What is left of a limit, as far as this process knows."""
         lease = self._leases.get(limit.name)
@@ -170,7 +179,7 @@ class Buckets:
                 amount, lease.available = lease.available, 0.0
                 try:
                     if amount:
-                        await self._database.run(self._put, name, -amount)
+                        await self._database.ask(self._put, name, -amount)
                 except BaseException:
                     lease.available += amount
                     raise
@@ -186,13 +195,13 @@ class Buckets:
             return lease.refused_until_s - now_s
         chunk = max(needed, float(limit.per_minute // _CHUNKS_PER_MINUTE))
         for wanted in (chunk, needed) if chunk > needed else (needed,):
-            level = await self._database.run(self._take, limit, wanted)
+            level = await self._database.ask(self._take, limit, wanted)
             if level is not None:
                 lease.available += wanted
                 lease.level, lease.level_at_s = level, now_s
                 lease.expires_s = now_s + LEASE_S
                 return 0.0
-        level = await self._database.run(self._level, limit)
+        level = await self._database.ask(self._level, limit)
         wait_s = max(0.001, (level + needed - limit.per_minute) / limit.rate_per_s)
         lease.level, lease.level_at_s = level, now_s
         lease.refused_above = needed

@@ -125,7 +125,7 @@ class Budgets:
                     found |= {(row[0], row[1]): (row[2], row[3]) for row in rows}
             return found
 
-        found = await self._database.run(read)
+        found = await self._database.ask(read)
         if month == self._month:
             for scope in scopes:
                 self._keep(scope, *found.get(scope, (0, 0)))

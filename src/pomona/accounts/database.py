@@ -3,14 +3,13 @@
 import asyncio
 import contextlib
 import functools
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import alembic.command
-import alembic.config
 import sqlalchemy
 from sqlalchemy import event
 from sqlalchemy.engine import Connection
@@ -24,6 +23,7 @@ _Result = TypeVar("_Result")
 _NUM_THREADS = 4
 _SQLITE_WAIT_S = 2.0
 _POSTGRESQL_WAIT_S = 3
+_ASK_LIMIT_S = 10.0
 _MIGRATION_LOCK = 0x706F6D6F6E61
 """Any number that nobody else locks in this database."""
 _UNAVAILABLE = (
@@ -31,6 +31,7 @@ _UNAVAILABLE = (
     sqlalchemy.exc.InterfaceError,
     sqlalchemy.exc.TimeoutError,
     sqlalchemy.exc.InternalError,
+    sqlalchemy.exc.ProgrammingError,  # such as tables that are missing while a backup is brought back
 )
 
 
@@ -50,8 +51,16 @@ class Database:
             options: dict[str, Any] = {"connect_args": {"timeout": _SQLITE_WAIT_S, "check_same_thread": False}}
         else:
             limits = f"-c statement_timeout={_POSTGRESQL_WAIT_S * 1000} -c lock_timeout={_POSTGRESQL_WAIT_S * 1000}"
+            # The server's own limits do not help where nothing of it arrives any more: then the kernel gives up.
+            connect = {
+                "connect_timeout": _POSTGRESQL_WAIT_S,
+                "tcp_user_timeout": _POSTGRESQL_WAIT_S * 1000,
+                "keepalives_idle": _POSTGRESQL_WAIT_S,
+                "keepalives_interval": 1,
+                "options": limits,
+            }
             options = {
-                "connect_args": {"connect_timeout": _POSTGRESQL_WAIT_S, "options": limits},
+                "connect_args": connect,
                 "pool_size": _NUM_THREADS,
                 "pool_pre_ping": True,
                 "pool_timeout": _POSTGRESQL_WAIT_S,
@@ -85,6 +94,9 @@ class Database:
         Raises:
             DatabaseUnavailableError: the database does not answer.
         """
+        import alembic.command  # half a second, which servers without accounts need not wait
+        import alembic.config
+
         config = alembic.config.Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.write() as connection:
@@ -140,6 +152,21 @@ class Database:
         """Run blocking work in a thread. A caller that is cancelled does not stop it."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
 
+    async def ask(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        """``run`` for what requests wait for: not for long, and not at all while the database is known to be down.
+
+        Raises:
+            DatabaseUnavailableError: it does not answer.
+        """
+        if self.down_since_s is None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ASK_LIMIT_S):
+                    return await self.run(work, *args, **kwargs)
+            self.down_since_s = time.monotonic()
+        raise DatabaseUnavailableError("the accounts database does not answer")
+
     def revision(self) -> int:
         """Return how often identities, limits, prices and shares have been changed."""
         with self.read() as connection:
@@ -166,8 +193,22 @@ class Database:
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
     connection.isolation_level = None  # transactions are begun by ``_begin_sqlite``, not by the driver
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    _use_write_ahead_log(connection)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    # While another connection makes the same change of a new file, SQLite refuses at once: its wait is for others.
+    give_up_s = time.monotonic() + _SQLITE_WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_s:
+                raise
+        time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -187,7 +187,9 @@ class Journal:
         """
         found: list[Usage] = []
         number, offset = position
-        while number <= self._last_segment and len(found) < max_records:
+        # What is written from now on is read next time; no more is written into the segments before that one.
+        last = self._last_segment
+        while number <= last and len(found) < max_records:
             segment = self._segments[number]
             end = segment.num_bytes
             for record, offset_after in _records(segment.path, offset, end):
@@ -196,17 +198,20 @@ class Journal:
                     found.append(record)
                     if len(found) == max_records:
                         break
-            if len(found) == max_records or number == self._last_segment:
+            if len(found) == max_records or number == last:
                 break  # else what is left of the segment, if anything, is a torn record
             number, offset = number + 1, 0
         return found, (number, offset)
 
     def forget_before(self, position: tuple[int, int]) -> None:
-        """Remove the segments before a position whose every start has finished: the ledger has them."""
-        for number in sorted(self._segments):
+        """Remove the segments before a position whose every start has finished: the ledger has them.
+
+        A start that stays behind without its finish becomes a row that the ledger has already, if the process dies.
+        """
+        for number in [number for number in self._segments if number < position[0]]:
             segment = self._segments[number]
-            if number >= min(position[0], self._last_segment) or segment.num_open:
-                return  # in order: a start's finish lies in its own segment or a later one
+            if segment.num_open:
+                continue
             segment.file.close()
             segment.path.unlink()
             del self._segments[number]

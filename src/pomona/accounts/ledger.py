@@ -227,9 +227,9 @@ class Ledger:
                 self._num_failed_writes += 1
                 _LOGGER.warning("%s; usage waits in the journal (%d bytes)", error, self._journal.num_bytes)
                 await asyncio.sleep(_RETRY_S)
-            except OSError as error:
+            except Exception:  # whatever it was, such as a full disk: rows are moved as long as the server runs
                 self._num_failed_writes += 1
-                _LOGGER.error("The journal cannot be written: %s", error)
+                _LOGGER.exception("Usage could not be moved; trying again")
                 await asyncio.sleep(_RETRY_S)
 
     async def flush(self) -> None:

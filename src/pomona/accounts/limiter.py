@@ -1,6 +1,7 @@
 """Admission: may this request begin, as far as limits go? All limits of tenant, key and adapter, or none of them."""
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -51,13 +52,14 @@ class RateLimitStates:
 class Admission:
     """What an admitted request has taken; ``settle`` gives back what it did not use."""
 
-    __slots__ = ("_limiter", "_num_reserved", "_scopes", "_slots", "_tokens")
+    __slots__ = ("_give_back", "_limiter", "_num_reserved", "_scopes", "_slots")
 
     def __init__(self, limiter: "Limiter", scopes: Sequence[Scope], num_reserved: int) -> None:
         self._limiter = limiter
         self._scopes = scopes
         self._num_reserved = num_reserved
-        self._tokens: list[RateLimit] = []
+        self._give_back: list[Callable[[int], None]] = []
+        """Tokens, to where they were taken from."""
         self._slots: list[str] = []
 
     def settle(self, num_tokens: int) -> None:
@@ -67,8 +69,8 @@ class Admission:
             num_tokens: used, prompt and output. More than was reserved is owed, and refuses later requests.
         """
         with contextlib.ExitStack() as ends:  # each of them, whatever happens to the others
-            for limit in self._tokens:
-                ends.callback(self._limiter.buckets.put, limit, self._num_reserved - num_tokens)
+            for give_back in self._give_back:
+                ends.callback(give_back, self._num_reserved - num_tokens)
             for name in self._slots:
                 ends.callback(self._limiter.slots.put, name)
             for scope in self._scopes:
@@ -108,10 +110,11 @@ class Limiter:
                 undo.callback(self.budgets.put, (scope.kind, scope.name), num_tokens)
                 for limit, amount, noun in ((scope.requests(), 1, "requests"), (scope.tokens(), num_tokens, "tokens")):
                     if limit is not None:
-                        await self._take(limit, amount, f"The {scope.kind}'s limit of {limit.per_minute} {noun}")
-                        undo.callback(self.buckets.put, limit, amount)
+                        what = f"The {scope.kind}'s limit of {limit.per_minute} {noun}"
+                        give_back = await self._take(limit, amount, what)
+                        undo.callback(give_back, amount)
                         if noun == "tokens":
-                            admission._tokens.append(limit)
+                            admission._give_back.append(give_back)
                 name = await self._take_slot(scope)
                 if name is not None:
                     undo.callback(self.slots.put, name)
@@ -143,15 +146,24 @@ class Limiter:
 
         await self._or_without_database(take, lambda: self.budgets.take_without_database(owner, num_tokens))
 
-    async def _take(self, limit: RateLimit, amount: int, what: str) -> None:
+    async def _take(self, limit: RateLimit, amount: int, what: str) -> Callable[[int], None]:
+        """Take from a bucket. Returns what gives back to where it was taken from."""
+        put = self.buckets.put
+
         async def take() -> float:
             return await self.buckets.take(limit, amount)
 
-        wait_s = await self._or_without_database(take, lambda: self.buckets.take_without_database(limit, amount))
+        def take_without_database() -> float:
+            nonlocal put
+            put = self.buckets.put_without_database
+            return self.buckets.take_without_database(limit, amount)
+
+        wait_s = await self._or_without_database(take, take_without_database)
         if math.isinf(wait_s):
             raise RateLimitError(f"{what} a minute is smaller than this request, which needs {amount}.", None)
         if wait_s > 0:
             raise RateLimitError(f"{what} a minute is reached; try again in {wait_s:.1f} s.", wait_s)
+        return functools.partial(put, limit)
 
     async def _take_slot(self, scope: Scope) -> str | None:
         limit = scope.limits.max_concurrency

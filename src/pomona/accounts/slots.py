@@ -31,8 +31,10 @@ _TAKE: Final = text(
     " RETURNING num_held"
 )
 _KEEP: Final = text(
-    "UPDATE slots SET num_held = :held, expires_s = :expires WHERE name = :name AND process_id = :process"
+    "INSERT INTO slots (name, process_id, num_held, expires_s) VALUES (:name, :process, :held, :expires)"
+    " ON CONFLICT (name, process_id) DO UPDATE SET num_held = excluded.num_held, expires_s = excluded.expires_s"
 )
+"""Also what was taken while the database was down."""
 _FREE: Final = text("DELETE FROM slots WHERE name = :name AND process_id = :process")
 
 
@@ -116,7 +118,7 @@ class Slots:
             held.peak = held.num_used
         try:
             if ours:
-                await self._database.run(self._keep, [(name, held.num_held) for name, held in ours])
+                await self._database.ask(self._keep, [(name, held.num_held) for name, held in ours])
         finally:
             for _, held in ours:
                 held.lock.release()
@@ -127,7 +129,7 @@ class Slots:
     async def _extend(self, name: str, held: _Held, limit: int) -> bool:
         chunk = max(1, limit // _CHUNKS)
         for wanted in (chunk, 1) if chunk > 1 else (1,):
-            num_held = await self._database.run(self._take, name, limit, wanted)
+            num_held = await self._database.ask(self._take, name, limit, wanted)
             if num_held is not None:
                 held.num_held = num_held
                 return True

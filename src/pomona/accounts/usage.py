@@ -103,9 +103,12 @@ class UsageStore:
 
     def csv(self, which: UsageFilter) -> Iterator[bytes]:
         """Yield all rows as CSV, the header first."""
-        yield _csv_lines([COLUMNS])
+        header = [COLUMNS]
         for page in self.rows(which):
-            yield _csv_lines([[row[name] for name in COLUMNS] for row in page])
+            yield _csv_lines([*header, *(tuple(row[name] for name in COLUMNS) for row in page)])
+            header = []
+        if header:
+            yield _csv_lines(header)
 
     def parquet(self, which: UsageFilter) -> Iterator[bytes]:
         """Yield all rows as one Parquet file.

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pomona.core.errors import AdapterUnavailableError, ConfigError
+from pomona.core.errors import AdapterError, AdapterUnavailableError, ConfigError
 from pomona.core.ids import AdapterId
 
 
@@ -119,8 +119,13 @@ class DiskCache:
             write: writes the files into an empty folder and returns their digest.
 
         Raises:
+            AdapterError: it is larger than the budget; nothing made room for it.
             AdapterUnavailableError: the disk is full, or fails; nothing is left behind.
         """
+        if num_bytes > self._max_bytes:
+            raise AdapterError(
+                f"the adapter has {num_bytes} bytes, but adapter_cache_bytes is {self._max_bytes}: raise it"
+            )
         partial = self._root / "partial" / uuid.uuid4().hex
         self._shrink(num_bytes)
         try:

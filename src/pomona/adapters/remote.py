@@ -23,6 +23,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     # A store that does not answer must not hold a thread for minutes; retrying is the caller's affair.
     "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 20, "retries": {"max_attempts": 1}}}
 }
+_VERSIONS = ("ETag", "etag", "VersionId", "LastModified", "mtime")
+"""What stores call that which changes with a file."""
 
 
 def is_url(source: str) -> bool:
@@ -108,7 +110,9 @@ class RemoteFolders:
             return None
         if size > max_bytes:
             raise AdapterError(f"{url} has {size} bytes; the limit is {max_bytes}")
-        return size, "/".join(str(facts.get(key)) for key in ("ETag", "etag", "VersionId", "LastModified", "mtime"))
+        versions = [facts.get(key) for key in _VERSIONS]
+        # A store with other words for it: anything that it says may be one of them.
+        return size, "/".join(map(str, versions if any(versions) else sorted(facts.items())))
 
     def _download(self, files: "_RemoteFiles", folder: Path) -> AdapterId:
         config_bytes = b"".join(self._read(f"{files.url}/{CONFIG_FILE}", files.config[0]))

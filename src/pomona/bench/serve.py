@@ -70,10 +70,14 @@ async def run_serve_bench(config: ServeBenchConfig, on_progress: OnProgress | No
     async with ServerClient(config.base_url, config.api_key, config.request_timeout_s) as client:
         target = await _find_target(client, config)
         setup = _describe_setup(config, target, started_at)
-        runs = [await _run(client, config, target, popularity, on_progress) for popularity in config.popularities]
-    report = BenchReport(setup, tuple(runs))
-    if config.output_file is not None:
-        append_json_lines(report, config.output_file, with_requests=config.is_recording_requests)
+        runs: list[RunReport] = []
+        try:
+            for popularity in config.popularities:
+                runs.append(await _run(client, config, target, popularity, on_progress))
+        finally:  # what was measured is kept, whatever ended the rest
+            report = BenchReport(setup, tuple(runs))
+            if config.output_file is not None:
+                append_json_lines(report, config.output_file, with_requests=config.is_recording_requests)
     return report
 
 

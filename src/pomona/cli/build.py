@@ -17,7 +17,6 @@ from pomona.core.interfaces import Executor, LaunchingExecutor
 from pomona.driver.loop import EngineParts
 from pomona.engine.engine import Engine
 from pomona.runner.config import RunnerConfig
-from pomona.runner.loading import load_runner
 from pomona.sched.config import SchedulerConfig
 from pomona.sched.fairness import FairnessConfig, ServicePrices
 
@@ -43,6 +42,9 @@ class BuildEngine:
         Raises:
             PomonaError: a checkpoint or setting is wrong.
         """
+        # The server's process builds no engine: without PyTorch it starts seconds earlier, and is smaller.
+        from pomona.runner.loading import load_runner
+
         config = self.config
         loaded = load_runner(runner_config(config, self.model_path), report_progress)
         limits = SchedulerConfig(

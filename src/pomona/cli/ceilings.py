@@ -24,6 +24,7 @@ from torch.nn import functional
 
 import pomona
 from pomona.bench.machine import describe_hardware, find_commit
+from pomona.bench.report import check_writable
 from pomona.core.errors import ConfigError
 from pomona.core.machine import num_usable_cores
 from pomona.kernels.linear import PackedWeight, pack, packed_linear
@@ -98,7 +99,13 @@ class Ceiling:
 
 
 def run_ceilings(config: CeilingsConfig, output: Path | None) -> None:
-    """Measure, print a table to stderr and one JSON line to stdout, and append that line to ``output``."""
+    """Measure, print a table to stderr and one JSON line to stdout, and append that line to ``output``.
+
+    Raises:
+        ConfigError: ``output`` cannot be written; nothing is measured.
+    """
+    if output is not None:
+        check_writable(output)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("measuring", total=None)
         report = measure(config, lambda name, done, all_: progress.update(task, completed=done, total=all_))
@@ -286,7 +293,8 @@ def _copy(target: Tensor, source: Tensor) -> Callable[[], Tensor]:
 def _launch_tests() -> Iterator[Test]:
     """Microseconds per small kernel: launched one by one, replayed from a graph, and one launch that is waited for."""
     num_calls = 1000
-    x = torch.zeros(1, device="cuda")
+    with torch.inference_mode(mode=False):  # a graph is captured outside, where nothing else may be changed in place
+        x = torch.zeros(1, device="cuda")
 
     def add_many() -> None:
         for _ in range(num_calls):

@@ -1,7 +1,8 @@
 """AppConfig: every setting of ``pomona serve``, in one place; flags, file and docs are derived from its fields.
 
-Precedence: flags, then POMONA_* environment variables, then the TOML file of ``--config``, then the defaults. This is
-the only module that reads the environment. Components never see this object: ``cli.build`` hands each its own part.
+Precedence: flags, then POMONA_* environment variables, then the TOML file of ``--config``, then the defaults. Settings
+are read from the environment here only; commands that talk to a server have options that may come from it, too.
+Components never see this object: ``cli.build`` hands each its own part.
 
 A setting that is a list takes one value for a list of one; in the environment it is one value, or a JSON list.
 """

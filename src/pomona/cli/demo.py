@@ -3,13 +3,16 @@
 import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pomona.bench.events import DONE, EventSplitter
 from pomona.cli.accuracy import BundledTask, read_tasks
 from pomona.cli.build import adapters_dirs
 from pomona.cli.config import AppConfig
@@ -106,10 +109,7 @@ async def _ask(client: httpx.AsyncClient, model: str, word: str) -> Answer:
         if response.is_error:
             await response.aread()
             raise PomonaError(f"{model}: {response.text}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
+        async for chunk in _chunks(response):
             if chunk.get("usage"):
                 answer.num_tokens = chunk["usage"]["completion_tokens"]
             for choice in chunk["choices"]:
@@ -118,6 +118,14 @@ async def _ask(client: httpx.AsyncClient, model: str, word: str) -> Answer:
                     answer.text += piece
     answer.duration_s = time.perf_counter() - started_s
     return answer
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    splitter = EventSplitter()
+    async for piece in response.aiter_bytes():
+        for payload in splitter.feed(piece):
+            if payload != DONE:
+                yield json.loads(payload)
 
 
 def _table(answers: list[Answer], tasks: dict[str, BundledTask], ranks: dict[str, int], base_name: str) -> Table:

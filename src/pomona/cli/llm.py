@@ -22,7 +22,14 @@ from pomona.cli.build import engine_builder, load_all, sources_of_operator
 from pomona.cli.config import load_config
 from pomona.cli.hub import model_name
 from pomona.core.adapter import AdapterInfo
-from pomona.core.errors import CheckpointError, ConfigError, ModelNotFoundError, PomonaError, QueueFullError
+from pomona.core.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PomonaError,
+    QueueFullError,
+)
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.output import EngineStats, RequestOutput
 from pomona.core.plan import TokenLogprobs
@@ -135,7 +142,7 @@ class LLM:
             prompts: one or several; text gets the tokenizer's own special tokens, and the answer goes on from it.
             adapter: one for all, or one per prompt; None is the base model.
             sampling: how tokens are chosen; the seed of prompt i is ``sampling.seed + i``.
-            stop: texts that end an answer; they are not part of it.
+            stop: texts, or one, that end an answer of ``sampling.min_tokens`` tokens or more; they are not part of it.
             ignore_eos: go on past the model's end-of-sequence token.
             show_progress: draw a progress bar.
 
@@ -244,7 +251,10 @@ class LLM:
         )
         # Text goes on; what follows token ids, such as a conversation's, begins anew.
         detokenizer = Detokenizer(self.tokenizer, is_continuation=isinstance(prompt, str))
-        return _Run(request, detokenizer, StopMatcher(StopStrings(tuple(stop))))
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(stops):
+            raise InvalidRequestError("stop", "stop holds an empty string: must be at least 1 character")
+        return _Run(request, detokenizer, StopMatcher(StopStrings(stops)))
 
     def _adapter_id(self, name: str) -> AdapterId:
         adapter_id = self._catalogue.resolve_model(name)
@@ -302,7 +312,7 @@ class _Run:
             completion.token_ids.append(token_id)
             completion.logprobs.extend(output.logprobs[index : index + 1])
             if token_id != output.stop_token_id:
-                text += self._stop.push(self._detokenizer.push(token_id))
+                text += self._pass(self._detokenizer.push(token_id))
             if self._stop.matched is not None:
                 completion.finish_reason = FinishReason.STOP
                 break
@@ -310,10 +320,15 @@ class _Run:
             if output.finish_reason is not None:
                 completion.finish_reason = output.finish_reason
                 self.error = output.error
-                text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+                text += self._pass(self._detokenizer.flush()) + self._stop.flush()
         if completion.finish_reason is not None:
             completion.e2e_s = time.monotonic() - self.request.arrival_s
         completion.text += text
+
+    def _pass(self, text: str) -> str:
+        """Let text through the stop strings."""
+        is_free = len(self.completion.token_ids) < self.request.sampling.min_tokens
+        return text if is_free else self._stop.push(text)
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pomona.cli.simulate import read_lines, read_toml
+from pomona.cli.simulate import read_lines, read_toml, warn_beyond
 from pomona.core.errors import ConfigError
 from pomona.sim.plan_report import plan_json, plan_text
 from pomona.sim.plan_search import Plan, PlanSearch, Trial, TrialOutcome
@@ -24,7 +24,9 @@ def run_plan(spec_file: Path, *, as_json: bool) -> None:
     spec = load_plan_spec(spec_file)
     try:
         runner = TrialRunner(spec, lambda name: read_lines(name, spec_file.parent))
-        plan = search(spec, runner, Console(stderr=True))
+        console = Console(stderr=True)
+        warn_beyond(runner.beyond_profile, console)
+        plan = search(spec, runner, console)
     except ConfigError as error:
         raise ConfigError(f"{spec_file}: {error}") from error
     replica = runner.cluster_config(plan.settings).scheduler

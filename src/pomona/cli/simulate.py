@@ -61,6 +61,7 @@ def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
     except ConfigError as error:
         raise ConfigError(f"{spec_file}: {error}") from error
     console = Console(stderr=True)
+    warn_beyond(setup.beyond_profile, console)
     report, trace_lines = simulate(spec, setup, outputs, console)
     show(report, spec_file.stem, console)
     if outputs.page is not None:
@@ -70,6 +71,13 @@ def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
     if outputs.as_json:
         sys.stdout.write(json.dumps(report.to_json()) + "\n")
     return report
+
+
+def warn_beyond(what: str, console: Console) -> None:
+    """Say which sizes of a spec are larger than its profile saw, if any."""
+    if what:
+        said = f"Larger than replica.profile saw, so steps' seconds are extrapolated: {what}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_window(text: str) -> tuple[float, float]:

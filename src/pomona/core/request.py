@@ -88,7 +88,7 @@ class SamplingParams:
         # Written so that NaN, for which every comparison is false, is refused too.
         _check(0.0 <= self.temperature <= 100.0, "temperature", self.temperature, "between 0 and 100")
         _check(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "greater than 0 and at most 1")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or positive")
+        _check(0 <= self.top_k < 2**63, "top_k", self.top_k, "0 (off) or positive, below 2^63")
         _check(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "between 0 and 1")
         _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", self.presence_penalty, "between -2 and 2")
         _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", self.frequency_penalty, "between -2 and 2")

@@ -64,8 +64,6 @@ class AdapterLoader:
         self._layout = layout
         self._max_pages = max_pages
         self._map = map_modules(base.spec)
-        # The same with and without the compiled kernels; those of CUDA take any rank.
-        self._max_rank = binding.MAX_RANK if base.device.type == "cpu" else math.inf
 
     @property
     def modules(self) -> BaseModules:
@@ -117,12 +115,13 @@ class AdapterLoader:
         )
 
     def _check_ranks(self, adapter: ResolvedAdapter) -> None:
-        """Refuse what the kernels cannot compute. Embedding and lm_head are multiplied by other means."""
+        """Refuse what the kernels of CPUs cannot compute: they do so for GPUs, too, while an adapter is on its way
+        (``HostLora``). Embedding and lm_head are multiplied by other means."""
         for name in self._map.targets:
             lora = adapter.loras.get(name)
-            if lora is not None and lora.lora_rank > self._max_rank:
+            if lora is not None and lora.lora_rank > binding.MAX_RANK:
                 raise AdapterError(
-                    f"the rank of {name} is {lora.lora_rank}: a projection's may be up to {self._max_rank} on a CPU"
+                    f"the rank of {name} is {lora.lora_rank}: a projection's may be up to {binding.MAX_RANK}"
                 )
 
     def _fill_pages(self, rows: "dict[tuple[int, Target], _LowRank]") -> Tensor:

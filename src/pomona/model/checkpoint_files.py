@@ -54,9 +54,9 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing or empty")
-    names = list(dict.fromkeys(weight_map.values()))
+    names = list(dict.fromkeys(map(str, weight_map.values())))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if Path(name).name != name:
             raise CheckpointError(f"{index}: {name!r} is not the name of a file in the same folder")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index}: the shard {name} is missing")

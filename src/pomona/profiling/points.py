@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pomona.core.adapter import AdapterInfo
+from pomona.core.errors import ConfigError
 from pomona.core.ids import PageId, RequestId
 from pomona.core.plan import AdapterLoad, ScheduledSeq, SeqStart, StepPlan
 from pomona.core.request import SamplingParams
@@ -171,11 +172,21 @@ def _fits(point: Point, config: SchedulerConfig) -> bool:
 
 def seeds(config: SchedulerConfig) -> list[Point]:
     """Points to begin with, so that there is something to predict the others by: the least decode, the largest batch
-    of decodes, and as many prompt tokens as a step takes; all of the base model."""
+    of decodes, and as many prompt tokens as a step takes; all of the base model.
+
+    Raises:
+        ConfigError: not even one sequence has room to decode for as many steps as are timed.
+    """
     context = min(32, config.max_model_len // 2)
     num_decodes = config.max_num_seqs
-    while not _fits(Point(num_decodes, context, 0, 0), config):
+    while num_decodes and not _fits(Point(num_decodes, context, 0, 0), config):
         num_decodes -= 1
+    if not num_decodes:
+        num_needed = context + Point(1, context, 0, 0).num_output_tokens(config.max_num_batched_tokens)
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, the KV cache has {config.num_kv_blocks} blocks of "
+            f"{config.block_size} tokens: too small to profile, which takes a sequence of more than {num_needed} tokens"
+        )
     num_tokens = min(config.max_num_batched_tokens, config.max_model_len - 2)
     while not _fits(Point(0, 0, 1, num_tokens), config):
         num_tokens //= 2

@@ -24,19 +24,21 @@ class ProfileLimits:
     """When to stop at the latest.
 
     Raises:
-        ConfigError: a limit is not positive.
+        ConfigError: a limit is too low.
     """
 
     max_points: int = 300
+    """At least 2: a point is predicted from others."""
     max_seconds: float = 300.0
     min_seconds: float = 30.0
     """Measure at least this long, unless a limit comes first: machines have slow moments."""
 
     def __post_init__(self) -> None:
         """Check both."""
-        for name in ("max_points", "max_seconds"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}: must be positive")
+        if self.max_points < 2:
+            raise ConfigError(f"max_points is {self.max_points}: must be at least 2, so that one is held out")
+        if not self.max_seconds > 0.0:
+            raise ConfigError(f"max_seconds is {self.max_seconds}: must be positive")
 
 
 @dataclass(frozen=True, slots=True)

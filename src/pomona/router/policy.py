@@ -77,7 +77,7 @@ class RandomChoice:
 
 
 class RoundRobin:
-    """The replica that was chosen longest ago; new ones first, in the order they joined. O(1)."""
+    """The replica that was chosen longest ago; one that joins comes after all others. O(1)."""
 
     def __init__(self) -> None:
         # A plain dict would pass over the places of all that were moved before it finds the first.

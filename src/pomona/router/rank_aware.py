@@ -87,7 +87,7 @@ class SumRankAware:
     def choose(self, request: RouteRequest) -> ReplicaId | None:
         """See ``RoutingPolicy``."""
         max_decode_s = self._max_step_s - self._model.row_s - self._model.rank_row_s * request.lora_rank
-        index = self._spare.first_of_lowest(-max_decode_s)
+        index = self._spare.first_of_lowest(max(-max_decode_s, ANY))  # without an objective, anybody
         if index is None:
             index = self._spare.first_of_lowest(ANY)
         return None if index is None else ReplicaId(index)

@@ -158,6 +158,9 @@ class AdapterCopies:
                 copy.extras = copy.weights.extras
                 if self._stream is not None:
                     copy.extras = copy.extras.to(self._pages.device)
+                    for tensor in copy.extras.tensors():
+                        # Given up in the middle of a step, memory waits for it: the next copy's extras get it then.
+                        tensor.record_stream(torch.cuda.default_stream(tensor.device))
                     self._stream.synchronize()
         copy.is_done = True
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pomona.core.ids import AdapterId
 from pomona.core.plan import AdapterLoad
+from pomona.kernels.copies import upload
 from pomona.kernels.lora import LoraBatch, LoraRanks, can_shift_pages, shift_pages
 from pomona.model.adapter_weights import AdapterWeights
 from pomona.model.lora import AdapterExtras, HostCopy, HostLora, LateLayers, LoraState, PageLayout
 from pomona.model.spec import Site
 from pomona.runner.adapter_copies import AdapterCopies, AdapterCopy
 from pomona.runner.batch import AdapterRun
-from pomona.runner.copies import upload
 
 _NUM_MEETINGS = 4
 """Meetings of adapters whose ranks are kept: that of the decodes, and those of steps with a prompt between them."""

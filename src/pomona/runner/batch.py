@@ -14,7 +14,7 @@ from torch import Tensor
 from pomona.core.ids import AdapterId
 from pomona.core.plan import StepPlan
 from pomona.kernels.attention import AttentionBatch
-from pomona.runner.copies import upload
+from pomona.kernels.copies import upload
 from pomona.runner.sequences import SequenceTable
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-Replay = Callable[[], Tensor]
-"""Plays what was captured and returns its result: always the same tensor on CUDA."""
+Replay = Callable[[], None]
+"""Plays what was captured."""
 
 
 class Capture(Protocol):
@@ -21,7 +20,7 @@ class Capture(Protocol):
         """True if a replay repeats the launches of the capture: only the contents of its tensors may change since."""
         ...
 
-    def capture(self, function: Callable[[], Tensor]) -> Replay:
+    def capture(self, function: Callable[[], None]) -> Replay:
         """Record what ``function`` launches. It is called several times; what it writes meanwhile means nothing."""
         ...
 
@@ -35,7 +34,7 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, function: Callable[[], Tensor]) -> Replay:
+    def capture(self, function: Callable[[], None]) -> Replay:
         """See ``Capture``. The first calls compile kernels and make workspaces, which must not happen in a capture."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -45,12 +44,8 @@ class CudaCapture:
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = function()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
+            function()
+        replay: Replay = graph.replay
         return replay
 
 
@@ -65,7 +60,7 @@ class Recall:
     def __init__(self, *, is_frozen: bool = False) -> None:
         self.is_frozen = is_frozen
 
-    def capture(self, function: Callable[[], Tensor]) -> Replay:
+    def capture(self, function: Callable[[], None]) -> Replay:
         """See ``Capture``."""
         function()
         return function

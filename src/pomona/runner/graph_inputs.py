@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from pomona.kernels import attention as attention_ops
 from pomona.kernels import lora as lora_ops
 from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.copies import upload
 from pomona.kernels.lora import LoraBatch, LoraRanks
 from pomona.model.lora import LoraState
 from pomona.model.spec import ModelSpec, Site, Target
 from pomona.runner.adapter_pool import AdapterPool
 from pomona.runner.batch import AdapterRun, HostBatch, fill_pending
-from pomona.runner.copies import upload
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,9 @@ class DecodeGraphs:
         self._capture = capture
         device = decoder.weights.device
         self._inputs = DecodeInputs(limits, device)
+        # Of one replay at a time: as results of their own, the graphs' logits would take gigabytes.
+        shape = (limits.batch_sizes[-1], decoder.spec.vocab_size)
+        self._logits = torch.empty(shape, dtype=torch.float32, device=device)
         self._lora: LoraInputs | None = None
         if pool.num_pages:
             self._lora = LoraInputs(limits, pool, decoder.spec, device, is_frozen=capture.is_frozen)
@@ -123,19 +126,20 @@ class DecodeGraphs:
             bucket.lora = self._lora.fill(batch.adapter_runs, bucket.lora)
         bucket.attention = self._inputs.fill(batch, latest, bucket.attention)
         self.num_replays += 1
-        return bucket.replays[bool(batch.adapter_runs)]()[:num_seqs]
+        bucket.replays[bool(batch.adapter_runs)]()
+        return self._logits[:num_seqs]
 
-    def _function(self, bucket: _Bucket, *, has_lora: bool) -> Callable[[], Tensor]:
+    def _function(self, bucket: _Bucket, *, has_lora: bool) -> Callable[[], None]:
         """What is captured."""
         num_rows = bucket.num_rows
         token_ids, positions = self._inputs.token_ids(num_rows), self._inputs.positions(num_rows)
         frozen = (bucket.attention, bucket.lora) if self._capture.is_frozen else None
 
-        def forward() -> Tensor:
+        def forward() -> None:
             attention, lora = frozen or (bucket.attention, bucket.lora)
             lora = lora if has_lora else None
             hidden = self._decoder.forward(token_ids, positions, self._kv_cache.layers, attention, lora)
-            return self._decoder.logits(hidden, lora)
+            self._logits[:num_rows].copy_(self._decoder.logits(hidden, lora))
 
         return forward
 

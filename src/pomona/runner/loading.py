@@ -164,6 +164,8 @@ def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) 
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or num_usable_cores())
         _LOGGER.log(logging.INFO if binding.is_available() else logging.WARNING, binding.describe())
+    else:
+        torch.cuda.set_device(device)
     return load_weights(
         folder,
         spec,

@@ -117,20 +117,24 @@ def _activation_bytes(config: RunnerConfig, spec: ModelSpec) -> int:
 
 
 def torch_device(config: RunnerConfig) -> torch.device:
-    """The device that the config means.
+    """The device that the config means; a GPU has its number.
 
     Raises:
         ConfigError: there is no such device.
     """
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device is {config.device!r}: must be auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {config.device!r}: must be auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cpu":
+        return device
+    device = torch.device("cuda", device.index or 0)
+    if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
         raise ConfigError(f"device is {config.device!r} but PyTorch finds {torch.cuda.device_count()} CUDA devices")
     return device
 

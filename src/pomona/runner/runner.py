@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pomona.core.ids import RequestId
 from pomona.core.plan import StepPlan, StepResult, TokenLogprobs
+from pomona.kernels.copies import Download
 from pomona.kernels.cpu import binding as cpu
 from pomona.kernels.cpu.workspace import Activations
 from pomona.model.decoder import Decoder
@@ -42,6 +43,9 @@ class LaunchedModelStep:
     """Of the sampled rows."""
     sampling: tuple[Choice, ExpectedTokens] | None = None
     """None if no row is sampled."""
+    computed: Download | None = None
+    """Of a step on a GPU without sampled rows: of nothing, but there only when the step has been computed. If nobody
+    waited, all chunks of a long prompt would be asked for at once, and who comes meanwhile would wait for all."""
     prompt_logprobs: dict[RequestId, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
     @torch.inference_mode()
@@ -49,6 +53,8 @@ class LaunchedModelStep:
         """Wait for the step's tokens and record them in the table."""
         loading = self.adapter_pool.loading if self.adapter_pool.under_way else _NONE
         if self.sampling is None:
+            if self.computed is not None:
+                self.computed.arrays()
             return StepResult(step_id=self.step_id, prompt_logprobs=self.prompt_logprobs, loading=loading)
         choice, expected = self.sampling
         sampled = choice.sampled()
@@ -117,6 +123,9 @@ class ModelRunner:
 
         Log-probabilities of prompt tokens are waited for.
         """
+        if self._device.type == "cuda":
+            # Each thread has a current GPU, which Triton's launches and events go to.
+            torch.cuda.set_device(self._device)
         for request_id in plan.released:
             self._table.release(request_id)
         if not plan.seqs:
@@ -137,7 +146,13 @@ class ModelRunner:
                 self._adapter_pool.begin_deferred()
             prompt_logprobs = self._prompt_logprobs(plan, host, hidden, lora)
             if not host.sampled_seqs.size:
-                return LaunchedModelStep(plan.step_id, self._table, self._adapter_pool, prompt_logprobs=prompt_logprobs)
+                return LaunchedModelStep(
+                    plan.step_id,
+                    self._table,
+                    self._adapter_pool,
+                    prompt_logprobs=prompt_logprobs,
+                    computed=Download.of(batch.token_ids[:0]) if self._device.type == "cuda" else None,
+                )
             logits = self._decoder.logits(hidden if host.is_decode else hidden[batch.sampled_rows], lora)
         rows = host.table_rows[host.sampled_seqs]
         choice = choose(logits, rows, self._table)

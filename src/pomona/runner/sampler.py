@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pomona.core.plan import TokenLogprobs
 from pomona.core.request import SamplingParams
+from pomona.kernels.copies import Download, upload
 from pomona.kernels.sample import greedy
-from pomona.runner.copies import Download, upload
 from pomona.runner.sequences import SequenceTable
 
 
@@ -87,16 +87,17 @@ def _edit(logits: Tensor, row: int, table: SequenceTable) -> None:
     """Apply penalties, bias and min_tokens to one row's logits [vocab_size], in place."""
     params = _params(table, row)
     num_tokens, num_prompt = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
-    tokens = upload(table.token_ids[row, : num_tokens if params.has_penalties else 0], logits.device)
+    tokens = table.token_ids[row, : num_tokens if params.has_penalties else 0]
     assert len(tokens) <= table.num_host_tokens[row], "penalties need all of the sequence's tokens on the host"
     if params.repetition_penalty != 1.0:
-        seen = torch.unique(tokens)
+        seen = upload(np.unique(tokens), logits.device)
         values = logits[seen]
         scaled = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
         logits[seen] = scaled
     if (params.presence_penalty or params.frequency_penalty) and num_tokens > num_prompt:
-        output, counts = torch.unique(tokens[num_prompt:], return_counts=True)
-        logits[output] -= params.presence_penalty + params.frequency_penalty * counts.to(logits.dtype)
+        unique, counts = np.unique(tokens[num_prompt:], return_counts=True)
+        output, counted = upload(unique, logits.device), upload(counts, logits.device).to(logits.dtype)
+        logits[output] -= params.presence_penalty + params.frequency_penalty * counted
     if params.logit_bias:
         token_ids, biases = zip(*params.logit_bias, strict=True)
         index = upload(np.array(token_ids, dtype=np.int64), logits.device)

@@ -34,6 +34,7 @@ class AdapterArrivals:
         self._is_awaited = loading == "on_demand"
         self._is_assisted = loading == "assist"
         self._joining: dict[Sequence, None] = {}
+        """Those that wait, and pin their adapters already."""
 
     def may_start(self, seq: Sequence) -> bool:
         """True if a waiting sequence may begin to compute. Otherwise its adapter is on the way, or has just been sent
@@ -45,9 +46,8 @@ class AdapterArrivals:
         is_loading = not adapters.is_resident(adapter_id) or adapters.is_loading(adapter_id)
         if not is_loading or (self._is_assisted and not adapters.info(adapter_id).has_extras):
             return True
-        if not seq.is_joining:
+        if seq not in self._joining:
             self._pin(seq)
-            seq.is_joining = True
             self._joining[seq] = None
         return False
 
@@ -57,8 +57,7 @@ class AdapterArrivals:
         Returns:
             Pages that were loaded for it.
         """
-        if seq.is_joining:
-            seq.is_joining = False
+        if seq in self._joining:
             del self._joining[seq]
         else:
             self._pin(seq)
@@ -66,11 +65,14 @@ class AdapterArrivals:
 
     def leave(self, seq: Sequence) -> None:
         """Note that a waiting sequence has ended, or has to give up its adapter's pages."""
-        if seq.is_joining:
-            seq.is_joining = False
+        if seq in self._joining:
             del self._joining[seq]
             assert seq.request.adapter_id is not None
             self._adapters.unpin(seq.request.adapter_id)
+
+    def is_joining(self, seq: Sequence) -> bool:
+        """True if a waiting sequence waits for its adapter's copy or its own turn, and pins the adapter already."""
+        return seq in self._joining
 
     def give_up(self, owes: Callable[[Sequence], bool]) -> None:
         """Unpin the adapters of those waiting sequences that owe it, except while they are copied: a copy is soon made,

@@ -92,9 +92,9 @@ class AdapterTurn:
     def is_barred(self, seq: Sequence) -> bool:
         """True if a claimant stands before the sequence, so that pages would be of no use to it."""
         claimant, adapter_id = self._claimant, seq.request.adapter_id
-        if claimant is None or claimant is seq or adapter_id is None or seq.was_admitted or seq.is_joining:
+        if claimant is None or claimant is seq or adapter_id is None or seq.was_admitted:
             return False
-        if self._queue.is_before(seq, claimant):
+        if self._arrivals.is_joining(seq) or self._queue.is_before(seq, claimant):
             return False
         if not self._adapters.is_resident(adapter_id):
             return True

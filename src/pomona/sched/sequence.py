@@ -36,7 +36,6 @@ class Sequence:
         "block_keys",
         "first_blocked_s",
         "first_scheduled_s",
-        "is_joining",
         "key_namespace",
         "max_tokens_total",
         "min_tokens_total",
@@ -98,8 +97,6 @@ class Sequence:
         self.first_scheduled_s: float | None = None
         self.first_blocked_s: float | None = None
         """When it was first passed over for want of adapter pages; None when that is not what it waits for."""
-        self.is_joining = False
-        """It waits for its adapter's copy, and pins the adapter already."""
         self.num_loaded_pages = 0
         """Adapter pages that were loaded for it."""
         self.num_cached_tokens = 0

@@ -1,5 +1,6 @@
 """A batch's files: lines of requests in, a line per answer out."""
 
+import errno
 import json
 import os
 import secrets
@@ -78,7 +79,8 @@ class OutputFiles:
             "error": None,
         }
         content = json.dumps(record, separators=(",", ":")).encode() + b"\n"
-        (self._output if is_ok else self._error).write(content)
+        if (self._output if is_ok else self._error).write(content) != len(content):
+            raise OSError(errno.ENOSPC, "short write")  # whoever goes on cuts it off
         if is_ok:
             self.num_completed += 1
         else:

@@ -46,8 +46,14 @@ async def upload_file(request: Request) -> Response:
 
         def store() -> StoredFile:
             file_id = accounts.batches.new_file_id()
-            _copy(upload, accounts.batches.path_of(file_id))
-            return accounts.batches.add_file(file_id, tenant_id, filename, "batch")
+            path = accounts.batches.path_of(file_id)
+            _copy(upload, path)
+            try:
+                # Others may have come while this one was read.
+                return accounts.batches.add_file(file_id, tenant_id, filename, "batch", config.max_tenant_file_bytes)
+            except BaseException:  # also what the database does not take as a name
+                path.unlink()
+                raise
 
         return json_answer(_card(await accounts.database.run(store)))
     finally:

@@ -60,8 +60,8 @@ def output_budget(
     if num_asked > room:
         raise PromptTooLongError(
             field,
-            f"{field} is {num_asked} and the prompt has {num_prompt_tokens} tokens: together "
-            f"{num_asked + num_prompt_tokens}, but the model's context is {max_model_len} tokens.",
+            f"{field} is {num_asked} and the prompt has {num_prompt_tokens} tokens: together more than the model's "
+            f"context of {max_model_len} tokens.",
         )
     return num_asked
 

@@ -66,9 +66,9 @@ class ClusterSim:
         self.config = config
         self.heap = EventHeap()
         self.ledger = Ledger()
-        self.replicas: dict[ReplicaId, ReplicaRecord] = {}
-        """Every replica there ever was."""
         self.samples: list[FleetSample] = []
+        self.service: dict[TenantId, float] = {}
+        """Service delivered so far (prompt tokens + 2 * output tokens), by tenant."""
         self.observe: Callable[[ReplicaId, float, StepWork], None] | None = None
         """Told of every step that begins, if set before the run: replica, seconds, work."""
         self.num_moves = 0
@@ -80,12 +80,16 @@ class ClusterSim:
         self._size = FleetSize(config, self.heap, self._fleet, self)
         self._live: dict[RequestId, _Live] = {}
         self._waiting: deque[_Live] = deque()
-        self._service: dict[TenantId, float] = {}
         self._arrivals: Iterator[WorkloadRequest] = iter(())
         self._next: WorkloadRequest | None = None
         self._last_end_s = 0.0
         self.end_s = 0.0
         """After the run: when it stopped, or when its last request ended."""
+
+    @property
+    def replicas(self) -> dict[ReplicaId, ReplicaRecord]:
+        """Every replica that was ever asked for."""
+        return self._size.records
 
     @property
     def is_over(self) -> bool:
@@ -105,14 +109,29 @@ class ClusterSim:
             until_s: when to stop; requests that have not ended by then stay open in the ledger.
         """
         self._arrivals = iter(workload)
-        self._take_next()
+        self._next = next(self._arrivals, None)
+        self._await_next()
         self._size.begin()
-        self._every(self.config.sample_interval_s, self._sample)
-        self._every(self.config.consolidation_interval_s, self._consolidate)
+        if self.config.sample_interval_s is not None:
+            self.heap.at(0.0, partial(self._sample_every, self.config.sample_interval_s))
+        if self.config.consolidation_interval_s is not None:
+            self.heap.at(0.0, partial(self._consolidate_every, self.config.consolidation_interval_s))
         self.heap.run(until_s)
         self.end_s = until_s if until_s < math.inf else self._last_end_s
+        for live in (*self._live.values(), *self._waiting):
+            self.ledger.num_output_tokens[live.number] = live.num_delivered
         for member in self._members.values():
             self._note(member)
+
+    @property
+    def duration_s(self) -> float:
+        """After the run: what rates are divided by, positive even if everything was refused at once."""
+        return max(self.end_s, 1e-9)
+
+    def busy_share(self) -> float:
+        """Of the replica-seconds paid for, what steps took."""
+        replica_s = self.replica_s()
+        return min(1.0, math.fsum(r.busy_s for r in self.replicas.values()) / replica_s) if replica_s else 0.0
 
     def replica_s(self) -> float:
         """Replica-seconds paid for: from being asked for to the end of the replica, or of the simulation."""
@@ -120,40 +139,31 @@ class ClusterSim:
         ends = ((r.asked_s, end_s if math.isnan(r.end_s) else min(r.end_s, end_s)) for r in self.replicas.values())
         return math.fsum(max(0.0, gone_s - asked_s) for asked_s, gone_s in ends)
 
-    def _every(self, interval_s: float | None, action: Callable[[], None]) -> None:
-        if interval_s is None:
-            return
-
-        def tick() -> None:
-            action()
-            if not self.is_over:
-                self.heap.after(interval_s, tick)
-
-        self.heap.at(self.heap.now_s, tick)
-
     # Requests.
 
-    def _take_next(self) -> None:
-        self._next = next(self._arrivals, None)
+    def _await_next(self) -> None:
         if self._next is not None:
             self.heap.at(self._next.arrival_s, self._arrive)
 
     def _arrive(self) -> None:
-        workload = self._next
-        assert workload is not None
+        """Route all that arrives now, before a replica that it wakes takes its turn."""
+        while self._next is not None and self._next.arrival_s == self.heap.now_s:
+            self._route(self._open(self._next))
+            self._next = next(self._arrivals, None)
+        self._await_next()
+
+    def _open(self, workload: WorkloadRequest) -> _Live:
         index = workload.adapter_index
         info = None if index is None else self._adapters.info(index)
-        num_prompt, num_output = workload.num_prompt_tokens, workload.num_output_tokens
         number = self.ledger.arrive(workload)
         route = RouteRequest(
-            num_prompt_tokens=num_prompt,
-            num_kv_tokens=num_prompt + num_output if self.config.counts_output_kv else num_prompt,
+            num_prompt_tokens=workload.num_prompt_tokens,
+            num_kv_tokens=self.config.num_kv_tokens(workload),
             adapter_id=None if info is None else info.adapter_id,
             lora_rank=0 if info is None else info.lora_rank,
             prefix_keys=self._prompts.prefix_keys(number, workload),
         )
-        self._route(_Live(number, workload, route))
-        self._take_next()
+        return _Live(number, workload, route)
 
     def _route(self, live: _Live) -> None:
         # First come, first served: nobody overtakes those who wait.
@@ -163,7 +173,8 @@ class ClusterSim:
         else:
             self._send(live, chosen)
 
-    def _serve_waiting(self) -> None:
+    def serve_waiting(self) -> None:
+        """See ``ReplicaHost``."""
         while self._waiting:
             chosen = self._fleet.choose(self._waiting[0].route)
             if chosen is None:
@@ -189,7 +200,7 @@ class ClusterSim:
         self._members[replica_id].replica.submit(request, info)
 
     def _deliver(self, member: _Member, outputs: list[RequestOutput]) -> None:
-        now_s, ledger, service = self.heap.now_s, self.ledger, self._service
+        now_s, ledger, service = self.heap.now_s, self.ledger, self.service
         has_ended = False
         for output in outputs:
             live = self._live.get(output.request_id)
@@ -207,7 +218,7 @@ class ClusterSim:
                 has_ended = True
                 self._end(member, live, output.finish_reason)
         if has_ended:
-            self._serve_waiting()
+            self.serve_waiting()
             self._size.release_if_drained(member.record.replica_id)
 
     def _end(self, member: _Member, live: _Live, reason: FinishReason) -> None:
@@ -217,7 +228,6 @@ class ClusterSim:
         self.ledger.num_output_tokens[number] = live.num_delivered
         self._close(number, Ending.FINISHED if is_finished else Ending.FAILED, replica_id)
         del self._live[live.request_id]
-        member.record.num_ended += 1
         self._fleet.ended(replica_id, live.route)
 
     def _reject(self, replica_id: ReplicaId, request: Request, error: PomonaError) -> None:
@@ -226,6 +236,8 @@ class ClusterSim:
         if live is not None:
             self._close(live.number, Ending.REJECTED, replica_id)
             self._fleet.ended(replica_id, live.route)
+            self.serve_waiting()
+            self._size.release_if_drained(replica_id)
 
     def _close(self, number: int, ending: Ending, replica_id: ReplicaId) -> None:
         self.ledger.close(number, ending, replica_id)
@@ -258,14 +270,13 @@ class ClusterSim:
         if self.observe is not None:
             replica.observe = partial(self.observe, replica_id)
         member = self._members[replica_id] = _Member(record, replica)
-        self.replicas[replica_id] = record
         num_kv_tokens = config.scheduler.num_kv_blocks * config.scheduler.block_size
         num_rows = config.scheduler.num_adapter_pages * adapters.pages.rows_per_page
         snapshot = ReplicaSnapshot(
             replica_id, num_kv_tokens=num_kv_tokens, num_free_kv_tokens=num_kv_tokens, num_adapter_rows=num_rows
         )
         self._fleet.report(snapshot)
-        self._serve_waiting()
+        self.serve_waiting()
 
     def remove(self, replica_id: ReplicaId) -> None:
         """See ``ReplicaHost``: what the replica still had goes on elsewhere or fails."""
@@ -300,7 +311,7 @@ class ClusterSim:
         self._members[live.replica_id].replica.abort(live.request_id)
         self._restart(live)
 
-    def _consolidate(self) -> None:
+    def _consolidate_every(self, interval_s: float) -> None:
         config = self.config
         states = [state for state in self._fleet.states if not self._fleet.is_draining(state.replica_id)]
         running = {
@@ -315,6 +326,9 @@ class ClusterSim:
             self._withdraw(move.key)
             self._send(move.key, move.target)
             self.num_moves += 1
+        self.serve_waiting()
+        if not self.is_over:
+            self.heap.after(interval_s, partial(self._consolidate_every, interval_s))
 
     # Reports.
 
@@ -327,7 +341,7 @@ class ClusterSim:
         record.num_preemptions = stats.num_preemptions
         record.num_adapter_loads = stats.num_adapter_loads
 
-    def _sample(self) -> None:
+    def _sample_every(self, interval_s: float) -> None:
         stats = [member.replica.stats for member in self._members.values()]
         num_blocks, num_pages = sum(s.num_kv_blocks for s in stats), sum(s.num_adapter_pages for s in stats)
         self.samples.append(
@@ -338,9 +352,14 @@ class ClusterSim:
                 num_waiting=len(self._waiting),
                 kv_used_share=sum(s.num_kv_blocks_used for s in stats) / num_blocks if num_blocks else 0.0,
                 adapter_pages_used_share=sum(s.num_adapter_pages_used for s in stats) / num_pages if num_pages else 0.0,
-                service=dict(self._service),
+                service=dict(self.service),
             )
         )
+        if len(self.samples) == self.config.max_samples:
+            del self.samples[1::2]
+            interval_s *= 2.0
+        if not self.is_over:
+            self.heap.after(interval_s, partial(self._sample_every, interval_s))
 
 
 def _any_token(request_id: RequestId, position: int) -> int:

@@ -11,6 +11,7 @@ from pomona.router.autoscale import AutoscalerConfig
 from pomona.router.fleet import RouterConfig
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.cost_model import CostModel, PerTokenCost
+from pomona.workload.spec import WorkloadRequest
 
 MAX_REPLICAS = 100_000
 """Most replicas, or instances, that a simulation may be told of."""
@@ -80,6 +81,8 @@ class ClusterConfig:
     """Most requests moved in a round."""
     sample_interval_s: float | None = None
     """Time between samples of the fleet; None takes none."""
+    max_samples: int | None = None
+    """An odd number: with so many samples every second one goes, and the interval doubles; None keeps all."""
     seed: int = 0
     overlap_steps: bool = False
     """Every replica plans its next step while one is under way, as on a GPU."""
@@ -96,3 +99,11 @@ class ClusterConfig:
             value = getattr(self, name)
             if value is not None and not value > 0.0:
                 raise ConfigError(f"{name} is {value}: must be positive")
+        if self.max_samples is not None and (self.max_samples < 3 or self.max_samples % 2 == 0):
+            raise ConfigError(f"max_samples is {self.max_samples}: must be odd, and at least 3")
+
+    def num_kv_tokens(self, request: WorkloadRequest) -> int:
+        """KV that the router counts for a request: at most what an empty replica has for one, or it would wait for room
+        for ever."""
+        wanted = request.num_prompt_tokens + (request.num_output_tokens if self.counts_output_kv else 0)
+        return min(wanted, self.scheduler.max_model_len, self.scheduler.num_kv_blocks * self.scheduler.block_size)

@@ -19,7 +19,7 @@ class ReplicaHost(Protocol):
 
     @property
     def is_over(self) -> bool:
-        """True when no request is left or to come."""
+        """True when no request is left or to come; nothing that happens to replicas then counts."""
         ...
 
     @property
@@ -29,6 +29,10 @@ class ReplicaHost(Protocol):
 
     def join(self, record: ReplicaRecord) -> None:
         """A replica begins to serve."""
+        ...
+
+    def serve_waiting(self) -> None:
+        """There may be room for requests that wait for a replica."""
         ...
 
     def move_away(self, replica_id: ReplicaId) -> None:
@@ -58,7 +62,8 @@ class FleetSize:
         self._host = host
         self._autoscaler = make_autoscaler(config.autoscaler)
         self._rng = random.Random(f"{config.seed}/losses")
-        self._num_started = 0
+        self.records: dict[ReplicaId, ReplicaRecord] = {}
+        """Every replica that was ever asked for."""
         self._starting: dict[ReplicaId, ReplicaRecord] = {}
         self._serving: dict[ReplicaId, ReplicaRecord] = {}
         self._draining: dict[ReplicaId, None] = {}
@@ -100,9 +105,8 @@ class FleetSize:
         return [k for k in self._serving if k not in self._draining and k not in self._noticed]
 
     def _ask(self) -> ReplicaRecord:
-        record = ReplicaRecord(ReplicaId(self._num_started), self._heap.now_s)
-        self._num_started += 1
-        self._starting[record.replica_id] = record
+        record = ReplicaRecord(ReplicaId(len(self.records)), self._heap.now_s)
+        self.records[record.replica_id] = self._starting[record.replica_id] = record
         return record
 
     def _serve(self, record: ReplicaRecord) -> None:
@@ -153,6 +157,7 @@ class FleetSize:
             else:
                 self._heap.after(self._config.start_s, partial(self._serve, self._ask()))
         if num_more >= 0:
+            self._host.serve_waiting()
             return
         for replica_id in list(reversed(self._starting))[:-num_more]:
             self._call_off(replica_id, is_lost=False)
@@ -164,6 +169,8 @@ class FleetSize:
             self.release_if_drained(replica_id)
 
     def _set_capacity(self, num_replicas: int) -> None:
+        if self._host.is_over:
+            return
         alive = sorted([*self._starting, *(k for k in self._serving if k not in self._noticed)])
         before = len(alive) if self._available is None else max(self._available, len(alive))
         self._available = num_replicas
@@ -189,7 +196,7 @@ class FleetSize:
         self._heap.after(self._config.losses.notice_s, partial(self._fail, replica_id))
 
     def _fail(self, replica_id: ReplicaId) -> None:
-        if replica_id in self._serving:
+        if replica_id in self._serving and not self._host.is_over:
             self._remove(replica_id, is_lost=True)
 
     def _remove(self, replica_id: ReplicaId, *, is_lost: bool) -> None:

@@ -41,7 +41,7 @@ class TableCost:
     Args:
         layer_products: rows -> seconds of a layer's products.
         head: rows -> seconds of the output layer.
-        prefill: tokens of a prompt -> seconds of a layer's attention, one prompt alone.
+        prefill: pairs of query and key, of one prompt alone -> seconds of a layer's attention.
         decode: batch -> (context -> seconds of a layer's attention).
         all_reduce: numbers (of two bytes) -> seconds; None for one device.
         rest: everything else.
@@ -75,8 +75,7 @@ class TableCost:
             )
             seconds += interpolate(by_batch, work.num_decode_rows)
         if work.num_prefill_pairs:
-            # As of one prompt that has as many pairs of query and key.
-            seconds += interpolate(self.prefill, (2.0 * work.num_prefill_pairs) ** 0.5)
+            seconds += interpolate(self.prefill, work.num_prefill_pairs)
         return seconds
 
 
@@ -104,7 +103,7 @@ def h200_cost(model_name: str, num_devices: int, rows_per_page: int = 4) -> Tabl
     return TableCost(
         layer_products=(rows, tuple(entry["layer_products_s"])),
         head=(rows, tuple(entry["head_s"])),
-        prefill=_curve([(tokens, seconds) for batch, tokens, seconds in entry["prefill_s"] if batch == 1]),
+        prefill=_curve([(n * (n + 1) / 2, seconds) for batch, n, seconds in entry["prefill_s"] if batch == 1]),
         decode=tuple((batch, _curve(points)) for batch, points in decode.items()),
         all_reduce=_curve(entry["all_reduce_s"]) if entry["all_reduce_s"] else None,
         rest=RooflineCost(replace(MACHINES["H200"]), MODELS[model_name], rows_per_page, num_devices),

@@ -123,14 +123,16 @@ class Ledger:
         # A NaN, being undefined, exceeds nothing.
         return not any(bound is not None and value > bound for bound, value in measured)
 
-    def numbers(self, from_s: float = 0.0, until_s: float = math.inf, tenant: TenantId | None = None) -> list[int]:
-        """Rows of requests that arrived in [from_s, until_s), of one tenant or all."""
-        index = None if tenant is None else self._tenant_index[tenant]
-        return [
-            number
-            for number, arrival_s in enumerate(self.arrival_s)
-            if from_s <= arrival_s < until_s and (index is None or self.tenant[number] == index)
-        ]
+    def numbers(self, from_s: float = 0.0, until_s: float = math.inf) -> list[int]:
+        """Rows of requests that arrived in [from_s, until_s)."""
+        return [number for number, arrival_s in enumerate(self.arrival_s) if from_s <= arrival_s < until_s]
+
+    def numbers_by_tenant(self) -> dict[TenantId, list[int]]:
+        """Rows of every tenant's requests."""
+        found: dict[TenantId, list[int]] = {tenant: [] for tenant in self.tenants}
+        for number, index in enumerate(self.tenant):
+            found[self.tenants[index]].append(number)
+        return found
 
     def summary(self, slo: Slo, duration_s: float, numbers: Sequence[int] | None = None) -> "LedgerSummary":
         """The figures of these rows, or of all.
@@ -193,8 +195,6 @@ class ReplicaRecord:
     is_lost: bool = False
     """It was interrupted or failed."""
     busy_s: float = 0.0
-    num_ended: int = 0
-    """Requests that ended there."""
     num_steps: int = 0
     num_prompt_tokens: int = 0
     """Prompt tokens computed: what the prefix cache found is not among them, what was recomputed is."""

@@ -4,6 +4,7 @@ Each replica is a process with a track of steps and counters of its batch; reque
 as spans of waiting and of answering. Microseconds.
 """
 
+import heapq
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -62,7 +63,7 @@ def trace_events(trace: StepTrace, ledger: Ledger) -> Iterator[dict[str, Any]]:
         for counter, value in (("sequences", work.num_seqs), ("rows", work.num_rows), ("adapters", work.num_adapters)):
             yield _counter(counter, replica_id, start_s, value)
     yield _name("process_name", _REQUESTS_PID, 0, "requests")
-    lanes: list[float] = []
+    lanes: list[tuple[float, int]] = []
     for number, arrival_s in enumerate(ledger.arrival_s):
         # What had not ended when the simulation stopped goes on to that moment.
         is_open = ledger.ending[number] == Ending.NONE
@@ -98,13 +99,13 @@ def _request(ledger: Ledger, number: int, lane: int, last_s: float) -> Iterator[
         }
 
 
-def _lane(lanes: list[float], start_s: float, end_s: float) -> int:
-    """The first track that is free by then."""
-    for lane, free_s in enumerate(lanes):
-        if free_s <= start_s:
-            lanes[lane] = end_s
-            return lane
-    lanes.append(end_s)
+def _lane(lanes: list[tuple[float, int]], start_s: float, end_s: float) -> int:
+    """The track that is free since longest, or a new one; ``lanes`` is a heap of (free from, track)."""
+    if lanes and lanes[0][0] <= start_s:
+        lane = lanes[0][1]
+        heapq.heapreplace(lanes, (end_s, lane))
+        return lane
+    heapq.heappush(lanes, (end_s, len(lanes)))
     return len(lanes) - 1
 
 

@@ -43,8 +43,10 @@ class TrialOutcome:
     """What a simulation showed."""
 
     attainment: float
-    ttft_p99_s: float
-    tpot_p99_s: float
+    ttft_p99_s: float | None
+    """None if nobody got a token."""
+    tpot_p99_s: float | None
+    """None if no answer had two."""
     busy_share: float
     """Of the replicas' time."""
     num_adapter_loads: int
@@ -140,7 +142,7 @@ class PlanSearch:
         settings = self._best(settings.num_replicas, is_whole=False)
         settings, fewer = self._verify(settings), None
         while settings.num_replicas > 1:
-            fewer = self._best(settings.num_replicas - 1, is_whole=False)
+            fewer = self._best(settings.num_replicas - 1, is_whole=True)
             if not self._meets(Trial(fewer, is_whole=True)):
                 break
             settings, fewer = fewer, None
@@ -162,15 +164,15 @@ class PlanSearch:
         return self._try(trial).attainment >= self._space.min_attainment
 
     def _smallest(self, settings: PlanSettings, low: int) -> PlanSettings:
-        """The smallest fleet with these other settings, ``low`` or larger, taken that more replicas never hurt."""
-        high = low
+        """The smallest fleet with these other settings, ``low`` or larger, taken that more replicas never hurt; with
+        the best of all settings if these do not do with the largest fleet."""
+        first, high = low, low
         while not self._meets(Trial(replace(settings, num_replicas=high))):
             if high >= self._space.max_replicas:
-                attainment = self._try(Trial(replace(settings, num_replicas=high))).attainment
-                raise ConfigError(
-                    f"plan.max_replicas is {high}: attainment is then {attainment:.1%}, and must be "
-                    f"{self._space.min_attainment:.1%}; allow more replicas or relax the objectives"
-                )
+                settings, low = self._best(high, is_whole=False), first
+                if self._meets(Trial(settings)):
+                    break
+                raise self._too_few(settings, is_whole=False)
             low, high = high + 1, min(2 * high, self._space.max_replicas)
         while low < high:
             middle = (low + high) // 2
@@ -190,15 +192,24 @@ class PlanSearch:
         return max(grid, key=lambda settings: self._try(Trial(settings, is_whole=is_whole)).attainment)
 
     def _verify(self, settings: PlanSettings) -> PlanSettings:
-        """The part of the workload that was searched may be easier than the whole: add replicas until that is met."""
+        """The part of the workload that was searched may be easier than the whole: try other settings, then add
+        replicas, until that is met."""
         while not self._meets(Trial(settings, is_whole=True)):
+            settings = self._best(settings.num_replicas, is_whole=True)
+            if self._meets(Trial(settings, is_whole=True)):
+                break
             if settings.num_replicas >= self._space.max_replicas:
-                raise ConfigError(
-                    f"plan.max_replicas is {settings.num_replicas}: the whole workload needs more; allow more replicas "
-                    "or relax the objectives"
-                )
+                raise self._too_few(settings, is_whole=True)
             settings = replace(settings, num_replicas=settings.num_replicas + 1)
         return settings
+
+    def _too_few(self, best: PlanSettings, *, is_whole: bool) -> ConfigError:
+        attainment = self._try(Trial(best, is_whole=is_whole)).attainment
+        part = " of the whole workload" if is_whole else ""
+        return ConfigError(
+            f"plan.max_replicas is {best.num_replicas}: attainment{part} is then {attainment:.1%} at best, and must be "
+            f"{self._space.min_attainment:.1%}; allow more replicas or relax the objectives"
+        )
 
     def _look_around(self, plan: Plan) -> None:
         settings, count = plan.settings, plan.settings.num_replicas

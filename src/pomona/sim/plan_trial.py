@@ -76,6 +76,11 @@ class TrialRunner:
         self._window = [replace(request, arrival_s=request.arrival_s - start_s) for request in window]
 
     @property
+    def beyond_profile(self) -> str:
+        """See ``Setup``."""
+        return self._setup(self._spec.space.adapter_shares[0]).beyond_profile
+
+    @property
     def num_requests(self) -> int:
         """Of the whole workload."""
         return len(self._whole)
@@ -89,14 +94,13 @@ class TrialRunner:
         prompts = self._whole_prompts if trial.is_whole else self._window_prompts
         sim = ClusterSim(config, self._setup(trial.settings.adapter_share).adapters, prompts)
         sim.run(workload)
-        summary = sim.ledger.summary(config.slo, sim.end_s)
-        records = sim.replicas.values()
+        summary = sim.ledger.summary(config.slo, sim.duration_s)
         return TrialOutcome(
             attainment=summary.attainment,
-            ttft_p99_s=summary.ttft_s.p99 if summary.ttft_s else math.inf,
-            tpot_p99_s=summary.tpot_s.p99 if summary.tpot_s else math.inf,
-            busy_share=math.fsum(record.busy_s for record in records) / sim.replica_s(),
-            num_adapter_loads=sum(record.num_adapter_loads for record in records),
+            ttft_p99_s=summary.ttft_s.p99 if summary.ttft_s else None,
+            tpot_p99_s=summary.tpot_s.p99 if summary.tpot_s else None,
+            busy_share=sim.busy_share(),
+            num_adapter_loads=sum(record.num_adapter_loads for record in sim.replicas.values()),
             output_tokens_per_s=summary.output_tokens_per_s,
         )
 
@@ -104,10 +108,14 @@ class TrialRunner:
         """The cluster of a trial."""
         setup = self._setup(settings.adapter_share)
         scheduler, cost_model = setup.cluster.scheduler, setup.cluster.cost_model
+        num_pages, num_lent = scheduler.num_adapter_pages, scheduler.num_adapter_pages * scheduler.blocks_per_page
+        num_blocks = scheduler.num_kv_blocks + num_lent  # what KV has if it borrows every page
         if relaxation == "kv":
-            scheduler = replace(scheduler, num_kv_blocks=RELAXED_MEMORY * scheduler.num_kv_blocks)
+            scheduler = replace(scheduler, num_kv_blocks=RELAXED_MEMORY * num_blocks - num_lent)
         elif relaxation == "adapter memory":
-            scheduler = replace(scheduler, num_adapter_pages=RELAXED_MEMORY * scheduler.num_adapter_pages)
+            scheduler = replace(
+                scheduler, num_kv_blocks=num_blocks, num_adapter_pages=RELAXED_MEMORY * num_pages, blocks_per_page=0
+            )
         elif relaxation == "compute":
             cost_model = RelaxedCost(cost_model, compute_scale=RELAXED_COMPUTE)
         elif relaxation == "cold starts":

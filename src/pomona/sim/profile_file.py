@@ -3,7 +3,7 @@
 import math
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pomona.core.errors import ConfigError
 from pomona.sim.cost_model import CostTerm, LinearCost
@@ -31,6 +31,12 @@ class TermEntry(_Part):
         if quantity not in _QUANTITIES:
             raise ValueError(f"{quantity!r} is no quantity of a step: must be one of {', '.join(_QUANTITIES)}")
         return quantity
+
+    @model_validator(mode="after")
+    def _is_never_negative(self) -> Self:
+        if self.up_to is not None and self.up_to <= self.above:
+            raise ValueError(f"up_to is {self.up_to:g}: must be greater than above, which is {self.above:g}")
+        return self
 
 
 class ErrorEntry(_Part):

@@ -56,23 +56,25 @@ class RecordedPrompts:
     """
 
     def __init__(self, hashes: Sequence[tuple[int, ...]], block_tokens: int = 512) -> None:
+        self.block_tokens = block_tokens
         self._hashes = hashes
-        self._block_tokens = block_tokens
 
     def part(self, first: int) -> "RecordedPrompts":
         """Of a workload that leaves out the requests before this one."""
-        return RecordedPrompts(self._hashes[first:], self._block_tokens)
+        return RecordedPrompts(self._hashes[first:], self.block_tokens)
 
     def token_ids(self, number: int, request: WorkloadRequest, num_delivered: int) -> tuple[int, ...]:
         """See ``PromptSource``. Tokens beyond the recorded blocks are the request's own."""
-        size = self._block_tokens
-        num_shared = request.num_prompt_tokens // size
-        blocks = [(value + 1,) * size for value in self._hashes[number][:num_shared]]
-        shared = tuple(itertools.chain.from_iterable(blocks))
+        size = self.block_tokens
+        shared = tuple(itertools.chain.from_iterable((value + 1,) * size for value in self._shared(number, request)))
         own = request.num_prompt_tokens + num_delivered - len(shared)
         return shared + (2**30 + number,) * own
 
     def prefix_keys(self, number: int, request: WorkloadRequest) -> tuple[bytes, ...]:
         """See ``PromptSource``."""
         adapter = f"{request.adapter_index}/"
-        return tuple(f"{adapter}{value}".encode() for value in self._hashes[number])
+        return tuple(f"{adapter}{value}".encode() for value in self._shared(number, request))
+
+    def _shared(self, number: int, request: WorkloadRequest) -> tuple[int, ...]:
+        """Hashes of the blocks that the prompt fills; a selection may have cut it, and its last block may be short."""
+        return self._hashes[number][: request.num_prompt_tokens // self.block_tokens]

@@ -51,7 +51,7 @@ class SimReplica:
         self.stats = EngineStats(num_kv_blocks=config.num_kv_blocks, num_adapter_pages=config.num_adapter_pages)
         """As of the end of its last turn, which is all that anybody outside could know."""
         self.busy_s = 0.0
-        """Seconds of all steps that have ended."""
+        """Seconds of all steps that have begun."""
         self.observe: Observe | None = None
         """Told of every step, if set."""
         self.in_flight: dict[RequestId, Request] = {}
@@ -152,5 +152,5 @@ class SimReplica:
                 self._registered.add(adapter.adapter_id)
             self._engine.add(request)
         except PomonaError as error:
-            del self.in_flight[request.request_id]
+            self.in_flight.pop(request.request_id, None)  # the replica may have been released since the last one
             self._reject(request, error)

@@ -82,30 +82,24 @@ def make_report(sim: ClusterSim, spec: dict[str, Any], wall_s: float, cost_error
         cost_error: see the report's field.
     """
     ledger, slo = sim.ledger, sim.config.slo
-    duration_s = max(sim.end_s, 1e-9)
+    duration_s = sim.duration_s
     records = list(sim.replicas.values())
-    replica_s = sim.replica_s()
-    service = sim.samples[-1].service if sim.samples else {}
     return SimulationReport(
         spec=spec,
         simulated_s=sim.end_s,
         wall_s=wall_s,
         num_events=sim.heap.num_handled,
         num_steps=sum(record.num_steps for record in records),
-        replica_s=replica_s,
-        busy_share=min(1.0, sum(record.busy_s for record in records) / replica_s) if replica_s else 0.0,
+        replica_s=sim.replica_s(),
+        busy_share=sim.busy_share(),
         num_preemptions=sum(record.num_preemptions for record in records),
         num_adapter_loads=sum(record.num_adapter_loads for record in records),
         num_lost_replicas=sum(record.is_lost for record in records),
         cost_error=cost_error,
         all=ledger.summary(slo, duration_s),
         tenants=tuple(
-            TenantSummary(
-                str(tenant),
-                service.get(tenant, 0.0),
-                ledger.summary(slo, duration_s, ledger.numbers(tenant=tenant)),
-            )
-            for tenant in ledger.tenants
+            TenantSummary(str(tenant), sim.service.get(tenant, 0.0), ledger.summary(slo, duration_s, numbers))
+            for tenant, numbers in ledger.numbers_by_tenant().items()
         ),
         series=(*_fleet_series(sim), *_request_series(ledger, sim, duration_s)),
     )

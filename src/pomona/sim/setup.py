@@ -19,7 +19,7 @@ from pomona.sim.population import AdapterPages, AdapterPopulation
 from pomona.sim.profile_file import CostProfile
 from pomona.sim.prompts import RecordedPrompts
 from pomona.sim.sections import build
-from pomona.sim.spec import ARRIVALS, LENGTHS, POPULARITIES, SimulationSpec
+from pomona.sim.spec import ARRIVALS, LENGTHS, POPULARITIES, ReplicaSection, SimulationSpec
 from pomona.workload.popularity import BaseOnly, GroupPopularity, Popularity, RecordedPopularity
 from pomona.workload.servegen import client_requests, read_lengths, read_rates
 from pomona.workload.spec import WorkloadRequest, WorkloadSpec, iter_requests
@@ -40,6 +40,7 @@ _SIZES = (
     *("num_kv_blocks", "num_adapter_pages", "blocks_per_page"),
     *("max_model_len", "block_size", "max_num_batched_tokens", "max_num_seqs"),
 )
+_OF_MACHINES = ("num_devices", "use_tables", "adapter_share")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class Setup:
     """Of the workload, if known."""
     cost_error: float | None
     """Median relative error of the profile on held-out steps; None for a machine from a data sheet."""
+    beyond_profile: str
+    """What may be larger than the profile saw, and is extrapolated; empty if nothing is."""
 
 
 def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
@@ -62,7 +65,7 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
     Raises:
         ConfigError: the spec, or a file that it names, is wrong; the message begins with the key's path.
     """
-    scheduler, cost_model, cost_error = _replica(spec, read_lines)
+    scheduler, cost_model, profile = _replica(spec, read_lines)
     pages = AdapterPages(rows_per_page=spec.replica.rows_per_page)
     adapters = AdapterPopulation(
         spec.adapters.lora_ranks, pages, extras_share=spec.adapters.extras_share, seed=spec.seed
@@ -71,6 +74,16 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
     requests, num_requests, horizon_s, prompts = _workload(spec, popularity, read_lines)
     if not isinstance(popularity, BaseOnly):
         _check_ranks(spec, scheduler, pages)
+        if profile is not None and not profile.adapters:
+            raise ConfigError(
+                "adapters.popularity: replica.profile was taken without adapters, which would cost nothing; take one "
+                "with some (pomona profile --adapters-dir)"
+            )
+    if prompts is not None and spec.router.affinity.prefix_tokens != prompts.block_tokens:
+        raise ConfigError(
+            f"router.affinity.prefix_tokens is {spec.router.affinity.prefix_tokens}: must be {prompts.block_tokens}, "
+            "what a hash of the trace stands for"
+        )
     if spec.adapters.extras_share:
         _check_extras(spec.adapters.extras_share, cost_model, popularity)
     cluster = ClusterConfig(
@@ -82,22 +95,29 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
         losses=_losses(spec, read_lines),
         slo=build(Slo, spec.slo, "slo"),
         sample_interval_s=spec.sample_interval_s or max(horizon_s, 1.0) / _NUM_SAMPLES,
+        max_samples=None if spec.sample_interval_s else 2 * _NUM_SAMPLES + 1,
         seed=spec.seed,
         **spec.cluster.model_dump(),
     )
-    return Setup(cluster, adapters, prompts, requests, num_requests, cost_error)
+    cost_error = None if profile is None else profile.error.p50
+    beyond = "" if profile is None else _beyond(profile, scheduler, spec.adapters.lora_ranks)
+    return Setup(cluster, adapters, prompts, requests, num_requests, cost_error, beyond)
 
 
-def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConfig, CostModel, float | None]:
+def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConfig, CostModel, CostProfile | None]:
     section: Any = spec.replica
     given = {name: getattr(section, name) for name in _SIZES if getattr(section, name) is not None}
     given |= {name: getattr(section, name) for name in ("max_waiting", "enable_prefix_cache", "adapter_wait_limit_s")}
     cost_model: CostModel
+    profile: CostProfile | None = None
     if section.profile is not None:
+        for name in _OF_MACHINES:
+            if getattr(section, name) != ReplicaSection.model_fields[name].default:
+                raise ConfigError(f"replica.{name} is {getattr(section, name)}: needs replica.machine, not a profile")
         text = "\n".join(_at("replica.profile", lambda: read_lines(str(section.profile))))
         profile = CostProfile.from_json(text, f"replica.profile: {section.profile}")
         sizes: dict[str, Any] = profile.replica.model_dump()
-        cost_model, cost_error = profile.cost_model, profile.error.p50
+        cost_model = profile.cost_model
     else:
         if section.use_tables and section.machine != "H200":
             raise ConfigError(f"replica.use_tables: needs machine H200, not {section.machine}")
@@ -120,7 +140,6 @@ def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConf
             if section.use_tables
             else RooflineCost(machine, model, section.rows_per_page, section.num_devices)
         )
-        cost_error = None
     scheduler = _at("replica", lambda: SchedulerConfig(**(sizes | given)), joiner=".")
     num_lent = scheduler.num_adapter_pages * scheduler.blocks_per_page
     for name, number in (
@@ -138,16 +157,23 @@ def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConf
                 f"replica.max_model_len is {scheduler.max_model_len}: the KV cache of {num_slots} tokens is smaller"
             )
         scheduler = replace(scheduler, max_model_len=num_slots)
-    return scheduler, cost_model, cost_error
+    return scheduler, cost_model, profile
+
+
+def _beyond(profile: CostProfile, scheduler: SchedulerConfig, lora_ranks: Sequence[int]) -> str:
+    largest_rank = max((adapter.lora_rank for adapter in profile.adapters), default=max(lora_ranks))
+    sizes = [("adapters.lora_ranks", max(lora_ranks), largest_rank)]
+    for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs"):
+        sizes.append((f"replica.{name}", getattr(scheduler, name), getattr(profile.replica, name)))
+    return ", ".join(f"{name} is {size} (measured: {seen})" for name, size, seen in sizes if size > seen)
 
 
 def _popularity(spec: SimulationSpec, read_lines: ReadLines) -> Popularity:
     section: Any = spec.adapters.popularity
     path = "adapters.popularity"
     if section.kind == "recorded":
-        uses, num_requests = _at(f"{path}.file", lambda: read_lora_uses(read_lines(section.file)))
+        uses, own_share = _at(f"{path}.file", lambda: read_lora_uses(read_lines(section.file)))
         share = section.base_share
-        own_share = max(0.0, 1.0 - sum(uses) / num_requests)
         return RecordedPopularity(tuple(float(use) for use in uses), own_share if share is None else share)
     if section.kind == "group":
         grouped: Popularity = _at(
@@ -242,6 +268,8 @@ def _losses(spec: SimulationSpec, read_lines: ReadLines) -> LossConfig:
     section: Any = spec.losses
     values = {name: getattr(section, name) for name in LossConfig.__dataclass_fields__}
     if section.capacity_file is not None:
+        if section.capacity:
+            raise ConfigError("losses.capacity: leave it out; losses.capacity_file says what there is")
         events = _at("losses.capacity_file", lambda: read_spot_events(read_lines(section.capacity_file)))
         start_s = section.capacity_start_s
         before = [count for time_s, count in events if time_s <= start_s]

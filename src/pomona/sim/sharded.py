@@ -44,7 +44,7 @@ class ShardedSim:
         self._adapters = adapters
         self._shards = shards
         self._interval_s = report_interval_s
-        self._counts_output_kv = config.counts_output_kv
+        self._config = config
         self._routes: dict[int, RouteRequest] = {}
         self._fleet = Fleet(config.router)
         num_kv_tokens = config.scheduler.num_kv_blocks * config.scheduler.block_size
@@ -87,7 +87,7 @@ class ShardedSim:
         num_prompt, num_output = request.num_prompt_tokens, request.num_output_tokens
         route = RouteRequest(
             num_prompt,
-            num_prompt + num_output if self._counts_output_kv else num_prompt,
+            self._config.num_kv_tokens(request),
             None if info is None else info.adapter_id,
             0 if info is None else info.lora_rank,
         )

@@ -197,9 +197,10 @@ class ClientsSection(_Section):
 
     kind: Literal["clients"]
     rates_file: str
-    """CSV with client, window_start_s, rate_rps, cv."""
+    """CSV with client, window_start_s, rate_rps, cv; windows last 600 s."""
     lengths_file: str
-    """CSV with client, window_start_s, field (input_tokens or output_tokens), p50, p90, p99."""
+    """CSV with client, window_start_s, field (input_tokens or output_tokens), p50, p90, p99. Clients that it does not
+    have send nothing."""
     start_s: _Seconds = 0.0
     """Where in the files to begin."""
     duration_s: _Positive
@@ -236,7 +237,7 @@ class SimulationSpec(_Section):
     until_s: _Positive | None = None
     """When to stop; by default, when the last request has ended."""
     sample_interval_s: _Interval | None = None
-    """Time between samples of queue, memory and service; by default some 300 of them."""
+    """Time between samples of queue, memory and service; by default there are some hundreds of them."""
     replica: ReplicaSection
     adapters: AdaptersSection = Field(default_factory=AdaptersSection)
     workload: Annotated[SyntheticSection | TraceSection | ClientsSection, Field(discriminator="kind")]

@@ -4,6 +4,7 @@ coefficient of variation and family of the gaps, and mean and percentiles of the
 """
 
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,10 +47,11 @@ class ClientLengths:
 
 
 def read_rates(lines: Iterable[str]) -> dict[str, list[ClientWindow]]:
-    """client -> windows in which it sent anything, from the columns client, window_start_s, rate_rps, cv.
+    """client -> windows in which it sent anything, ascending, from the columns client, window_start_s, rate_rps, cv.
 
     Raises:
-        ConfigError: a line is malformed, or no client sends anything; names the line.
+        ConfigError: a line is malformed, windows of a client overlap, or no client sends anything; names the line, or
+            the client.
     """
     found: dict[str, list[ClientWindow]] = {}
     for line, row in csv_rows(lines, ("client", "window_start_s", "rate_rps", "cv")):
@@ -61,6 +63,14 @@ def read_rates(lines: Iterable[str]) -> dict[str, list[ClientWindow]]:
             found.setdefault(row["client"], []).append(ClientWindow(start_s, rate, cv or 1.0))
     if not found:
         raise ConfigError("the trace has no client that sends anything")
+    for client, windows in found.items():
+        windows.sort(key=lambda window: window.start_s)
+        for before, after in itertools.pairwise(windows):
+            if after.start_s - before.start_s < _WINDOW_S:
+                raise ConfigError(
+                    f"client {client!r} has windows at {before.start_s:g} and {after.start_s:g} s: must be "
+                    f"{_WINDOW_S:g} s apart"
+                )
     return found
 
 
@@ -92,7 +102,7 @@ def client_requests(
 ) -> Iterator[TraceRow]:
     """Yield the requests of all clients in [start, start + duration), by ascending arrival from 0.
 
-    Every client has a random stream of its own.
+    Every client has a random stream of its own. One without lengths of prompts or answers sends nothing.
     """
     streams = (
         _one_client(client, windows, lengths, (start_s, start_s + duration_s), random.Random(f"{seed}/{client}"))
@@ -111,13 +121,14 @@ def _one_client(
     prompts, outputs = (lengths.get((client, field), []) for field in ("input_tokens", "output_tokens"))
     if not prompts or not outputs:
         return
-    for window in sorted(windows, key=lambda entry: entry.start_s):
+    for window in windows:
         if window.start_s >= span[1] or window.start_s + _WINDOW_S <= span[0]:
             continue
-        # Gaps are Gamma: mean 1 / rate, deviation cv times the mean. The first is cut, the window beginning anywhere.
+        # Gaps are Gamma: mean 1 / rate, deviation cv times the mean. The window begins anywhere in its first one, and
+        # more likely in a long one: such a gap, drawn in proportion to its length, is Gamma of a shape one larger.
         shape = 1.0 / window.cv**2
         scale = window.cv**2 / window.rate_per_s
-        time_s = window.start_s + rng.gammavariate(shape, scale) * rng.random()
+        time_s = window.start_s + rng.gammavariate(shape + 1.0, scale) * rng.random()
         while time_s < min(window.start_s + _WINDOW_S, span[1]):
             prompt, output = (_at(entries, time_s).draw(rng) for entries in (prompts, outputs))
             if time_s >= span[0]:

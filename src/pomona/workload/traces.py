@@ -9,6 +9,7 @@ import datetime
 import itertools
 import json
 import math
+import operator
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ def fail_line(line: int, message: str) -> ConfigError:
 
 def _count(line: int, name: str, value: Any, minimum: int, maximum: int = MAX_TOKENS) -> int:
     try:
-        number = int(value)
+        number = int(value) if isinstance(value, str) else operator.index(value)  # JSON may say 3.7
     except (TypeError, ValueError, OverflowError):
         raise fail_line(line, f"{name} is {value!r}: must be an integer") from None
     if number < minimum:
@@ -261,19 +262,19 @@ def compose(
         )
 
 
-def read_lora_uses(lines: Iterable[str]) -> tuple[tuple[int, ...], int]:
+def read_lora_uses(lines: Iterable[str]) -> tuple[tuple[int, ...], float]:
     """How often adapters are asked for in Alibaba's GenTD26 trace (data_trace_processed.csv: column lora_args, a list
     of {modelVersionId, scale}). It is of images, and its file order may be grouped by session: popularity is what can
     be taken from it, reuse distances are not.
 
     Returns:
-        Uses of each adapter, most popular first; and how many requests there were, most of which use none.
+        Uses of each adapter, most popular first; and the share of the requests that use none.
 
     Raises:
         ConfigError: a line is malformed, or there is none; names the line.
     """
     uses: Counter[str] = Counter()
-    num_requests = 0
+    num_requests = num_without = 0
     for line, row in csv_rows(lines, ("lora_args",)):
         try:
             ids = [str(entry["modelVersionId"]) for entry in json.loads((row["lora_args"] or "[]").replace("'", '"'))]
@@ -281,9 +282,10 @@ def read_lora_uses(lines: Iterable[str]) -> tuple[tuple[int, ...], int]:
             raise fail_line(line, f"lora_args is {row['lora_args']!r}: must be a list of adapters") from None
         uses.update(ids)
         num_requests += 1
+        num_without += not ids
     if not uses:
         raise ConfigError("the trace has no adapters")
-    return tuple(sorted(uses.values(), reverse=True)), num_requests
+    return tuple(sorted(uses.values(), reverse=True)), num_without / num_requests
 
 
 def read_spot_events(lines: Iterable[str]) -> tuple[tuple[float, int], ...]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pomona.kernels.attention import AttentionBatch
+from pomona.kernels.copies import upload
 from pomona.kernels.triton.configs import Config, config_for
 
 ITEM_FIELDS = 8
@@ -129,8 +130,8 @@ def _plan_class(batch: AttentionBatch, seqs: NDArray[np.int64], config: Config, 
     return ClassPlan(
         config=config,
         block_m=block_m,
-        items=torch.from_numpy(items).to(device, non_blocking=True),
-        merges=torch.from_numpy(merges).to(device, non_blocking=True),
+        items=upload(items, device),
+        merges=upload(merges, device),
         num_partials=int(merges[:, 1].sum()),
         window=heads.window,
         num_lanes=int(merges[:, 3].max(initial=0)) * heads.group,
@@ -199,4 +200,4 @@ def refresh_plan(plan: ClassPlan, batch: AttentionBatch, heads: HeadShape) -> No
         assert len(part) <= len(reserved), f"{len(part)} entries, room for {len(reserved)}"
         padded = np.zeros(reserved.shape, dtype=np.int32)
         padded[: len(part)] = part
-        reserved.copy_(torch.from_numpy(padded), non_blocking=True)
+        reserved.copy_(upload(padded, reserved.device))

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pomona.kernels.copies import upload
 from pomona.kernels.lora import LoraBatch
 from pomona.kernels.triton.configs import config_for
 
@@ -80,7 +81,7 @@ def plan_of(batch: LoraBatch, num_tokens: int) -> ChunkPlan:
     if plan is None or plan.rows_per_chunk != rows:
         assert batch.page_tables.dtype is torch.int32
         assert batch.page_tables.is_contiguous()
-        chunks = torch.from_numpy(cut_segments(batch.host_rows, rows)).to(device, non_blocking=True)
+        chunks = upload(cut_segments(batch.host_rows, rows), device)
         plan = batch.__dict__["_triton_plan"] = ChunkPlan(chunks, rows, num_tokens)
     assert plan.num_tokens == num_tokens, "a batch has one number of tokens"
     return plan
@@ -115,4 +116,4 @@ def refresh_plan(plan: ChunkPlan, host_rows: Sequence[tuple[int, int]]) -> None:
     assert len(cut) <= len(chunks), f"{len(cut)} chunks, room for {len(chunks)}"
     assert not len(cut) or cut[-1, 1] + cut[-1, 2] <= plan.num_tokens
     chunks[: len(cut)] = cut
-    plan.chunks.copy_(torch.from_numpy(chunks), non_blocking=True)
+    plan.chunks.copy_(upload(chunks, plan.chunks.device))

@@ -136,7 +136,7 @@ INLINE void multiply_all(int num_rows, const Factors& factors, M& meanwhile) {
   const TileA a = factors.a;
   const TileB b = factors.b;
   int64_t unit = 0;
-  for (; unit + kStepUnits <= factors.num_units; unit += kStepUnits) {
+  for (; (unit + kStepUnits) * 4 <= factors.a_bytes; unit += kStepUnits) {
     meanwhile.step();
     multiply_step<MT, NG, M>({a.rows + unit * 4, a.stride_bytes}, {b.units + unit * b.step, b.group_stride, b.step},
                              meanwhile.later(factors, unit));

@@ -15,7 +15,9 @@ from torch import Tensor
 def upload(array: NDArray[np.generic], device: torch.device) -> Tensor:
     """The array on the device, in stream order; on a CPU a tensor that shares its memory."""
     tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
