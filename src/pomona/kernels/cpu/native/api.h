@@ -71,7 +71,7 @@ struct AttentionCall : AttentionStep {
 constexpr int32_t kNoAdapter = -1, kAddedLater = -2;
 struct LongRuns {
   const int32_t* segments;      // of each row; or one of the two above
-  const uint32_t* v;            // units [num_slices, num_tokens, row_units]
+  const uint32_t* v;            // units of T::Row [num_slices, num_tokens, row_units]
   int64_t slice_units, row_units;
   const int64_t* num_shrunk;    // items of shrinking that are done: v is there when all are
   int64_t num_shrinks;
@@ -162,7 +162,7 @@ using Body = void (*)(void* state, int thread);
 // Runs body on up to num_threads threads, the caller's among them, and returns when all are done.
 void run_threads(int num_threads, Body body, void* state);
 enum Purpose : int32_t {
-  kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kFixedRows, kSplitRows, kLaterSums,
+  kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kFixedRows, kSplitRows, kWideRows, kLaterSums,
   kNumPurposes
 };
 // Memory of the calling thread that lives until its next call with the same purpose.

@@ -24,7 +24,7 @@ struct FusedColumns {
   const pomona::LongRuns& runs;
   int64_t slices[NG], columns[NG], num_units[NG];  // columns: of the group's first within its slice
   float scalings[NG];
-  uint32_t* panel;                                 // [NG][row_units][16]
+  uint32_t* panel;                                 // [NG][units][16]
   int32_t segment = -1;
   int64_t columns_ahead;  // to those of this thread's next item: rows of B are fetched there, too far apart to foresee
 
@@ -39,7 +39,7 @@ struct FusedColumns {
     }
   }
 
-  int64_t panel_stride() const { return runs.row_units * kGroup; }
+  int64_t panel_stride() const { return runs.row_units * T::Row::kPerUnit / T::kPerUnit * kGroup; }
 
   void keep(int32_t new_segment) {
     if (segment == new_segment) return;
@@ -78,11 +78,16 @@ struct FusedColumns {
       const uint32_t* v = runs.v + slices[g] * runs.slice_units + row * runs.row_units;
       const TileA a{reinterpret_cast<const char*>(v), runs.row_units * 4};
       const TileB b{panel + g * panel_stride(), panel_stride(), kGroup};
-      if (g == 0 && slices[NG - 1] == slices[0]) {
-        tile_rows<T, NG, false>(num_rows, num_units[0], a, b, {}, {}, {}, store_of(0));
+      if constexpr (W < 16) {  // as many sums as there are registers: what becomes of them takes some too
+        float sums[kTileRows * kGroup];
+        tile_rows<T, 1, typename T::Row>(num_rows, num_units[g], a, b, {sums, kGroup, false}, {});
+        store_of(g).rows(num_rows, sums);
+        g++;
+      } else if (g == 0 && slices[NG - 1] == slices[0]) {
+        tile_rows<T, typename T::Row, NG, false>(num_rows, num_units[0], a, b, {}, {}, {}, store_of(0));
         g = NG;
       } else {
-        tile_rows<T, 1, false>(num_rows, num_units[g], a, b, {}, {}, {}, store_of(g));
+        tile_rows<T, typename T::Row, 1, false>(num_rows, num_units[g], a, b, {}, {}, {}, store_of(g));
         g++;
       }
     }

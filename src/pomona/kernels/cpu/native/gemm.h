@@ -6,13 +6,16 @@
 #pragma once
 #include "fused.h"
 #include "lora_pages.h"
+#include "rows.h"
 #include "work.h"
 
 namespace {
 
 constexpr int64_t kRowsPerItem = 256;
-constexpr int64_t kMostFetchingRows = 64;  // with more, reading an adapter is little beside using it
-constexpr int64_t kFewBytes = 16384;       // of a group's weights
+// With more, reading an adapter is little beside using it. Narrow vectors compute for longer than adapters take to come
+// in any case, and finding the next page costs a step more than it saves.
+constexpr int64_t kMostFetchingRows = W == 16 ? 64 : 0;
+constexpr int64_t kFewBytes = 16384;     // of a group's weights
 constexpr int64_t kUnitsPerPass = 2048;  // 3 groups of that many units are 384 KiB: they stay in a core's L2 cache
 
 // Pages of adapters that are wanted next, fetched beside a product that computes longer than it reads: each by the
@@ -146,11 +149,17 @@ struct GemmWork {
   // Whole groups, of the outputs' dtype.
   template <int NG, bool kIsPlain>
   void store_whole(const float* sums, int64_t stride, int64_t row, int num_rows, int64_t group) const {
+    constexpr int kStep = min64(2 * W, kGroup);
     Elem* out = static_cast<Elem*>(call.out) + row * call.out_stride + group * kGroup;
     for (int m = 0; m < num_rows; m++, sums += stride, out += call.out_stride)
 #pragma GCC unroll 6
-      for (int i = 0; i < NG * kGroup; i += W)
-        T::store(out + i, kIsPlain ? load_floats(sums + i) : finish(sums + i, group * kGroup + i, W));
+      for (int i = 0; i < NG * kGroup; i += kStep) {
+        vf part[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < kStep; j += W)
+          part[j / W] = kIsPlain ? load_floats(sums + i + j) : finish(sums + i + j, group * kGroup + i + j, W);
+        kStep > W ? T::store_next(out + i, part[0], part[1]) : T::store(out + i, part[0]);
+      }
   }
 
   void store(const float* sums, int64_t row, int64_t group, int groups) const {
@@ -221,11 +230,63 @@ struct AddToProduct {
     typename T::Elem* out = static_cast<typename T::Elem*>(work.call.out) + (row + m) * work.call.out_stride;
     T::store(out + column + v * W, fma(scaling, sum, value));
   }
+
+  // The same for a group's columns of some rows, of sums that were kept.
+  void rows(int num_rows, const float* sums) const {
+    work.is_plain ? rows<true>(num_rows, sums) : rows<false>(num_rows, sums);
+  }
+  template <bool kIsPlain>
+  INLINE void rows(int num_rows, const float* sums) const {
+    typename T::Elem* out = static_cast<typename T::Elem*>(work.call.out) + row * work.call.out_stride + column;
+    const float* from = product;
+    for (int m = 0; m < num_rows; m++, out += work.call.out_stride, from += stride, sums += kGroup)
+#pragma GCC unroll 4
+      for (int i = 0; i < kGroup; i += 2 * W) {
+        vf two[2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+          const int at = i + j * W;
+          const vf value = kIsPlain ? load_floats(from + at) : work.finish(from + at, column + at, W);
+          two[j] = fma(scaling, load_floats(sums + at), T::round(value));
+        }
+        T::store_next(out + i, two[0], two[1]);
+      }
+  }
+};
+
+// A call's inputs, rows of whole units, of T::Row: where that is not T, each is widened once here and not for every column.
+template <class T>
+struct ProductRows {
+  const char* rows;
+  int64_t stride_bytes;
+
+  ProductRows(const GemmWork<T>& work, int num_threads) : rows(work.x), stride_bytes(work.x_stride_bytes) {
+    if constexpr (T::Row::kPerUnit < T::kPerUnit) {
+      const int64_t num_inputs = work.num_units * T::kPerUnit;
+      stride_bytes = (ceil_div(num_inputs * 4, 64) | 1) * 64;  // odd: rows do not crowd out each other
+      char* to = static_cast<char*>(pomona::scratch(pomona::kWideRows, work.call.num_rows * stride_bytes));
+      const char* from = rows;
+      const int64_t from_stride = work.x_stride_bytes, to_stride = stride_bytes;
+      for_rows(work.call.num_rows, num_inputs / 4, num_threads, [&](int64_t row) {
+        const auto* x = reinterpret_cast<const typename T::Elem*>(from + row * from_stride);
+        auto* wide = reinterpret_cast<float*>(to + row * to_stride);
+        for (int64_t i = 0; i < num_inputs; i += W)
+          store_floats(wide + i, load_one<T>(x + i, static_cast<int>(min64(W, num_inputs - i))));
+      });
+      rows = to;
+    }
+  }
+
+  TileA from(int64_t row, int64_t unit) const {
+    constexpr int64_t kUnitBytes = T::kPerUnit / T::Row::kPerUnit * 4;
+    return {rows + row * stride_bytes + unit * kUnitBytes, stride_bytes};
+  }
 };
 
 template <class T>
 struct Gemm {
   GemmWork<T> work;
+  ProductRows<T> inputs;
   PageFetch beside;
 
   // Rows [row, row + num_rows) by NG groups. `next` is what the following item will read.
@@ -242,16 +303,17 @@ struct Gemm {
     const int64_t lines_per_step = ceil_div(NG, num_tiles);
     for (int64_t unit = 0; unit < num_units; unit += kUnitsPerPass) {
       const int64_t units = min64(kUnitsPerPass, num_units - unit);
-      for (int64_t r = 0; r < num_rows; r += kTileRows) {
-        const int rows = static_cast<int>(min64(kTileRows, num_rows - r));
+      for (int64_t tile = 0; tile < num_tiles; tile++) {
+        const int64_t r = tile * num_rows / num_tiles;  // tiles of nearly as many rows each: those of few are slow
+        const int rows = static_cast<int>((tile + 1) * num_rows / num_tiles - r);
         float* some_sums = is_one_pass ? sums : sums + r * stride;
-        const int64_t fetched = r / kTileRows * units * lines_per_step;
+        const int64_t fetched = tile * units * lines_per_step;
         const bool is_fetching = next && is_one_pass && fetched < next_lines;
-        tile_rows<T, NG>(rows, units, work.inputs(row + r, unit),
+        tile_rows<T, NG, typename T::Row>(rows, units, inputs.from(row + r, unit),
                          TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
                          TileC{some_sums, stride, unit > 0},
                          is_fetching ? Ahead{next + fetched * 64, next + next_lines * 64, lines_per_step} : Ahead{},
-                         beside.share(group / NG, num_columns, r / kTileRows, num_tiles, units));
+                         beside.share(group / NG, num_columns, tile, num_tiles, units));
         if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }
@@ -261,7 +323,8 @@ struct Gemm {
 // share(num_items, num_threads, f) runs f(item) for all items, whatever else it does.
 template <class T, class S>
 void gemm(const pomona::GemmCall& call, int num_threads, const S& share) {
-  const Gemm<T> gemm{GemmWork<T>(call), PageFetch(call, sizeof(typename T::Elem), num_threads)};
+  const GemmWork<T> work(call);
+  const Gemm<T> gemm{work, ProductRows<T>(work, num_threads), PageFetch(call, sizeof(typename T::Elem), num_threads)};
   gemm.work.run(gemm.work.num_units * kGroup * 4, num_threads, gemm, share);
 }
 

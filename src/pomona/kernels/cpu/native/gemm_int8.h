@@ -74,10 +74,10 @@ __attribute__((noinline)) void byte_tile_rows(int num_rows, int64_t num_units, T
 #if defined(__AVX2__)
     case 3: return byte_tile<kParts, 3 / kParts, NG, kIsFetching>(num_units, a, b, c, ahead);
     case 4: return byte_tile<kParts, 4 / kParts, NG, kIsFetching>(num_units, a, b, c, ahead);
-#endif
-#if defined(__AVX512F__)
     case 5: return byte_tile<kParts, 5 / kParts, NG, kIsFetching>(num_units, a, b, c, ahead);
     case 6: return byte_tile<kParts, 6 / kParts, NG, kIsFetching>(num_units, a, b, c, ahead);
+#endif
+#if defined(__AVX512F__)
     case 7: return byte_tile<kParts, 7 / kParts, NG, kIsFetching>(num_units, a, b, c, ahead);
     case 8: return byte_tile<kParts, 8 / kParts, NG, kIsFetching>(num_units, a, b, c, ahead);
 #endif

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int kRankTile = 8, kRankPart = 16;  // ranks that are summed at once, and in one item
+constexpr int kRankTile = 8, kRankPart = W == 16 ? 16 : 8;  // ranks that are summed at once, and in one item
 constexpr int64_t kMaxRank = 1024;
 // Blocks of up to so many rows are short runs (lora_short.h).
 template <class T>
@@ -19,31 +19,81 @@ constexpr int kFewRows = kUsesTiles<T> ? 16 : 8;
 #if defined(__AVX512F__)
 constexpr int kShrinkRows = 3, kExpandRows = 6, kExpandVectors = 4;
 #elif defined(__AVX2__)
-constexpr int kShrinkRows = 1, kExpandRows = 2, kExpandVectors = 4;
+constexpr int kShrinkRows = 3, kExpandRows = 2, kExpandVectors = 4;
 #else
 constexpr int kShrinkRows = 1, kExpandRows = 1, kExpandVectors = 4;
 #endif
 
 constexpr int64_t kColumnStep = kExpandVectors * W;  // columns that are summed at once
 
-// Floats as units: rounded to the dtype, an odd number filled up with a zero.
+// W floats, rounded to the dtype, as elements of T::Row.
+template <class T>
+INLINE void store_row(typename T::Row::Elem* to, vf v) {
+  if constexpr (T::Row::kPerUnit == T::kPerUnit)
+    T::store(to, v);
+  else
+    T::Row::store(to, T::round(v));
+}
+
+// Floats as units of T::Row, an odd number filled up with a zero.
 template <class T>
 INLINE void put_units(const float* v, int64_t count, uint32_t* units) {
-  auto* to = reinterpret_cast<typename T::Elem*>(units);
+  using Elem = typename T::Row::Elem;
+  auto* to = reinterpret_cast<Elem*>(units);
   for (int64_t j = 0; j < count; j += W) {
     const int n = static_cast<int>(min64(W, count - j));
-    store_one<T>(to + j, load_one<Float32>(v + j, n), n);
+    Elem rounded[W];
+    store_row<T>(rounded, load_one<Float32>(v + j, n));
+    memcpy(to + j, rounded, n * sizeof(Elem));
   }
   if (count % T::kPerUnit) to[count] = 0;
 }
 
-// The first num_ranks of 8 floats as units, zeros after them. Reads W floats if that is more.
+// The first num_ranks of 8 floats as units of T::Row, zeros after them. Reads W floats if that is more.
 template <class T>
 INLINE void put_rank_tile(float* v, int64_t num_ranks, uint32_t* units) {
   for (int64_t j = num_ranks; j < kRankTile; j++) v[j] = 0;
-  typename T::Elem rounded[kRankTile + W];
-  for (int i = 0; i < kRankTile; i += W) T::store(rounded + i, load_floats(v + i));
+  typename T::Row::Elem rounded[kRankTile + W];
+  for (int i = 0; i < kRankTile; i += W) store_row<T>(rounded + i, load_floats(v + i));
   memcpy(units, rounded, kRankTile * sizeof *rounded);
+}
+
+// MR rows by NJ rank rows, summed over the input features, each lane for itself; and at every step, so many bytes from
+// the rows' beginnings, beside(bytes).
+template <class T, int MR, int NJ, class F>
+INLINE void shrink_lanes(int64_t num_bytes, const typename T::Elem* x, int64_t x_stride, const char* const* rank_rows,
+                         vf (*totals)[kRankTile], int first, const F& beside) {
+  constexpr int64_t kBytes = W * 4;
+  vf sums[MR][NJ] = {};
+  const auto row_at = [&](int m, int64_t at) { return reinterpret_cast<const char*>(x + m * x_stride) + at; };
+  int64_t at = 0;
+  for (; at + kBytes <= num_bytes; at += kBytes) {
+    beside(at);
+#pragma GCC unroll 2
+    for (int half = 0; half < T::kHalves; half++) {
+      typename T::Factor weights[NJ];
+#pragma GCC unroll 8
+      for (int j = 0; j < NJ; j++) weights[j] = T::half(load_units(rank_rows[j] + at), half);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; m++) {
+        const auto row = T::half(load_units(row_at(m, at)), half);
+#pragma GCC unroll 8
+        for (int j = 0; j < NJ; j++) T::add(sums[m][j], row, weights[j]);
+      }
+    }
+  }
+  if (at < num_bytes)
+#pragma GCC unroll 8
+    for (int j = 0; j < NJ; j++) {
+      const vu weights = load_units_part(rank_rows[j] + at, num_bytes - at);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; m++)
+        sums[m][j] = T::mul_add(sums[m][j], load_units_part(row_at(m, at), num_bytes - at), weights);
+    }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+    for (int j = 0; j < NJ; j++) totals[m][first + j] = sums[m][j];
 }
 
 // MR rows by 8 rank rows, summed over the input features. Meanwhile the rows after them are fetched: rows are short, so
@@ -51,55 +101,42 @@ INLINE void put_rank_tile(float* v, int64_t num_ranks, uint32_t* units) {
 template <class T, int MR>
 INLINE void shrink_tile(int64_t in_features, const typename T::Elem* x, int64_t x_stride, const char* const* rank_rows,
                         float (*sums)[kRankTile]) {
-  constexpr int64_t kBytes = W * 4;
-  const int64_t num_bytes = in_features * sizeof(typename T::Elem);
-  vf totals[MR][kRankTile] = {};
-  int64_t at = 0;
-  for (; at + kBytes <= num_bytes; at += kBytes) {
-    vu row[MR];
+  constexpr int NJ = W != 8 || MR == 1 ? 8 : MR == 2 ? 4 : 2;  // their sums stay in registers
+  vf totals[MR][kRankTile];
+#pragma GCC unroll 4
+  for (int j = 0; j < kRankTile; j += NJ)
+    shrink_lanes<T, MR, NJ>(in_features * sizeof(typename T::Elem), x, x_stride, rank_rows + j, totals, j,
+                            [&](int64_t at) {
+                              if (W < 16) return;  // a step takes long: the processor is fast enough by itself
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      prefetch_near(reinterpret_cast<const char*>(x + (MR + m) * x_stride) + at);
-      row[m] = load_units(reinterpret_cast<const char*>(x + m * x_stride) + at);
-    }
-#pragma GCC unroll 8
-    for (int j = 0; j < kRankTile; j++) {
-      const vu weights = load_units(rank_rows[j] + at);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) totals[m][j] = T::mul_add(totals[m][j], row[m], weights);
-    }
-  }
-  if (at < num_bytes)
-#pragma GCC unroll 8
-    for (int j = 0; j < kRankTile; j++) {
-      const vu weights = load_units_part(rank_rows[j] + at, num_bytes - at);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) {
-        const char* row = reinterpret_cast<const char*>(x + m * x_stride) + at;
-        totals[m][j] = T::mul_add(totals[m][j], load_units_part(row, num_bytes - at), weights);
-      }
-    }
+                              for (int m = 0; m < MR; m++)
+                                prefetch_near(reinterpret_cast<const char*>(x + (MR + m) * x_stride) + at);
+                            });
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++) fold_sum8(totals[m], sums[m]);
 }
 
-// out[MR rows, kColumnStep columns] += scaling * v * B, over units of two rank rows (or one: float32). B's units are
-// those of pair_two, so its columns and the sums stand in the order of load_two.
+// out[MR rows, kColumnStep columns] += scaling * v * B, over units of two rank rows (or one: float32). v is of T::Row,
+// whose units v_stride counts. B's units are those of pair_two, so its columns and the sums stand in the order of
+// load_two.
 template <class T, int MR>
 INLINE void expand_tile(int64_t num_units, const uint32_t* v, int64_t v_stride, const uint32_t* b, float scaling,
                         typename T::Elem* out, int64_t out_stride) {
   vf sums[MR][kExpandVectors] = {};
-  for (int64_t k = 0; k < num_units; k++) {
-    vu weights[kExpandVectors];
+  for (int64_t k = 0; k < num_units; k++)
+#pragma GCC unroll 2
+    for (int half = 0; half < T::kHalves; half++) {
+      typename T::Factor weights[kExpandVectors];
 #pragma GCC unroll 8
-    for (int n = 0; n < kExpandVectors; n++) weights[n] = load_units(b + (k * kExpandVectors + n) * W);
+      for (int n = 0; n < kExpandVectors; n++)
+        weights[n] = T::half(load_units(b + (k * kExpandVectors + n) * W), half);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const vu row = splat_unit(v + m * v_stride + k);
+      for (int m = 0; m < MR; m++) {
+        const auto row = (typename T::Factor)splat_unit(v + m * v_stride + k * T::kHalves + half);
 #pragma GCC unroll 8
-      for (int n = 0; n < kExpandVectors; n++) sums[m][n] = T::mul_add(sums[m][n], row, weights[n]);
+        for (int n = 0; n < kExpandVectors; n++) T::add(sums[m][n], row, weights[n]);
+      }
     }
-  }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; m++)
 #pragma GCC unroll 4
@@ -157,11 +194,11 @@ void find_b_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, int
   if (n % T::kPerUnit) rows[n] = static_cast<const char*>(pomona::zeros(widest * sizeof(typename T::Elem)));
 }
 
-// Units of a row of v: of whole tiles of ranks, the rest zeros.
+// Units (of T::Row) of a row of v: of whole tiles of ranks, the rest zeros.
 template <class T>
 int64_t row_units_of(const pomona::LoraStep& step) {
-  constexpr int64_t kUnits = kUsesTiles<T> ? kStepUnits : kRankTile / T::kPerUnit;
-  return ceil_div(step.max_rank, kUnits * T::kPerUnit) * kUnits;
+  constexpr int64_t kUnits = kUsesTiles<T> ? kStepUnits : kRankTile / T::Row::kPerUnit;
+  return ceil_div(step.max_rank, kUnits * T::Row::kPerUnit) * kUnits;
 }
 
 #if defined(__AMX_BF16__)
@@ -188,7 +225,8 @@ struct Lora {
   int threads;
   int64_t num_long;                                          // blocks
   int64_t num_pairs, rank_parts, column_tile, column_tiles;  // pairs: (block, slice)
-  uint32_t* v_units;  // [num_slices, num_tokens, row_units], if both halves are done here; else call.v has floats
+  // Of T::Row [num_slices, num_tokens, row_units], if both halves are done here; else call.v has floats.
+  uint32_t* v_units;
 
   int64_t row_units() const { return row_units_of<T>(step); }
   int64_t rank_of(int64_t slice, int64_t segment) const { return call.ranks[slice * step.num_segments + segment]; }
@@ -216,9 +254,10 @@ struct Lora {
     if constexpr (kUsesTiles<T>) return shrink_tiles(block, slice, first_rank, num_ranks, rows);
 #endif
     for (int64_t j = num_ranks; j < kRankPart; j++) rows[j] = rows[0];  // computed and not kept
-    for (int64_t r = 0; r < block.num_rows;) {
-      const int64_t row = block.start + r, left = block.num_rows - r;
-      const int num_rows = static_cast<int>(min64(kShrinkRows, left));
+    const int64_t num_tiles = ceil_div(block.num_rows, kShrinkRows);
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+      const int64_t r = tile * block.num_rows / num_tiles, row = block.start + r;
+      const int num_rows = static_cast<int>((tile + 1) * block.num_rows / num_tiles - r);
       for (int64_t j = 0; j < num_ranks; j += kRankTile) {
         const int64_t n = min64(kRankTile, num_ranks - j);
         float sums[kShrinkRows + W / kRankTile][kRankTile] = {};  // and what put_rank_tile reads past the last
@@ -226,12 +265,11 @@ struct Lora {
         for (int m = 0; m < num_rows; m++) {
           const int64_t at = slice * step.num_tokens + row + m;
           if (v_units)
-            put_rank_tile<T>(sums[m], n, v_units + at * row_units() + (first_rank + j) / T::kPerUnit);
+            put_rank_tile<T>(sums[m], n, v_units + at * row_units() + (first_rank + j) / T::Row::kPerUnit);
           else
             memcpy(call.v + at * step.max_rank + first_rank + j, sums[m], n * 4);
         }
       }
-      r += num_rows;
     }
   }
 
@@ -271,7 +309,7 @@ struct Lora {
     static_assert(kShrinkRows <= 3);
     switch (num_rows) {
       case 1: return shrink_tile<T, 1>(site.in_features, x, call.x_stride, rank_rows, sums);
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
       case 2: return shrink_tile<T, 2>(site.in_features, x, call.x_stride, rank_rows, sums);
       case 3: return shrink_tile<T, 3>(site.in_features, x, call.x_stride, rank_rows, sums);
 #endif
@@ -290,15 +328,16 @@ struct Lora {
     find_b_rows<T>(site, step, slice, block.segment, 0, lora_rank, rows);
     const bool is_scaled = kUsesTiles<T> && v_units;
     const float scaling = is_scaled ? 1.0f : call.scalings[slice * step.num_segments + block.segment];
-    auto* b = static_cast<uint32_t*>(pomona::scratch(pomona::kRows, num_units * (kColumnStep + block.num_rows) * 4));
+    int64_t v_stride = num_units * T::kPerUnit / T::Row::kPerUnit;
+    const int64_t scratch_units = num_units * kColumnStep + block.num_rows * v_stride;
+    auto* b = static_cast<uint32_t*>(pomona::scratch(pomona::kRows, scratch_units * 4));
     const int64_t first_row = slice * step.num_tokens + block.start;
     uint32_t* v = b + num_units * kColumnStep;
-    int64_t v_stride = num_units;
     if (v_units)
       v = v_units + first_row * row_units(), v_stride = row_units();
     else
       for (int64_t r = 0; r < block.num_rows; r++)
-        put_units<T>(call.v + (first_row + r) * step.max_rank, lora_rank, v + r * num_units);
+        put_units<T>(call.v + (first_row + r) * step.max_rank, lora_rank, v + r * v_stride);
     Elem* out = static_cast<Elem*>(call.out) + block.start * call.out_stride;
     for (int64_t i = 0; i < slice; i++) out += site.out_features[i];
     for (int64_t c = column; c < end; c += kColumnStep) {

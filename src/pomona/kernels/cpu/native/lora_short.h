@@ -7,8 +7,13 @@
 
 namespace {
 
-constexpr int kRanksAtOnce = 4, kRowsAtOnce = W == 16 ? 8 : W == 8 ? 4 : 2;
+constexpr int kRowsAtOnce = W == 16 ? 8 : W == 8 ? 6 : 2;
 constexpr int64_t kChunkRanks = 32;  // with both projections' rows, and the next chunk's, well within a core's L2 cache
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
 
 // Some rank rows of one slice of a block.
 struct Chunk {
@@ -38,41 +43,6 @@ struct Fetcher {
   }
 };
 
-// MR rows by NJ rank rows.
-template <class T, int MR, int NJ>
-INLINE void shrink_run(int64_t num_bytes, const typename T::Elem* x, int64_t x_stride, const char* const* rank_rows,
-                       vf (*totals)[kRankTile], int first, Fetcher& ahead) {
-  constexpr int64_t kBytes = W * 4;
-  vf sums[MR][NJ] = {};
-  int64_t at = 0;
-  for (; at + kBytes <= num_bytes; at += kBytes) {
-    if (W == 16 || at % 64 == 0) ahead.fetch(NJ);
-    vu weights[NJ];
-#pragma GCC unroll 4
-    for (int j = 0; j < NJ; j++) weights[j] = load_units(rank_rows[j] + at);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const vu row = load_units(reinterpret_cast<const char*>(x + m * x_stride) + at);
-#pragma GCC unroll 4
-      for (int j = 0; j < NJ; j++) sums[m][j] = T::mul_add(sums[m][j], row, weights[j]);
-    }
-  }
-  if (at < num_bytes)
-#pragma GCC unroll 4
-    for (int j = 0; j < NJ; j++) {
-      const vu weights = load_units_part(rank_rows[j] + at, num_bytes - at);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) {
-        const char* row = reinterpret_cast<const char*>(x + m * x_stride) + at;
-        sums[m][j] = T::mul_add(sums[m][j], load_units_part(row, num_bytes - at), weights);
-      }
-    }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 4
-    for (int j = 0; j < NJ; j++) totals[m][first + j] = sums[m][j];
-}
-
 // What a chunk's expansion starts from and ends in.
 template <class T>
 struct Expansion {
@@ -84,47 +54,73 @@ struct Expansion {
   int64_t out_stride;
 };
 
+// NB blocks of 2 W columns from i on, of MR rows; of one block alone, the first n. v: T::Row's units.
+template <class T, int MR, int NB>
+INLINE void expand_blocks(int64_t i, int n, const Chunk& chunk, const uint32_t (*v)[kChunkRanks],
+                          const Expansion<T>& to) {
+  using Elem = typename T::Elem;
+  vf sums[MR][2 * NB];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+    for (int c = 0; c < 2 * NB; c++)
+      sums[m][c] = to.is_first ? vf{} : load_floats(to.sums + m * to.sums_stride + i + c * W);
+  const auto b_at = [&](int64_t j, int block) { return reinterpret_cast<const Elem*>(chunk.b[j]) + i + block * 2 * W; };
+  constexpr int kRanks = T::Row::kPerUnit;  // that are multiplied at once
+  for (int64_t j = 0; j < chunk.num_ranks; j += kRanks) {
+    typename T::Factor weights[2 * NB];
+#pragma GCC unroll 4
+    for (int block = 0; block < NB; block++) {
+      if constexpr (kRanks == 1)
+        load_some<T>(b_at(j, block), n, weights + 2 * block);
+      else
+        pair_some<T>(b_at(j, block), b_at(j + 1, block), n, weights + 2 * block);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; m++) {
+      const auto row = (typename T::Factor)splat_unit(v[m] + j / kRanks);
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * NB; c++) T::add(sums[m][c], row, weights[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 4
+    for (int block = 0; block < NB; block++) {
+      const vf* sum = sums[m] + 2 * block;
+      const int64_t at = i + block * 2 * W;
+      if (to.is_last) {
+        Elem* out = to.out + m * to.out_stride + at;
+        vf two[2];
+        load_some<T>(out, n, two);
+        two[0] = fma(splat(to.scaling), sum[0], two[0]);
+        two[1] = fma(splat(to.scaling), sum[1], two[1]);
+        store_some<T>(out, two, n);
+      } else {
+        store_floats(to.sums + m * to.sums_stride + at, sum[0]);
+        store_floats(to.sums + m * to.sums_stride + at + W, sum[1]);
+      }
+    }
+}
+
 template <class T, int MR>
 INLINE void expand_run(int64_t num_columns, const Chunk& chunk, const uint32_t (*v)[kChunkRanks],
                        const Expansion<T>& to, Fetcher& ahead) {
-  using Elem = typename T::Elem;
-  constexpr int64_t kBytes = 2 * W * sizeof(Elem);
-  const int64_t num_units = ceil_div(chunk.num_ranks, T::kPerUnit);
-  for_lanes(num_columns, LANES {
-    if (kBytes >= 64 || i * static_cast<int64_t>(sizeof(Elem)) % 64 == 0)
-      ahead.fetch(chunk.num_ranks * max64(1, kBytes / 64));
-    vf sums[MR][2];
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const float* from = to.sums + m * to.sums_stride + i;
-      sums[m][0] = to.is_first ? vf{} : load_floats(from);
-      sums[m][1] = to.is_first ? vf{} : load_floats(from + W);
-    }
-    for (int64_t k = 0; k < num_units; k++) {
-      vu weights[2];
-      pair_some<T>(reinterpret_cast<const Elem*>(chunk.b[k * T::kPerUnit]) + i,
-                   reinterpret_cast<const Elem*>(chunk.b[k * T::kPerUnit + T::kPerUnit - 1]) + i, n, weights);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) {
-        const vu row = splat_unit(v[m] + k);
-        sums[m][0] = T::mul_add(sums[m][0], row, weights[0]);
-        sums[m][1] = T::mul_add(sums[m][1], row, weights[1]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      if (to.is_last) {
-        Elem* out = to.out + m * to.out_stride + i;
-        vf two[2];
-        load_some<T>(out, n, two);
-        two[0] = fma(splat(to.scaling), sums[m][0], two[0]);
-        two[1] = fma(splat(to.scaling), sums[m][1], two[1]);
-        store_some<T>(out, two, n);
-      } else {
-        store_floats(to.sums + m * to.sums_stride + i, sums[m][0]);
-        store_floats(to.sums + m * to.sums_stride + i + W, sums[m][1]);
-      }
-    }
+  constexpr int NB = W == 16 ? 1 : MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  constexpr int64_t kColumns = NB * 2 * W;
+  const auto fetch = [&](int64_t i, int64_t columns) {
+    const int64_t bytes = columns * sizeof(typename T::Elem);
+    if (bytes >= 64 || i * static_cast<int64_t>(sizeof(typename T::Elem)) % 64 == 0)
+      ahead.fetch(chunk.num_ranks * max64(1, bytes / 64));
+  };
+  int64_t first = 0;
+  for (; NB > 1 && first + kColumns <= num_columns; first += kColumns) {
+    fetch(first, kColumns);
+    expand_blocks<T, MR, NB>(first, 2 * W, chunk, v, to);
+  }
+  for_lanes(num_columns - first, LANES {
+    fetch(first + i, 2 * W);
+    expand_blocks<T, MR, 1>(first + i, n, chunk, v, to);
   });
 }
 
@@ -297,14 +293,20 @@ struct ShortRuns {
     for (int64_t first = 0; first < chunk.num_ranks; first += kRankTile) {
       const int64_t end = min64(kRankTile, chunk.num_ranks - first);
       vf totals[MR][kRankTile] = {};
+      constexpr int NJ = W == 8 ? (MR == 1 ? 8 : MR == 2 ? 4 : 2) : 4;  // their sums stay in registers
+      const auto shrink = [&](auto num_ranks, int j) __attribute__((always_inline)) {
+        shrink_lanes<T, MR, num_ranks.value>(chunk.a_bytes, x, call.x_stride, chunk.a + first + j, totals, j,
+                                             [&](int64_t at) {
+                                               if (W == 16 || at % 64 == 0) ahead.fetch(num_ranks.value);
+                                             });
+      };
       int j = 0;
-      for (; j + kRanksAtOnce <= end; j += kRanksAtOnce)
-        shrink_run<T, MR, kRanksAtOnce>(chunk.a_bytes, x, call.x_stride, chunk.a + first + j, totals, j, ahead);
-      for (; j < end; j++) shrink_run<T, MR, 1>(chunk.a_bytes, x, call.x_stride, chunk.a + first + j, totals, j, ahead);
+      for (; j + NJ <= end; j += NJ) shrink(Number<NJ>{}, j);
+      for (; j < end; j++) shrink(Number<1>{}, j);
       for (int m = 0; m < MR; m++) {
         float sums[kRankTile + W] = {};
         fold_sum8(totals[m], sums);
-        put_rank_tile<T>(sums, end, v[m] + first / T::kPerUnit);
+        put_rank_tile<T>(sums, end, v[m] + first / T::Row::kPerUnit);
       }
     }
     const int64_t width = site.out_features[chunk.slice], stride = ceil_div(width, 2 * W) * 2 * W;
@@ -384,8 +386,11 @@ struct ShortRuns {
 #endif
     Fetcher ahead(next);
     const int num_rows = chunk.block->num_rows;
-    for (int row = 0; row < num_rows; row += kRowsAtOnce)
-      compute_some(chunk, row, static_cast<int>(min64(kRowsAtOnce, num_rows - row)), ahead);
+    const int num_parts = (num_rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    for (int part = 0; part < num_parts; part++) {
+      const int row = part * num_rows / num_parts;
+      compute_some(chunk, row, (part + 1) * num_rows / num_parts - row, ahead);
+    }
   }
 
   void compute_some(const Chunk& chunk, int row, int num_rows, Fetcher& ahead) const {
@@ -395,10 +400,10 @@ struct ShortRuns {
 #if defined(__AVX2__)
       case 3: return compute<3>(chunk, row, ahead);
       case 4: return compute<4>(chunk, row, ahead);
-#endif
-#if defined(__AVX512F__)
       case 5: return compute<5>(chunk, row, ahead);
       case 6: return compute<6>(chunk, row, ahead);
+#endif
+#if defined(__AVX512F__)
       case 7: return compute<7>(chunk, row, ahead);
       case 8: return compute<8>(chunk, row, ahead);
 #endif

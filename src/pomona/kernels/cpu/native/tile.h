@@ -10,11 +10,12 @@ constexpr int kGroupVectors = kGroup / W;
 #if defined(__AVX512F__)
 constexpr int kTileRows = 8, kTileGroups = 3;
 #elif defined(__AVX2__)
-constexpr int kTileRows = 4, kTileGroups = 1;
+constexpr int kTileRows = 6, kTileGroups = 1;
 #else
 constexpr int kTileRows = 2, kTileGroups = 1;
 #endif
 
+// Rows of units of the product's dtype T, or of T::Row.
 struct TileA {
   const char* rows;
   int64_t stride_bytes;
@@ -79,8 +80,8 @@ struct KeepSums {
 };
 
 // MR rows by NG groups; finish(C, row, vector, sum) at the end. Each sum runs over k in order from the given C or zero:
-// the same for every MR and NG.
-template <class T, int MR, int NG, bool kIsFetching, class F>
+// the same for every MR and NG. R: what A's rows are made of, T or T::Row.
+template <class T, class R, int MR, int NG, bool kIsFetching, class F>
 INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, AheadPages beside, F finish) {
   constexpr int NV = NG * kGroupVectors;
   vf sums[MR][NV];
@@ -89,16 +90,22 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
 #pragma GCC unroll 16
     for (int v = 0; v < NV; v++) sums[m][v] = c.is_added_to ? load_floats(c.sums + m * c.stride + v * W) : vf{};
   for (int64_t k = 0; k < num_units; k++) {
-    vu columns[NV];
+#pragma GCC unroll 2
+    for (int half = 0; half < T::kHalves; half++) {
+      typename T::Factor columns[NV];
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; v++)
-      columns[v] = load_units(b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step);
-    if (kIsFetching) ahead.step(), beside.step();
+      for (int v = 0; v < NV; v++)
+        columns[v] = T::half(
+            load_units(b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step), half);
+      if (kIsFetching && half == 0) ahead.step(), beside.step();
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const vu row = splat_unit(a.rows + m * a.stride_bytes + k * 4);
+      for (int m = 0; m < MR; m++) {
+        const int64_t unit = R::kPerUnit < T::kPerUnit ? k * T::kHalves + half : k;
+        const vu units = splat_unit(a.rows + m * a.stride_bytes + unit * 4);
+        const auto row = R::kPerUnit < T::kPerUnit ? (typename T::Factor)units : T::half(units, half);
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; v++) sums[m][v] = T::mul_add(sums[m][v], row, columns[v]);
+        for (int v = 0; v < NV; v++) T::add(sums[m][v], row, columns[v]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -108,32 +115,32 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
 }
 
 // Not inlined: eight copies of a long loop are enough; and eight more that fetch nothing, which is seen in the others.
-template <class T, int NG, bool kIsFetching, class F>
+template <class T, class R, int NG, bool kIsFetching, class F>
 __attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead,
                                          AheadPages beside, F finish) {
   static_assert(kTileRows <= 8);
   switch (num_rows) {
-    case 1: return tile<T, 1, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
-    case 2: return tile<T, 2, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 1: return tile<T, R, 1, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 2: return tile<T, R, 2, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
 #if defined(__AVX2__)
-    case 3: return tile<T, 3, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
-    case 4: return tile<T, 4, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 3: return tile<T, R, 3, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 4: return tile<T, R, 4, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 5: return tile<T, R, 5, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 6: return tile<T, R, 6, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
 #endif
 #if defined(__AVX512F__)
-    case 5: return tile<T, 5, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
-    case 6: return tile<T, 6, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
-    case 7: return tile<T, 7, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
-    case 8: return tile<T, 8, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 7: return tile<T, R, 7, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
+    case 8: return tile<T, R, 8, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
 #endif
   }
   __builtin_unreachable();
 }
-template <class T, int NG>
+template <class T, int NG, class R = T>
 INLINE void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, AheadPages beside = {}) {
   if (ahead.is_any() || beside.is_any())
-    tile_rows<T, NG, true>(num_rows, num_units, a, b, c, ahead, beside, KeepSums{});
+    tile_rows<T, R, NG, true>(num_rows, num_units, a, b, c, ahead, beside, KeepSums{});
   else
-    tile_rows<T, NG, false>(num_rows, num_units, a, b, c, ahead, beside, KeepSums{});
+    tile_rows<T, R, NG, false>(num_rows, num_units, a, b, c, ahead, beside, KeepSums{});
 }
 
 // Any number of rows and groups: C[num_rows, num_groups * 16]. `next_ahead(num_units)` says what each tile fetches.

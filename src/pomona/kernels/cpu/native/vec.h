@@ -33,7 +33,7 @@ typedef int16_t vs __attribute__((vector_size(W * 4)));
 
 #define INLINE inline __attribute__((always_inline))
 
-INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -70,6 +70,27 @@ INLINE vf fma(vf a, vf b, vf c) {
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+// sum = a * b + sum, in the register that has the sum. Compilers move sums between registers as they like, and a tile
+// leaves none of the sixteen free: some sums would be stored and loaded again with every step.
+INLINE void add_product(vf& sum, vf a, vf b) {
+#if defined(__FMA__) && !defined(__AVX512F__)
+  __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = fma(a, b, sum);
+#endif
+}
+// The upper half of each, and zeros. The mask comes from memory: for the same reason.
+INLINE vu upper_half(vu units) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  alignas(32) static constexpr uint32_t kMask[W] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                    0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+  vu upper;
+  __asm__("vpand %2, %1, %0" : "=x"(upper) : "x"(units), "m"(kMask));
+  return upper;
+#else
+  return units & 0xffff0000u;
 #endif
 }
 // The larger lane; a NaN in b is dropped, one in a stays.
@@ -115,6 +136,24 @@ INLINE void fold_sum8(const vf* v, float* sums) {
   __m128 e = _mm512_castps512_ps128(half), o = _mm512_extractf32x4_ps(half, 2);
   _mm_storeu_ps(sums, _mm_unpacklo_ps(e, o));
   _mm_storeu_ps(sums + 4, _mm_unpackhi_ps(e, o));
+}
+#elif defined(__AVX2__)
+// Sums over the lanes of 8 vectors, in the order of fold_sum.
+INLINE void fold_sum8(const vf* v, float* sums) {
+  __m256 halves[4];  // of vectors i and i + 4: lanes 0 to 3 with 4 to 7
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m256 a = (__m256)v[i], b = (__m256)v[i + 4];
+    halves[i] = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  const auto fold = [](__m256 a, __m256 b) {
+    const __m256d low = _mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b));
+    const __m256d high = _mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b));
+    return _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+  };
+  const __m256 first = fold(halves[0], halves[1]), second = fold(halves[2], halves[3]);
+  const __m256 even = _mm256_shuffle_ps(first, second, 0x88), odd = _mm256_shuffle_ps(first, second, 0xDD);
+  _mm256_storeu_ps(sums, _mm256_add_ps(even, odd));
 }
 #else
 INLINE void fold_sum8(const vf* v, float* sums) {
@@ -181,22 +220,35 @@ INLINE __m512i interleave_halves(__m512i x) {
 }
 #endif
 INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
-// Round to nearest even, as torch does; NaN stays NaN.
+// In the upper half of each, rounded to nearest even, as torch does; NaN stays NaN. The lower half is what it may be.
+INLINE vu round_upper(vf x) {
+  const vu bits = (vu)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return x != x ? bits | 0x400000u : rounded;
+}
 INLINE vh narrow(vf x) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i upper = (__m256i)(round_upper(x) >> 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08);
+  return (vh)_mm256_castsi256_si128(packed);
+#else
+  return __builtin_convertvector(round_upper(x) >> 16, vh);
 #endif
-  const vu bits = (vu)x;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(x != x ? quiet : rounded, vh);
 }
 
 struct Float32 {
   using Elem = float;
   static constexpr int kPerUnit = 1;
+  using Row = Float32;
+  using Factor = vf;
+  static constexpr int kHalves = 1;
+  static INLINE vf half(vu units, int) { return (vf)units; }
+  static INLINE void add(vf& sum, vf a, vf b) { add_product(sum, a, b); }
   static INLINE vf load(const Elem* p) { return load_floats(p); }
   static INLINE void store(Elem* p, vf v) { store_floats(p, v); }
+  // 2 W elements, in their order.
+  static INLINE void store_next(Elem* p, vf v, vf next) { store(p, v), store(p + W, next); }
   static INLINE vf round(vf v) { return v; }
   // Units of one row, or of two rows' elements side by side, in the elements' order.
   static INLINE vu pair(const Elem* row, const Elem*) { return load_units(row); }
@@ -211,6 +263,21 @@ struct Float32 {
 struct BFloat16 {
   using Elem = uint16_t;
   static constexpr int kPerUnit = 2;
+  // What is multiplied: units as they are; or, where nothing multiplies these, floats of their even elements, then of
+  // the odd ones. Row: what a product's rows are best made of, since each meets many columns.
+#if defined(__AVX512BF16__)
+  using Row = BFloat16;
+  using Factor = vu;
+  static constexpr int kHalves = 1;
+  static INLINE vu half(vu units, int) { return units; }
+  static INLINE void add(vf& sum, vu a, vu b) { sum = mul_add(sum, a, b); }
+#else
+  using Row = Float32;
+  using Factor = vf;
+  static constexpr int kHalves = 2;
+  static INLINE vf half(vu units, int i) { return i == 0 ? (vf)(units << 16) : (vf)upper_half(units); }
+  static INLINE void add(vf& sum, vf a, vf b) { add_product(sum, a, b); }
+#endif
   static INLINE vf load(const Elem* p) {
     vh bits;
     memcpy(&bits, p, sizeof bits);
@@ -220,7 +287,20 @@ struct BFloat16 {
     const vh bits = narrow(v);
     memcpy(p, &bits, sizeof bits);
   }
+  static INLINE void store_next(Elem* p, vf v, vf next) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i low = (__m256i)(round_upper(v) >> 16), high = (__m256i)(round_upper(next) >> 16);
+    const __m256i in_parts = _mm256_packus_epi32(low, high);  // of 64 bits, of which the middle two change places
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(in_parts, 0xD8));
+#else
+    store(p, v), store(p + W, next);
+#endif
+  }
+#if defined(__AVX512BF16__)
   static INLINE vf round(vf v) { return widen(narrow(v)); }
+#else
+  static INLINE vf round(vf v) { return (vf)(round_upper(v) & 0xffff0000u); }
+#endif
   // Even elements, odd elements: unlike widening, that takes no shuffles.
   static INLINE void load_two(const Elem* p, vf* two) {
     const vu pairs = load_units(p);
@@ -232,7 +312,7 @@ struct BFloat16 {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)two[1], (__m512)two[0]);
     _mm512_storeu_si512(p, interleave_halves(halves));
 #else
-    const vu pairs = __builtin_convertvector(narrow(two[0]), vu) | (__builtin_convertvector(narrow(two[1]), vu) << 16);
+    const vu pairs = (round_upper(two[0]) >> 16) | (round_upper(two[1]) & 0xffff0000u);
     memcpy(p, &pairs, sizeof pairs);
 #endif
   }
