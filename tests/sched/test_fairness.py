@@ -306,6 +306,23 @@ def test_a_request_that_would_miss_its_target_is_refused_when_it_comes():
     harness.run()
 
 
+def test_a_slow_step_does_not_make_an_idle_engine_refuse_for_ever():
+    harness = make_harness("vtc")
+    add(harness, "a1", ttft_s=0.5)
+    harness.step()
+    harness.step(3.0)  # the first step took long
+    harness.run()
+    add(harness, "a2", prompt=2, max_tokens=40, ttft_s=0.5)
+    with pytest.raises(DeadlineError):
+        add(harness, "b1", prompt=2, ttft_s=0.5)
+    while harness.engine.has_work:
+        harness.step(0.01)
+    add(harness, "a3", prompt=2, ttft_s=0.5)
+    harness.step(0.01)
+    add(harness, "b2", prompt=2, ttft_s=0.5)
+    harness.run()
+
+
 def test_under_a_fair_policy_the_estimate_is_the_tenants_own():
     harness = make_harness("vtc")
     for index in range(20):

@@ -1,7 +1,8 @@
 """When a new request would have its first token, estimated from what waits before it and from the pace of late.
 
 An estimate, not a promise: it decides whether a request with a target is refused at once, while trying elsewhere or
-later still helps, instead of being served when it is of no use any more.
+later still helps, instead of being served when it is of no use any more. If nobody else is there, later does not help,
+and after one slow step (the first, say) nothing would ever correct the pace: such a request is taken.
 """
 
 from pomona.core.errors import DeadlineError
@@ -37,7 +38,7 @@ class Deadlines:
             DeadlineError: it cannot.
         """
         target_s = seq.request.service_level.ttft_s
-        if target_s is None:
+        if target_s is None or not (self._queue or self._queue.running):
             return
         expected_s = self.prefill_s(seq) + (0.0 if has_room else self.wait_s(seq, account))
         if expected_s > target_s:
