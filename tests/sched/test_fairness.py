@@ -181,6 +181,19 @@ def test_predicted_output_is_charged_in_advance_and_corrected_at_the_end(predict
     assert account(harness, "a").counter == before + 2 + 2 * 2
 
 
+@pytest.mark.parametrize("weight_then", [1.0, 4.0])
+def test_a_weight_that_changes_meanwhile_does_not_change_what_is_given_back(weight_then):
+    harness = make_harness("wvtc", prediction="max_tokens", max_num_seqs=2)
+    add(harness, "a1", max_tokens=20, weight=2.0)
+    harness.step()
+    counter = account(harness, "a").counter
+    assert counter == (2 + 2 * 20) / 2.0
+    add(harness, "a2", weight=weight_then)
+    harness.abort("a1")
+    assert account(harness, "a").counter == counter - 2 * 19 / 2.0, "one of twenty tokens was made"
+    harness.run()
+
+
 def test_cached_prompt_tokens_have_their_own_price():
     prices = ServicePrices(per_cached_token=0.25)
     harness = make_harness("vtc", prices=prices, enable_prefix_cache=True)

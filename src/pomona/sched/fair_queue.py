@@ -151,6 +151,7 @@ class FairQueue:
             num_predicted = self._num_predicted(seq)
             charge += prices.outputs(num_prompt, 0, num_predicted)
             seq.num_charged_tokens += num_predicted
+            seq.weight = account.weight
             seq.output_charge = prices.outputs(num_prompt, num_predicted, num_predicted + 1) / account.weight
             seq.output_charge_step = 2.0 * prices.per_output_squared / account.weight
         # After the charge, so that an order that looks for another finds the counter as it is now.
@@ -191,7 +192,7 @@ class FairQueue:
         if num_known < seq.num_charged_tokens:
             num_charged = seq.num_charged_tokens - seq.num_prompt_tokens
             refund = self.config.prices.outputs(seq.num_prompt_tokens, num_output, num_charged)
-            account.counter -= refund / account.weight
+            account.counter -= refund / seq.weight
             self._orders[account.priority].lower(account)
 
     def settle(self, now_s: float) -> None:

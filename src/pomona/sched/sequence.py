@@ -58,6 +58,7 @@ class Sequence:
         "state",
         "stop_token_ids",
         "token_ids",
+        "weight",
     )
 
     def __init__(self, request: Request, max_model_len: int) -> None:
@@ -111,6 +112,8 @@ class Sequence:
         """Charge for the next output token that has not been charged for."""
         self.output_charge_step = 0.0
         """By how much more each output token is charged than the one before it."""
+        self.weight = 1.0
+        """Its account's when it was admitted: all that it is charged is divided by it, and what is given back too."""
 
     @property
     def was_admitted(self) -> bool:
