@@ -384,6 +384,17 @@ def test_the_pace_is_learnt_and_steps_are_held_to_a_time():
     assert allowance.num_rows / (1 + allowance.rows_per_seq) > 3, "then most of a step is not for its fixed cost"
 
 
+def test_what_a_prompt_takes_is_learnt_after_a_slow_beginning():
+    pace = Pace(max_rows=1000)
+    now_s = 0.0
+    for index in range(600):
+        num_seqs = 1 + index % 8
+        num_rows = num_seqs + (200 if index % 20 == 19 else 0)
+        pace.observe(now_s, num_seqs, num_rows)
+        now_s += (0.005 + 0.0001 * num_seqs + 0.0001 * num_rows) * (20 if index < 12 else 1)
+    assert pace.seconds(8, 208) == pytest.approx(0.0266, rel=0.1), "the first prompt was no accident"
+
+
 def test_a_time_limit_takes_turns_among_running_sequences():
     harness = make_harness("vtc", max_num_seqs=8, max_step_s=0.5, max_num_batched_tokens=64)
     for index in range(8):

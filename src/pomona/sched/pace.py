@@ -15,8 +15,8 @@ _NOISE = 0.2
 _DRIFT = 0.01
 """Standard deviation of a coefficient's change from one step to the next, relative to itself."""
 _MAX_FACTOR = 8.0
-"""A step that takes this many times what was expected is an accident (a page fault, a sleeping machine) and counts as
-this many times."""
+"""A step that takes this many times what was expected, and what is not known of it, is an accident (a page fault, a
+sleeping machine) and counts as this many times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,15 @@ class Pace:
             for index, amount in enumerate(work):
                 self._covariance[index][index] = (measured_s / amount) ** 2
         expected_s = sum(value * amount for value, amount in zip(self._coefficients, work, strict=True))
-        if self._num_seen >= _MIN_STEPS:
-            measured_s = min(measured_s, _MAX_FACTOR * max(expected_s, 0.0))
-        self._num_seen += 1
         covariance = self._covariance
         for index, value in enumerate(self._coefficients):
             covariance[index][index] += (_DRIFT * value) ** 2
         spread = [sum(value * amount for value, amount in zip(row, work, strict=True)) for row in covariance]
         variance = sum(value * amount for value, amount in zip(spread, work, strict=True))
+        if self._num_seen >= _MIN_STEPS:
+            # Cut to nothing, what was not known would be learnt as certain, and for ever.
+            measured_s = min(measured_s, _MAX_FACTOR * (max(expected_s, 0.0) + math.sqrt(max(variance, 0.0))))
+        self._num_seen += 1
         variance += (_NOISE * max(measured_s, 1e-9)) ** 2
         error_s = measured_s - expected_s
         for row, gain_of_row in enumerate(spread):
