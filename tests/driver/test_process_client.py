@@ -84,6 +84,20 @@ async def test_an_engine_that_a_request_brings_down_fails_that_request_and_comes
         await _serves(client, "next")
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="the system has no real-time signals")
+async def test_an_engine_killed_by_a_signal_without_a_name_fails_its_requests_and_comes_back():
+    async with ProcessClient(TinyBuilder(step_s=0.001), _QUICK) as client:
+        stream = client.submit(make_request("long", max_tokens=4000))
+        await anext(stream)
+        os.kill(client.pid, signal.SIGRTMIN + 2)
+        async with asyncio.timeout(10.0):
+            outputs = [output async for output in stream]
+        assert outputs[-1].finish_reason is FinishReason.FAIL
+        assert outputs[-1].error == f"the engine's process was killed by signal {signal.SIGRTMIN + 2}"
+        await until(lambda: client.is_ready, "restart")
+        await _serves(client, "next")
+
+
 async def test_a_hung_engine_is_killed_and_an_idle_one_is_not():
     config = DriverConfig(ping_interval_s=0.1, hang_limit_s=1.5, restart_delay_s=0.01)
     async with ProcessClient(TinyBuilder(), config) as client:

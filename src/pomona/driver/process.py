@@ -108,7 +108,8 @@ class EngineProcess:
             return None
         if status >= 0:
             return f"ended with exit status {status}"
-        name = signal.Signals(-status).name
+        # Real-time signals have numbers, and only two of them names.
+        name = next((one.name for one in signal.Signals if one == -status), f"signal {-status}")
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return f"was killed by {name}{hint}"
 
