@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -191,3 +192,19 @@ def test_without_affinity_as_on_macos_all_cores_are_used(monkeypatch):
     pomona("adapters", "inspect", bundled_dir() / "adapters" / "reverse", "--model", "pippin")
     measure(CeilingsConfig(device="cpu", num_runs=1, run_s=0.001, is_small=True))
     assert asked == [os.cpu_count()] * 2
+
+
+def test_tables_show_what_others_wrote_as_it_is(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = "layers.[qv]_proj [/x] :apple:"
+    folder = shutil.copytree(bundled_dir() / "adapters" / "reverse", tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    changed = {"target_modules": words, "base_model_name_or_path": words}
+    (folder / "adapter_config.json").write_text(json.dumps(config | changed))
+    assert pomona("adapters", "inspect", folder).count(words) == 2
+    key = {"prefix": "pk-1", "tenant": "acme", "role": None, "name": words, "created_at": 1.0}
+    server.answer = json.dumps({"data": [key | {"expires_at": None, "revoked_at": None}]}).encode()
+    assert words in pomona("keys", "list", "--url", server.url)
+    tenant = {"id": "acme", "weight": 1.0, "priority": "standard", "prefix_group": words, "is_disabled": False}
+    server.answer = json.dumps({"data": [tenant]}).encode()
+    assert words in pomona("tenants", "list", "--url", server.url)

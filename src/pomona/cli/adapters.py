@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rich.console import Console
 from rich.table import Table
 
 from pomona.adapters.digest import adapter_digest
 from pomona.adapters.peft_config import parse_config
 from pomona.adapters.sources import read_files
 from pomona.cli.api import Api
+from pomona.cli.options import plain_console
 from pomona.core.adapter import AdapterFiles, AdapterSpec
 
 _COLUMNS = (
@@ -39,7 +39,7 @@ def list_adapters(url: str, api_key: str | None) -> None:
             "" if adapter["last_used"] is None else time.strftime("%d %b %H:%M", time.localtime(adapter["last_used"])),
             _text(adapter["error"]),
         )
-    console = Console()
+    console = plain_console()
     console.print(table if table.row_count else "No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
 
 
@@ -62,13 +62,15 @@ def add_adapter(url: str, api_key: str | None, name: str, source: str, tenant: s
     source = str(Path(source).expanduser().resolve()) if is_local else source
     body = {"name": name, "source": source} | ({} if tenant is None else {"tenant": tenant})
     adapter = Api(url, api_key).call("POST", "/v1/adapters", body)
-    Console().print(f"{adapter['name']}: {adapter['state']}, rank {adapter['lora_rank']}, id {adapter['id'][:12]}")
+    plain_console().print(
+        f"{adapter['name']}: {adapter['state']}, rank {adapter['lora_rank']}, id {adapter['id'][:12]}"
+    )
 
 
 def remove_adapter(url: str, api_key: str | None, name: str) -> None:
     """Unload an adapter."""
     Api(url, api_key).call("DELETE", f"/v1/adapters/{quote(name)}")
-    Console().print(f"{name}: unloaded")
+    plain_console().print(f"{name}: unloaded")
 
 
 def inspect_adapter(folder: Path, model: str | None) -> None:
@@ -86,7 +88,7 @@ def inspect_adapter(folder: Path, model: str | None) -> None:
     if model is not None:
         for name, value in _checked_facts(folder, model).items():
             table.add_row(name, value)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _facts(files: AdapterFiles, spec: AdapterSpec) -> dict[str, str]:

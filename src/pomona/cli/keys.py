@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.principal import Role
-from pomona.cli.options import DEFAULT_URL, ApiKey, Url
+from pomona.cli.options import DEFAULT_URL, ApiKey, Url, plain_console
 from pomona.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def show(
     for key in _api(url, api_key).call("GET", path)["data"]:
         dates = (_date(key[name]) for name in ("created_at", "expires_at", "revoked_at"))
         table.add_row(key["prefix"], key["tenant"] or "", key["role"] or "", key["name"], *dates)
-    Console().print(table if table.row_count else "There are no keys. Make one: pomona keys create TENANT")
+    plain_console().print(table if table.row_count else "There are no keys. Make one: pomona keys create TENANT")
 
 
 def rotate(

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlencode
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from pomona.cli.options import DEFAULT_URL, ApiKey, Url
+from pomona.cli.options import DEFAULT_URL, ApiKey, Url, plain_console
 from pomona.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def show(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     for tenant in _api(url, api_key).call("GET", "/v1/admin/tenants")["data"]:
         state = "disabled" if tenant["is_disabled"] else ""
         table.add_row(tenant["id"], f"{tenant['weight']:g}", tenant["priority"], tenant["prefix_group"] or "", state)
-    Console().print(table if table.row_count else "There are no tenants. Add one: pomona tenants create NAME")
+    plain_console().print(table if table.row_count else "There are no tenants. Add one: pomona tenants create NAME")
 
 
 def update(
@@ -199,4 +198,4 @@ def usage(
         table.add_row(
             *(row["group"][name] for name in groups), *tokens, f"{row['engine_seconds']:.1f}", f"{row['cost']:.6f}"
         )
-    Console().print(table)
+    plain_console().print(table)
