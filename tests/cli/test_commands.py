@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pomona.cli import bench, demo
+from pomona.cli import bench, demo, main
 from pomona.cli.ceilings import CeilingsConfig, measure
 from pomona.cli.config import load_config
 from pomona.cli.hub import bundled_dir
@@ -208,3 +208,13 @@ def test_tables_show_what_others_wrote_as_it_is(server, tmp_path, monkeypatch):
     tenant = {"id": "acme", "weight": 1.0, "priority": "standard", "prefix_group": words, "is_disabled": False}
     server.answer = json.dumps({"data": [tenant]}).encode()
     assert words in pomona("tenants", "list", "--url", server.url)
+
+
+def test_a_port_in_an_error_is_no_emojis_code(monkeypatch, capsys):
+    def fail():
+        raise ConfigError("cannot listen on 127.0.0.1:1234: [in use]")
+
+    monkeypatch.setattr(main, "app", fail)
+    with pytest.raises(SystemExit):
+        main.main()
+    assert capsys.readouterr().err == "error: cannot listen on 127.0.0.1:1234: [in use]\n"
