@@ -108,6 +108,14 @@ async def test_what_was_used_beyond_the_promise_is_owed(database):
     assert await Buckets(database).take(limit, 10) > 0
 
 
+async def test_whoever_asks_again_at_once_is_told_the_same_time(database):
+    buckets, limit = Buckets(database), RateLimit("slow", 3)
+    assert await num_taken(buckets, limit, 3) == 3
+    first, second = await buckets.take(limit, 1), await buckets.take(limit, 1)
+    assert 15 < second <= first <= 20
+    assert 35 < await buckets.take(limit, 2) <= 40
+
+
 async def test_more_than_a_minutes_worth_can_never_be_taken(database):
     assert await Buckets(database).take(RateLimit("small", 10), 11) == float("inf")
 

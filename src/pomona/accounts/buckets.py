@@ -192,7 +192,9 @@ class Buckets:
         now_s = time.monotonic()
         needed = amount - lease.available
         if now_s < lease.refused_until_s and needed >= lease.refused_above:
-            return lease.refused_until_s - now_s
+            drained = max(0.0, lease.level - (now_s - lease.level_at_s) * limit.rate_per_s)
+            # When it fits, not when the database is asked again: that is what the client is told.
+            return max(lease.refused_until_s - now_s, (drained + needed - limit.per_minute) / limit.rate_per_s)
         chunk = max(needed, float(limit.per_minute // _CHUNKS_PER_MINUTE))
         for wanted in (chunk, needed) if chunk > needed else (needed,):
             level = await self._database.ask(self._take, limit, wanted)
