@@ -162,6 +162,20 @@ async def test_files_and_batches_do_not_exist_for_others(served, clients):
     assert [file.id for file in (await clients["acme"].files.list()).data] == [batch.input_file_id]
 
 
+async def test_lists_do_not_tell_when_others_files_and_batches_were_made(served, clients):
+    """After what is another's, a list is that after a name nobody has."""
+    theirs = await start(clients["acme"], lines(body()))
+    mine = await start(clients["bolt"], lines(body()))
+    await asyncio.sleep(0.01)
+    newest = await start(clients["acme"], lines(body()))
+    for other in (theirs, newest):
+        for listed, after in ((clients["bolt"].files, other.input_file_id), (clients["bolt"].batches, other.id)):
+            absent = after[:-32] + "0" * 32
+            found = [[one.id for one in (await listed.list(after=name)).data] for name in (after, absent)]
+            assert found[0] == found[1]
+    assert [one.id for one in (await clients["bolt"].batches.list(after=theirs.id)).data] == [mine.id]
+
+
 async def start_with(client, file_id):
     return await client.batches.create(input_file_id=file_id, endpoint="/v1/completions", completion_window="24h")
 

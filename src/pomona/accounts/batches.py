@@ -139,7 +139,7 @@ class BatchStore:
         place = tuple_(FileRow.created_s, FileRow.id)
         with self._database.session() as session:
             last = None if after is None else session.get(FileRow, after)
-            if last is not None:
+            if last is not None and last.tenant_id == tenant_id:
                 seen = tuple_(last.created_s, last.id)
                 query = query.where(place > seen if is_oldest_first else place < seen)
             columns = (FileRow.created_s, FileRow.id)
@@ -214,7 +214,7 @@ class BatchStore:
         query = select(BatchRow).where(BatchRow.tenant_id == tenant_id)
         with self._database.session() as session:
             last = None if after is None else session.get(BatchRow, after)
-            if last is not None:
+            if last is not None and last.tenant_id == tenant_id:
                 is_older = (BatchRow.created_s == last.created_s) & (BatchRow.id < last.id)
                 query = query.where((BatchRow.created_s < last.created_s) | is_older)
             rows = session.scalars(query.order_by(BatchRow.created_s.desc(), BatchRow.id.desc()).limit(limit))
