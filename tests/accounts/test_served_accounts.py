@@ -332,6 +332,10 @@ async def test_usage_is_exported_as_files(served):
     assert table.num_rows == 3
     empty = await served.call("admin", "GET", f"/v1/usage?format=csv&end={today}")
     assert len(empty.text.splitlines()) == 1
+    for kind in ("csv", "parquet"):
+        refused = await served.call("admin", "GET", f"/v1/usage?format={kind}&group_by=day")
+        assert refused.status_code == 400, "rows are not sums"
+        assert refused.json()["error"]["param"] == "group_by"
 
 
 async def test_exports_without_the_database_say_so(served, monkeypatch):

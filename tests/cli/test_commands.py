@@ -102,6 +102,8 @@ def test_usage_is_written_to_a_file(server, tmp_path):
     assert pomona("tenants", "usage", "--output", rows, "--start", "2026-11-01", "--url", server.url) == f"{rows}\n"
     assert rows.read_bytes() == server.answer
     assert server.asked == [("GET", "/v1/usage?start=2026-11-01&format=csv", None, None)]
+    with pytest.raises(ConfigError, match="--group-by day: must be left out with --output"):
+        pomona("tenants", "usage", "--output", rows, "--group-by", "day", "--url", server.url)
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows", "no-such-folder/rows.csv"])

@@ -167,7 +167,9 @@ def price(
 
 
 def usage(
-    group_by: Annotated[str, typer.Option(help="Columns by commas: tenant, key, adapter, day, ...")] = "tenant",
+    group_by: Annotated[
+        str | None, typer.Option(help="Columns by commas: tenant, key, adapter, day, ...; default: tenant.")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="Ended then or later: date or Unix time.")] = None,
     end: Annotated[str | None, typer.Option(help="Ended before: date or Unix time.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write every row to this .csv or .parquet file.")] = None,
@@ -186,10 +188,13 @@ def usage(
     if output is not None:
         if output.suffix not in _SUFFIXES or not output.parent.is_dir():
             raise ConfigError(f"--output {output}: must be a .csv or .parquet file in a folder that exists")
+        if group_by is not None:
+            raise ConfigError(f"--group-by {group_by}: must be left out with --output, which writes every row")
         query["format"] = output.suffix.removeprefix(".")
         _api(url, api_key).download(f"/v1/usage?{urlencode(query)}", output)
         typer.echo(str(output))
         return
+    group_by = "tenant" if group_by is None else group_by
     groups = [name for name in group_by.split(",") if name]
     rows = _api(url, api_key).call("GET", f"/v1/usage?{urlencode({**query, 'group_by': group_by})}")["data"]
     table = Table(*groups, "requests", "input", "cached", "output", "engine s", "cost", box=None, header_style="bold")

@@ -115,7 +115,7 @@ def _add_usage(app: FastAPI) -> None:
         "adapter": "Only rows of this adapter (qualified name).",
         "start": "Ended then or later: Unix time or date, UTC unless it says otherwise.",
         "end": "Ended before: the same.",
-        "group_by": "Columns by commas: tenant, key, adapter, adapter_version, outcome, day, month.",
+        "group_by": "Of sums: columns by commas: tenant, key, adapter, adapter_version, outcome, day, month.",
         "format": "json (sums), csv or parquet (rows).",
     }
     responses = openapi.answers(wire.UsageReport, 400, 403, 503)

@@ -51,6 +51,9 @@ async def get_usage(request: Request) -> Response:
         )
     if kind not in _MEDIA_TYPES:
         raise InvalidRequestError.out_of_range("format", kind[:100], "json, csv or parquet")
+    if query.get("group_by"):
+        shown = query["group_by"][:100]
+        raise InvalidRequestError.out_of_range("group_by", shown, f"left out: {kind} has every row, and no sums")
     pages = accounts.usage.csv(which) if kind == "csv" else accounts.usage.parquet(which)
     # The first page before the status line, so that what is wrong can still be said.
     first = await accounts.database.run(next, pages, None)
