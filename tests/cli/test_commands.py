@@ -57,7 +57,7 @@ def server():
             self.end_headers()
             self.wfile.write(answer)
 
-        do_POST = do_GET
+        do_POST = do_PUT = do_GET
 
         def log_message(self, *arguments):
             pass
@@ -220,3 +220,13 @@ def test_a_port_in_an_error_is_no_emojis_code(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main.main()
     assert capsys.readouterr().err == "error: cannot listen on 127.0.0.1:1234: [in use]\n"
+
+
+def test_only_minus_one_lifts_a_limit(server):
+    names = ("requests_per_minute", "tokens_per_minute", "max_concurrency", "monthly_tokens", "monthly_cost")
+    server.answer = json.dumps(dict.fromkeys(names, 600)).encode()
+    with pytest.raises(PomonaError, match="requests_per_minute is -600: must be 0 or larger, or -1 to lift the limit"):
+        pomona("tenants", "limits", "acme", "--requests", "-600", "--url", server.url)
+    assert server.asked == []
+    pomona("tenants", "limits", "acme", "--requests", "-1", "--url", server.url)
+    assert server.asked[-1][3] == dict.fromkeys(names, 600) | {"requests_per_minute": None}

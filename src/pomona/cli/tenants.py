@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from pomona.cli.options import DEFAULT_URL, ApiKey, Url, plain_console
-from pomona.core.errors import ConfigError
+from pomona.core.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
     from pomona.cli.api import Api
@@ -115,6 +115,9 @@ def limits(
     """
     api, path = _api(url, api_key), f"/v1/admin/limits/{scope}/{tenant}"
     given = dict(zip(_LIMITS, (requests, tokens, concurrency, monthly_tokens, monthly_cost), strict=True))
+    for name, value in given.items():
+        if value is not None and value < 0 and value != -1:
+            raise InvalidRequestError.out_of_range(name, value, "0 or larger, or -1 to lift the limit")
     found = api.call("GET", path)
     changed = {name: (None if value < 0 else value) for name, value in given.items() if value is not None}
     if changed:
