@@ -265,6 +265,8 @@ async def test_what_administrators_get_wrong_is_named(served):
         ("POST", "/v1/admin/keys", {}, 400),
         ("POST", "/v1/admin/keys", {"tenant": "acme", "role": "admin"}, 400),
         ("POST", "/v1/admin/keys", {"tenant": "absent"}, 404),
+        ("POST", "/v1/admin/keys", {"tenant": "acme", "expires_at": 1}, 400),
+        ("POST", "/v1/admin/keys", {"tenant": "acme", "expires_at": 1e12}, 400),  # such as milliseconds
         ("POST", "/v1/admin/keys/pk-absent/rotate", {}, 404),
         ("DELETE", "/v1/admin/keys/pk-absent", None, 404),
         ("PUT", "/v1/admin/limits/planet/earth", {}, 400),

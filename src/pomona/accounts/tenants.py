@@ -23,6 +23,8 @@ from pomona.core.request import Priority, ServiceLevel
 _TENANT_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _MAX_NAME_CHARS: Final = 100
 _MAX_LIMIT: Final = 2**53
+_MAX_EXPIRES_S: Final = 253_402_300_799.0
+"""The last second of the year 9999: later is no date for most who read it."""
 _NUM_SALT_BYTES: Final = 16
 
 
@@ -151,13 +153,15 @@ class TenantStore:
 
         Raises:
             AccountNotFoundError: there is no such tenant.
-            InvalidRequestError: the name is too long, or the key would have expired already.
+            InvalidRequestError: the name is too long, or the key would have expired already, or that is no date.
         """
         assert (tenant_id is None) == (role is not None), "a key is a tenant's or an administrator's"
         if len(name) > _MAX_NAME_CHARS:
             raise InvalidRequestError.out_of_range("name", name[:20] + "...", f"at most {_MAX_NAME_CHARS} characters")
         if expires_s is not None and expires_s <= now_s():
             raise InvalidRequestError.out_of_range("expires_at", expires_s, "in the future")
+        if expires_s is not None and expires_s > _MAX_EXPIRES_S:
+            raise InvalidRequestError.out_of_range("expires_at", expires_s, f"at most {_MAX_EXPIRES_S:.0f}, year 9999")
         with self._database.session(is_change=True) as session:
             if tenant_id is not None:
                 _tenant_row(session, tenant_id)
