@@ -14,6 +14,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from pomona.accounts.accounts import Accounts
+from pomona.accounts.config import AccountsConfig
 from pomona.cli import bench, demo, main
 from pomona.cli.ceilings import CeilingsConfig, measure
 from pomona.cli.config import load_config
@@ -230,3 +232,12 @@ def test_only_minus_one_lifts_a_limit(server):
     assert server.asked == []
     pomona("tenants", "limits", "acme", "--requests", "-1", "--url", server.url)
     assert server.asked[-1][3] == dict.fromkeys(names, 600) | {"requests_per_minute": None}
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for name in ("file", "file/below"):
+        with pytest.raises(ConfigError, match=rf"data_dir '.*{name}': cannot be made: .*; name another folder"):
+            pomona("keys", "admin", "--data-dir", tmp_path / name)
+        with pytest.raises(ConfigError, match="data_dir"):
+            Accounts(AccountsConfig(tmp_path / name))

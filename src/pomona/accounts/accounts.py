@@ -50,11 +50,11 @@ class Accounts:
         config: settings.
 
     Raises:
-        ConfigError: the database's driver is not installed.
+        ConfigError: the database's driver is not installed, or the data folder cannot be made.
     """
 
     def __init__(self, config: AccountsConfig) -> None:
-        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        config.make_data_dir()
         process_id = secrets.token_hex(8)
         self.config = config
         self.process_id = process_id

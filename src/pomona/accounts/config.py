@@ -48,6 +48,19 @@ class AccountsConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be positive")
 
+    def make_data_dir(self) -> None:
+        """Make the folder, if it is not there.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ConfigError(
+                f"data_dir {str(self.data_dir)!r}: cannot be made: {error.strerror}; name another folder"
+            ) from error
+
     @property
     def url(self) -> str:
         """The database's URL for SQLAlchemy, driver included."""

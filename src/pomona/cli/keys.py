@@ -53,9 +53,8 @@ def admin(
     from pomona.accounts.database import Database
     from pomona.accounts.tenants import TenantStore
 
-    data_dir = data_dir.expanduser()
-    config = AccountsConfig(data_dir=data_dir, database_url=database_url)
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    config = AccountsConfig(data_dir=data_dir.expanduser(), database_url=database_url)
+    config.make_data_dir()
     database = Database(config.url)
     try:
         database.migrate()
