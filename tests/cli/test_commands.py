@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from pomona.accounts.accounts import Accounts
 from pomona.accounts.config import AccountsConfig
-from pomona.cli import bench, demo, main
+from pomona.cli import bench, demo, main, serve
 from pomona.cli.ceilings import CeilingsConfig, measure
 from pomona.cli.config import load_config
 from pomona.cli.hub import bundled_dir
@@ -241,3 +241,16 @@ def test_a_data_folder_that_cannot_be_made_is_one_line(tmp_path):
             pomona("keys", "admin", "--data-dir", tmp_path / name)
         with pytest.raises(ConfigError, match="data_dir"):
             Accounts(AccountsConfig(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"accounts": True, "api_key": "x"}, "api_key and accounts"), ({"target": ["foo"]}, "target 'foo': must be")],
+)
+def test_settings_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path, wrong, said):
+    def load(_):
+        pytest.fail("loading began")
+
+    monkeypatch.setattr(serve, "engine_builder", load)
+    with pytest.raises(ConfigError, match=said):
+        serve.run_server(load_config({"port": 0, "data_dir": str(tmp_path), **wrong}))

@@ -27,6 +27,16 @@ def accounts_config(config: AppConfig) -> AccountsConfig:
     )
 
 
+def check_settings(config: AppConfig) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if config.accounts and config.api_key is not None:
+        raise ConfigError("api_key and accounts: with accounts every key is a tenant's or an administrator's")
+
+
 def announce_adapters(service: AdapterService, adapters: Mapping[str, OwnedAdapter]) -> None:
     """Let requests use the adapters that belong to tenants, whichever server they were loaded through. Names that this
     server has already stay what they are; one that cannot be announced is left out, with a line in the log."""
@@ -58,8 +68,7 @@ async def open_accounts(config: AppConfig, service: AdapterService) -> AsyncIter
     if not config.accounts:
         yield None
         return
-    if config.api_key is not None:
-        raise ConfigError("api_key and accounts: with accounts every key is a tenant's or an administrator's")
+    check_settings(config)
     if any("/" in entry.name for entry in service.entries):
         raise ConfigError(
             "accounts: names of the operator's adapters must not have slashes, which part tenant and name"

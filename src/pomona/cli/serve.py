@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pomona.cli.accounts import open_accounts
+from pomona.cli.accounts import check_settings, open_accounts
 from pomona.cli.build import engine_builder
 from pomona.cli.config import AppConfig
 from pomona.cli.hub import model_name
@@ -153,6 +153,8 @@ def _bind(config: AppConfig) -> socket.socket:
 @contextlib.asynccontextmanager
 async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple[FastAPI, AdapterService, str]]:
     """Everything behind the door, started; closed on the way out."""
+    check_settings(config)  # before minutes of loading, not after
+    server_config = _server_config(config)
     build = engine_builder(config)
     folder = Path(build.model_path)
     tokenizer = Tokenizer.load(folder)
@@ -200,7 +202,7 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
         model = ServedModel(base_name, info.max_model_len, info.vocab_size, info.eos_token_ids)
         template = ChatTemplate.load(folder, tokenizer)
         async with open_accounts(config, service) as accounts:
-            app = create_app(client, tokenizer, template, service, model, _server_config(config), accounts=accounts)
+            app = create_app(client, tokenizer, template, service, model, server_config, accounts=accounts)
             yield app, service, base_name
     finally:
         await client.close()
