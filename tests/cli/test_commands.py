@@ -254,3 +254,8 @@ def test_settings_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path, 
     monkeypatch.setattr(serve, "engine_builder", load)
     with pytest.raises(ConfigError, match=said):
         serve.run_server(load_config({"port": 0, "data_dir": str(tmp_path), **wrong}))
+
+
+@pytest.mark.parametrize(("max_waiting", "max_choices"), [(4, 4), (1024, 256)])
+def test_no_request_has_more_choices_than_the_queue_takes(max_waiting, max_choices):
+    assert serve._server_config(load_config({"max_waiting": max_waiting})).max_choices == max_choices

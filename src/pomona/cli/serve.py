@@ -28,7 +28,7 @@ from pomona.driver.client import ProcessClient
 from pomona.driver.config import DriverConfig
 from pomona.server.adapter_service import AdapterService
 from pomona.server.app import create_app
-from pomona.server.config import ServedModel, ServerConfig
+from pomona.server.config import MAX_CHOICES, ServedModel, ServerConfig
 from pomona.server.connections import GuardedProtocol
 from pomona.server.service_level import ServiceLevels, parse_targets
 from pomona.text.chat_template import ChatTemplate
@@ -213,6 +213,8 @@ def _server_config(config: AppConfig) -> ServerConfig:
     return ServerConfig(
         api_key=config.api_key.get_secret_value() if config.api_key else None,
         max_body_bytes=config.max_body_bytes,
+        # They come to the queue together: more than it takes would be refused however often they are sent again.
+        max_choices=min(MAX_CHOICES, config.max_waiting),
         service_levels=ServiceLevels(
             frozenset(config.priority_tenant), tuple(parse_targets(target) for target in config.target)
         ),

@@ -1,9 +1,12 @@
 """Settings of the HTTP server, and the facts of the base model that it checks requests against."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from pomona.core.errors import ConfigError
 from pomona.server.service_level import ServiceLevels
+
+MAX_CHOICES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class ServerConfig:
     """Bearer token that every route but /health and /ready asks for; None asks for none."""
     max_body_bytes: int = 4 * 2**20
     """Largest request body; larger ones are answered with 413."""
-    max_choices: int = 256
+    max_choices: int = MAX_CHOICES
     """Most engine requests that one API request may start: prompts times ``n``."""
     max_adapter_labels: int = 64
     """Adapters with their own label in metrics; those seen later are counted together as "other"."""
