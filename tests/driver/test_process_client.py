@@ -19,6 +19,7 @@ from pomona.core.output import EngineStats
 from pomona.core.request import FinishReason
 from pomona.driver.client import ProcessClient
 from pomona.driver.config import DriverConfig
+from pomona.driver.life import EngineLife
 from support.driver import (
     HANG_TOKEN,
     KILL_TOKEN,
@@ -96,6 +97,23 @@ async def test_an_engine_killed_by_a_signal_without_a_name_fails_its_requests_an
         assert outputs[-1].error == f"the engine's process was killed by signal {signal.SIGRTMIN + 2}"
         await until(lambda: client.is_ready, "restart")
         await _serves(client, "next")
+
+
+async def test_a_failure_of_whoever_watches_the_engine_ends_its_requests(monkeypatch: pytest.MonkeyPatch):
+    async with ProcessClient(TinyBuilder(step_s=0.001), _QUICK) as client:
+        stream = client.submit(make_request("long", max_tokens=4000))
+        await anext(stream)
+        monkeypatch.setattr(EngineLife, "end", _fail)
+        os.kill(client.pid, signal.SIGKILL)
+        async with asyncio.timeout(10.0):
+            outputs = [output async for output in stream]
+        monkeypatch.undo()
+        assert (outputs[-1].finish_reason, outputs[-1].error) == (FinishReason.FAIL, "OSError: no more descriptors")
+        assert client.state == "failed: OSError: no more descriptors"
+
+
+async def _fail(_life: EngineLife, _reason: str) -> None:
+    raise OSError("no more descriptors")
 
 
 async def test_a_hung_engine_is_killed_and_an_idle_one_is_not():

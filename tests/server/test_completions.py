@@ -52,6 +52,12 @@ async def test_choice_i_uses_seed_plus_i(served: Served):
     assert [start.sampling.seed for start in served.executor.seen] == [2**63 - 2, 2**63 - 1, 0]
 
 
+async def test_seeds_below_zero_are_seeds(served: Served):
+    for seed in (-1, -(2**63)):
+        await served.complete("abcdef", seed=seed)
+    assert [start.sampling.seed for start in served.executor.seen] == [2**63 - 1, 0]
+
+
 async def test_without_a_seed_every_choice_draws_its_own(served: Served):
     await served.complete(["abc", "abc"], n=2, temperature=1)
     seeds = [start.sampling.seed for start in served.executor.seen]
@@ -196,7 +202,7 @@ async def test_a_prompt_that_leaves_little_room_gets_what_there_is(served: Serve
             "repetition_penalty",
             "repetition_penalty is 1e-40: must be between 0.01 and 100",
         ),
-        ({"prompt": "a", "seed": -1}, "seed", "seed is -1: must be"),
+        ({"prompt": "a", "seed": -(2**63) - 1}, "seed", "seed is -9223372036854775809: must be"),
         ({"prompt": "a", "seed": 2**63}, "seed", "seed is 9223372036854775808: must be"),
         ({"prompt": "a", "n": 0}, "n", "n is 0: must be at least 1"),
         ({"prompt": "a", "n": 1000}, "n", "n is 1000: at most 256 choices"),

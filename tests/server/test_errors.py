@@ -6,9 +6,18 @@ import json
 import httpx
 import pytest
 
-from pomona.core.errors import EngineUnavailableError, QueueFullError
+from pomona.core.errors import (
+    AccountConflictError,
+    AdapterFailedError,
+    EngineUnavailableError,
+    PomonaError,
+    QueueFullError,
+    QuotaExceededError,
+    RateLimitError,
+)
 from pomona.core.request import FinishReason
 from pomona.server.config import ServerConfig
+from pomona.server.errors import error_response
 from pomona.text.tokenizer import Tokenizer
 from support.server import BASE, Connection, ScriptedClient, Served, listen, output, scripted_app, serve
 from support.tokenizers import make_tokenizer_files
@@ -187,6 +196,22 @@ async def test_a_full_queue_is_a_429_and_passes(tmp_path):
         assert refused.json()["error"]["type"] == "rate_limit_error"
         await _is_well(served.http)
         await served.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("error", "can_pass"),
+    [
+        (AdapterFailedError("a"), False),
+        (AccountConflictError("a"), False),
+        (QuotaExceededError("a", 86_400.0), False),
+        (RateLimitError("a", None), False),
+        (RateLimitError("a", 0.5), True),
+        (QueueFullError("a"), True),
+    ],
+)
+def test_clients_are_told_not_to_repeat_what_cannot_pass(error: PomonaError, can_pass: bool):
+    """OpenAI's clients repeat 409 and 429 unless that header says otherwise."""
+    assert error_response(error).headers.get("x-should-retry") == (None if can_pass else "false")
 
 
 async def test_a_bug_of_ours_is_a_500_that_tells_nothing_and_counts(tmp_path, caplog):

@@ -179,7 +179,10 @@ class ProcessClient:
                 next_life = await self._restart(reason)
         except Exception as error:
             _LOGGER.exception("The engine's supervisor failed")
-            self._set_state(f"failed: {type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            self._set_state(f"failed: {reason}")
+            if self._life is not None:  # nobody watches it any more: what is in flight would never end
+                self._life.session.end(reason)
 
     async def _restart(self, reason: str) -> EngineLife | None:
         """Start engines until one is ready; None when there were too many deaths."""

@@ -56,6 +56,8 @@ class _Row:
     code: str | None
     param: str | None = None
     retry_after_s: int | None = None
+    is_final: bool = False
+    """Clients are told not to try again, where they would by the status alone."""
 
 
 _INVALID: Final = "invalid_request_error"
@@ -68,17 +70,17 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     core.ModelNotFoundError: _Row(404, _INVALID, "model_not_found", param="model"),
     core.QueueFullError: _Row(429, "rate_limit_error", "queue_full", retry_after_s=1),
     core.RateLimitError: _Row(429, "rate_limit_error", "rate_limit_exceeded"),
-    core.QuotaExceededError: _Row(429, "insufficient_quota", "insufficient_quota"),
+    core.QuotaExceededError: _Row(429, "insufficient_quota", "insufficient_quota", is_final=True),
     core.DeadlineError: _Row(429, "rate_limit_error", "deadline_unreachable"),
     core.DatabaseUnavailableError: _Row(503, _SERVER, "accounts_unavailable", retry_after_s=5),
     core.AccountNotFoundError: _Row(404, _INVALID, "not_found"),
-    core.AccountConflictError: _Row(409, _INVALID, "conflict"),
+    core.AccountConflictError: _Row(409, _INVALID, "conflict", is_final=True),
     core.EngineUnavailableError: _Row(503, _SERVER, "engine_unavailable", retry_after_s=5),
     core.AdapterError: _Row(422, _INVALID, "adapter_invalid", param="source"),
     core.AdapterNotFoundError: _Row(404, _INVALID, "adapter_source_not_found", param="source"),
     core.AdapterForbiddenError: _Row(403, _INVALID, "adapter_source_forbidden", param="source"),
     core.AdapterUnavailableError: _Row(503, _SERVER, "adapter_unavailable"),
-    core.AdapterFailedError: _Row(409, _INVALID, "adapter_failed", param="model"),
+    core.AdapterFailedError: _Row(409, _INVALID, "adapter_failed", param="model", is_final=True),
     core.AdapterConfigError: _Row(422, _INVALID, "adapter_config_invalid", param="source"),
     AdapterNameError: _Row(400, _INVALID, "invalid_value"),
     UnknownAdapterError: _Row(404, _INVALID, "adapter_not_found", param="name"),
@@ -118,6 +120,8 @@ def error_response(error: core.PomonaError) -> Response:
         else row.retry_after_s
     )
     headers = {} if retry_after_s is None else {"retry-after": str(math.ceil(retry_after_s))}
+    if row.is_final or (isinstance(error, core.RateLimitError) and error.retry_after_s is None):
+        headers["x-should-retry"] = "false"  # OpenAI's clients would ask again, twice
     if row.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(error_body(error), row.status, headers, "application/json")

@@ -71,7 +71,8 @@ class GenerationRequest(Wire):
     logit_bias: LogitBias = _nothing()
     """Token id to a number in [-100, 100] that is added to its logit."""
     seed: int | None = None
-    """Start of the random stream: the same request with the same seed draws the same. Choice i uses seed + i."""
+    """Start of the random stream: the same request with the same seed draws the same. Choice i uses seed + i. Of
+    64 bits, of which the lower 63 count."""
     n: int | None = None
     """Choices per prompt. Default 1."""
     stop: StopStrings = _nothing()

@@ -88,7 +88,6 @@ def sampling_of(body: GenerationRequest, model: ServedModel) -> SamplingParams:
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),
         logit_bias=body.logit_bias,
-        seed=body.seed or 0,
         stop_token_ids=tuple(sorted({*own_ends, *body.stop_token_ids})),
     )
 
@@ -104,9 +103,15 @@ def check_token_id(field: str, token_id: int, vocab_size: int) -> None:
 
 
 def seeds_of(body: GenerationRequest, n: int) -> list[int]:
-    """Return the seeds of one prompt's choices: ``seed`` + i, or random ones if no seed was asked for."""
+    """Return the seeds of one prompt's choices: ``seed`` + i, or random ones if no seed was asked for.
+
+    Raises:
+        InvalidRequestError: ``seed`` has more than 64 bits.
+    """
     if body.seed is None:
         return [secrets.randbits(63) for _ in range(n)]
+    if not -MAX_SEED - 1 <= body.seed <= MAX_SEED:
+        raise InvalidRequestError.out_of_range("seed", body.seed, f"between {-MAX_SEED - 1} and {MAX_SEED}")
     return [(body.seed + index) % (MAX_SEED + 1) for index in range(n)]
 
 
