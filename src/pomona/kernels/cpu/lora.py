@@ -178,7 +178,7 @@ def lora(out: Tensor, x: Tensor, slices: LoraSlices, ranks: LoraRanks, batch: Lo
 def adapted_linear(
     x: Tensor, packed: PackedWeight, bias: Tensor | None, slices: LoraSlices, ranks: LoraRanks, batch: LoraBatch
 ) -> Tensor:
-    """See ``kernels.lora.adapted_linear``: while the product runs, the adapters' pages are fetched into the cache."""
+    """See ``kernels.lora.adapted_linear``: both parts in one native call."""
     site, known = _site_of(slices), _ranks_of(ranks)
     if known.is_idle and not binding.is_recording():
         return linear.packed_linear(x, packed, bias)

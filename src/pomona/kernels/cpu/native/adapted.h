@@ -1,9 +1,9 @@
 // A product with its adapters' part, in one go. Included by isa.cpp only.
 //
 // Long runs of rows get theirs before the product stores them (fused.h). Short runs get theirs right after it, on
-// threads that have not gone home: the product, which computes longer than it reads, fetches their adapters' pages into
-// the cache meanwhile. Results are those of one after the other, bit for bit; with tile registers both parts are added
-// before anything is rounded, the same for long and short runs.
+// threads that have not gone home; some products fetch their adapters' pages into the cache meanwhile (PageFetch in
+// gemm.h). Results are those of one after the other, bit for bit; with tile registers both parts are added before
+// anything is rounded, the same for long and short runs.
 #pragma once
 #include "gemm_int8.h"
 #include "gemm_tiles.h"
