@@ -111,8 +111,8 @@ class Scheduler:
             raise QueueFullError(f"{len(self._queue)} requests are waiting already: the limit is max_waiting")
         seq = Sequence(request, self.config.max_model_len)
         self._cache.prepare(seq)
-        self._queue.check_rate(request)
         self._check_deadline(seq)
+        self._queue.check_rate(request)  # counts it
         if adapter_id is not None:
             self.adapters.use(adapter_id)
         self._seqs[request.request_id] = seq

@@ -1,4 +1,5 @@
-// The product of tile.h by tile registers: C[rows, columns] (+)= A[rows, k] * B[k, columns], bfloat16. Included by isa.cpp.
+// The product of tile.h by tile registers: C[rows, columns] (+)= A[rows, k] * B[k, columns], bfloat16. Included by
+// isa.cpp.
 //
 // An instruction adds 16 units at once, evens and odds apart and then both to the sum: in this order for any number of
 // rows, and row_product adds in the same.
@@ -35,8 +36,8 @@ struct Factors {
 };
 
 // What is fetched with a step: factors of a later one into the nearest cache, and columns of a later item into the next
-// one, of several groups in turn, since memory answers reads of several pages sooner than those of one. A few lines at a
-// time: one that has to wait for its turn holds up all that comes after it.
+// one, of several groups in turn, since memory answers reads of several pages sooner than those of one. A few lines at
+// a time: one that has to wait for its turn holds up all that comes after it.
 struct LaterStep {
   TileA a;
   TileB b, far;

@@ -162,8 +162,8 @@ using Body = void (*)(void* state, int thread);
 // Runs body on up to num_threads threads, the caller's among them, and returns when all are done.
 void run_threads(int num_threads, Body body, void* state);
 enum Purpose : int32_t {
-  kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kFixedRows, kSplitRows, kWideRows, kLaterSums,
-  kNumPurposes
+  kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kFixedRows, kSplitRows, kWideRows,
+  kLaterSums, kNumPurposes
 };
 // Memory of the calling thread that lives until its next call with the same purpose.
 void* scratch(Purpose purpose, int64_t num_bytes);

@@ -2,13 +2,13 @@
 //
 // An item is a run of one sequence's rows and some kv heads with all the query heads that read them, so that each key
 // and value is read once for the whole group. Decodes take all kv heads at once, which lie beside each other in memory,
-// and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied by
-// the same product as dense layers: few rows are the rows of that product, many rows its columns. Where there are tile
-// registers, those of few rows are taken as they lie (attention_tiles.h). The bits are the same in all three.
+// and fetch the next tile meanwhile: memory sets their pace. Keys and values are repacked tile by tile and multiplied
+// by the same product as dense layers: few rows are the rows of that product, many rows its columns. Where there are
+// tile registers, those of few rows are taken as they lie (attention_tiles.h). The bits are the same in all three.
 //
-// Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and chunks are merged in order.
-// The cuts depend on positions alone, so a row's result does not depend on its company or on how many threads share a
-// long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
+// Contexts are cut into chunks of kChunk positions; each chunk has its own online softmax, and chunks are merged in
+// order. The cuts depend on positions alone, so a row's result does not depend on its company or on how many threads
+// share a long context. (Online softmax: arXiv 1805.02867; splitting: Flash-Decoding.)
 #pragma once
 #include "amx.h"
 #include "attention_tiles.h"
@@ -195,7 +195,7 @@ struct Attention {
       const char* lines = at(block);
       if (is_value) block++;
       is_value = !is_value;
-      return {lines, lines + num_lines * 64, ceil_div(num_lines, num_steps)};
+      return {lines, lines + num_lines * 64, ceil_div(num_lines, num_steps) * 64};
     }
   };
 
@@ -359,7 +359,8 @@ struct Attention {
         }
         multiply(value_width, num_groups, ceil_div(seen, kTokensPerStep) * kUnits - first,
                  TileA{reinterpret_cast<const char*>(s.columns), kTileUnits * 4},
-                 TileB{s.weights + first * kGroup, kTileUnits * kGroup, kGroup}, TileC{sums, kBlockLanes, true}, blocks);
+                 TileB{s.weights + first * kGroup, kTileUnits * kGroup, kGroup}, TileC{sums, kBlockLanes, true},
+                 blocks);
       }
     }
   }
@@ -390,7 +391,8 @@ struct Attention {
     }
   }
 
-  // What up to W rows of a kv head see of a tile, from a row on, and then those of other heads. Other lanes see nothing.
+  // What up to W rows of a kv head see of a tile, from a row on, and then those of other heads. Other lanes see
+  // nothing.
   Seen seen_by_lanes(const Item& it, const Tile& tile, int64_t row, int64_t num_rows) const {
     const bool is_one_head = row + num_rows <= it.rows_per_head();
     const Span of_oldest = seen_by(it, tile, is_one_head ? row : 0);

@@ -1,9 +1,9 @@
 // Attention's two products for few rows, where there are tile registers. Included by isa.cpp.
 //
 // A decode has a few query heads for each kv head, so laying out keys and values costs more than multiplying with them.
-// Here keys are the rows of a product, as they lie in the cache, and queries its columns; all kv heads are summed in one
-// go: a head's queries have zeros where other heads' rows are. Values are multiplied by vectors. What is added in which
-// order is the same as in attention.h, whichever factor is on the left, and zeros change no sum: so are the bits.
+// Here keys are the rows of a product, as they lie in the cache, and queries its columns; all kv heads are summed in
+// one go: a head's queries have zeros where other heads' rows are. Values are multiplied by vectors. What is added in
+// which order is the same as in attention.h, whichever factor is on the left, and zeros change no sum: so are the bits.
 #pragma once
 #include "softmax_lanes.h"
 #include "tile_registers.h"
@@ -51,8 +51,8 @@ INLINE void score_tiles(const KeyRows* keys, int64_t first_byte, int64_t num_byt
 }
 
 // R rows' sums over NV vectors of columns (+)= weights * values, over the positions [low, high) of a tile, in the order
-// of tiles: a step's even and odd positions apart, then both to the sum. weights: [64, 16], of which R are taken; values:
-// 64 rows.
+// of tiles: a step's even and odd positions apart, then both to the sum. weights: [64, 16], of which R are taken;
+// values: 64 rows.
 template <int R, int NV, class F>
 INLINE void add_values(const uint16_t* const* values, int64_t column, int64_t low, int64_t high, const float* weights,
                        float* sums, int64_t stride, const F& fetch) {

@@ -254,7 +254,8 @@ struct AddToProduct {
   }
 };
 
-// A call's inputs, rows of whole units, of T::Row: where that is not T, each is widened once here and not for every column.
+// A call's inputs, rows of whole units, of T::Row: where that is not T, each is widened once here and not for every
+// column.
 template <class T>
 struct ProductRows {
   const char* rows;
@@ -298,22 +299,23 @@ struct Gemm {
     const int64_t stride = NG * kGroup;
     float one_tile[kTileRows * NG * kGroup];
     float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(pomona::kSums, num_rows * stride * 4));
-    const int64_t next_lines = NG * num_units, num_columns = ceil_div(work.num_groups, NG);
+    const int64_t next_bytes = NG * num_units * 64, num_columns = ceil_div(work.num_groups, NG);
     const int64_t num_tiles = ceil_div(num_rows, kTileRows);
-    const int64_t lines_per_step = ceil_div(NG, num_tiles);
+    // Fetched beside the first tiles: beside more of them memory is asked less at a time, and their steps cost more.
+    const int64_t bytes_per_step = NG * 64 / min64(num_tiles, max64(NG, 2));
     for (int64_t unit = 0; unit < num_units; unit += kUnitsPerPass) {
       const int64_t units = min64(kUnitsPerPass, num_units - unit);
       for (int64_t tile = 0; tile < num_tiles; tile++) {
         const int64_t r = tile * num_rows / num_tiles;  // tiles of nearly as many rows each: those of few are slow
         const int rows = static_cast<int>((tile + 1) * num_rows / num_tiles - r);
         float* some_sums = is_one_pass ? sums : sums + r * stride;
-        const int64_t fetched = tile * units * lines_per_step;
-        const bool is_fetching = next && is_one_pass && fetched < next_lines;
+        const int64_t fetched = tile * units * bytes_per_step;
+        const bool is_fetching = next && is_one_pass && fetched < next_bytes;
+        const Ahead ahead = is_fetching ? Ahead{next + fetched, next + next_bytes, bytes_per_step} : Ahead{};
         tile_rows<T, NG, typename T::Row>(rows, units, inputs.from(row + r, unit),
-                         TileB{weights + unit * kGroup, num_units * kGroup, kGroup},
-                         TileC{some_sums, stride, unit > 0},
-                         is_fetching ? Ahead{next + fetched * 64, next + next_lines * 64, lines_per_step} : Ahead{},
-                         beside.share(group / NG, num_columns, tile, num_tiles, units));
+                                          {weights + unit * kGroup, num_units * kGroup, kGroup},
+                                          {some_sums, stride, unit > 0}, ahead,
+                                          beside.share(group / NG, num_columns, tile, num_tiles, units));
         if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }

@@ -37,7 +37,7 @@ INLINE void byte_tile(int64_t num_units, TileFixed a, TileBytes b, TileC c, Ahea
         const int8_t* group = b.bytes + v / kGroupVectors * b.group_stride;
         columns[v] = widen_bytes(group + k * kByteStep + v % kGroupVectors * W * 2);
       }
-      if (kIsFetching) ahead.step();
+      if (kIsFetching) ahead.step_on();
 #pragma GCC unroll 8
       for (int m = 0; m < MR * kParts; m++) {
         const vu row = splat_unit(a.rows + m / kParts * a.row_bytes + m % kParts * a.part_bytes + k * 4);
@@ -233,7 +233,7 @@ struct TileByteGemm {
       if (has_next) {
         const int64_t num_steps = 2 * split.part_bytes / kStepInputs * ceil_div(num_rows, 16);
         const int64_t num_lines = ceil_div(num_groups * group_bytes(), 64);
-        ahead = {weights(group + 2), weights(group + 2 + num_groups), ceil_div(num_lines, num_steps)};
+        ahead = {weights(group + 2), weights(group + 2 + num_groups), ceil_div(num_lines, num_steps) * 64};
       }
       if (num_groups == 2) return work.template run_columns<2>(*this, row, num_rows, group, has_next ? 2 : 0, ahead);
       work.template run_columns<1>(*this, row, num_rows, group, 0, ahead);
@@ -271,16 +271,17 @@ struct ByteGemm {
     const bool is_one_pass = num_units <= kByteUnitsPerPass;
     float one_tile[kRows * stride];
     float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(pomona::kSums, num_rows * stride * 4));
-    const char* next_end = next + num_units * NG * kByteStep;
-    const int64_t lines_per_step = ceil_div(NG * kByteStep, 64 * ceil_div(num_rows, kRows));
+    const int64_t bytes_per_step = NG * kByteStep / min64(ceil_div(num_rows, kRows), 2);
+    const int64_t next_bytes = num_units * NG * kByteStep;
     for (int64_t unit = 0; unit < num_units; unit += kByteUnitsPerPass) {
       const int64_t units = min64(kByteUnitsPerPass, num_units - unit);
       for (int64_t r = 0; r < num_rows; r += kRows) {
         const int rows = static_cast<int>(min64(kRows, num_rows - r));
         const TileC c{is_one_pass ? sums : sums + r * stride, stride, unit > 0};
-        const Ahead ahead{next + r / kRows * units * lines_per_step * 64, next_end, lines_per_step};
-        if (next && is_one_pass && ahead.is_any())
-          byte_tile_rows<kParts, NG, true>(rows, units, inputs(row + r, unit), weights(group, unit), c, ahead);
+        const int64_t fetched = r / kRows * units * bytes_per_step;
+        if (next && is_one_pass && fetched < next_bytes)
+          byte_tile_rows<kParts, NG, true>(rows, units, inputs(row + r, unit), weights(group, unit), c,
+                                           {next + fetched, next + next_bytes, bytes_per_step});
         else
           byte_tile_rows<kParts, NG, false>(rows, units, inputs(row + r, unit), weights(group, unit), c, {});
         if (unit + units == num_units) work.store_rows(c.sums, stride, row + r, rows, group, fused);

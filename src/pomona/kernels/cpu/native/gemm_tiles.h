@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kItemBytes = 512 << 10;       // of weights
 constexpr int64_t kItemRowsBytes = 1280 << 10;  // of a run of rows: both stay in L2
-constexpr int kMostItemGroups = 16;             // of more rows than one tile has
-constexpr int kFewestTileRows = 4;              // of an adapter's: for fewer, giving the registers other sizes costs more
+constexpr int kMostItemGroups = 16;  // of more rows than one tile has
+constexpr int kFewestTileRows = 4;  // of an adapter's: for fewer, giving the registers other sizes costs more
 
 // B of one adapter at a time, for the columns of an item.
 template <class T>
@@ -92,9 +92,9 @@ struct AdapterColumns {
 };
 
 // What is done beside an item's products: with every step, two rows of the last product's sums are stored, and factors
-// are fetched. Weights that are read once: those of the next product into the L2 cache, from several places in turn, and
-// from there those of two steps later; of the first product, which nothing has fetched, those of four steps later. Weights
-// that many rows pass by are in the L2 cache: those of the next step, and some lines of the next item.
+// are fetched. Weights that are read once: those of the next product into the L2 cache, from several places in turn,
+// and from there those of two steps later; of the first product, which nothing has fetched, those of four steps later.
+// Weights that many rows pass by are in the L2 cache: those of the next step, and some lines of the next item.
 template <class T, int NG, bool kIsReadOnce>
 struct Beside {
   static constexpr bool kFetchesRows = NG == 2, kFetchesColumns = true;  // 16 rows stay in the L1 cache
@@ -306,7 +306,7 @@ struct TileGemm {
           const char* columns = reinterpret_cast<const char*>(next.columns);
           const int64_t num_bytes = next_groups * group_bytes(), num_steps = ceil_div(work.num_units, kStepUnits);
           const int64_t num_products = ceil_div(num_rows, kMostTileRows) * ceil_div(num_some, 2);
-          next.ahead = {columns, columns + num_bytes, ceil_div(num_bytes, 64 * num_steps * num_products)};
+          next.ahead = {columns, columns + num_bytes, ceil_div(num_bytes, 64 * num_steps * num_products) * 64};
         }
         run<2, false>(row, num_rows, group, num_some, next, true, adapters);
       };

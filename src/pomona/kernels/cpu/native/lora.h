@@ -231,8 +231,8 @@ struct Lora {
   int64_t row_units() const { return row_units_of<T>(step); }
   int64_t rank_of(int64_t slice, int64_t segment) const { return call.ranks[slice * step.num_segments + segment]; }
 
-  // Where there are enough blocks, an item is all of one, and a thread has those side by side: their rows are read once,
-  // and are near for the product that comes next.
+  // Where there are enough blocks, an item is all of one, and a thread has those side by side: their rows are read
+  // once, and are near for the product that comes next.
   bool has_whole_blocks() const { return num_long >= 2 * threads; }
   int64_t num_shrinks() const { return has_whole_blocks() ? num_long : num_pairs * rank_parts; }
   void shrink(int64_t item) const {

@@ -125,8 +125,8 @@ INLINE void expand_run(int64_t num_columns, const Chunk& chunk, const uint32_t (
 }
 
 #if defined(__AMX_BF16__)
-// Fetches rank rows in the order of their use, a line of each, a few steps before: A of a chunk's ranks by parts, B, and
-// A of the next chunk.
+// Fetches rank rows in the order of their use, a line of each, a few steps before: A of a chunk's ranks by parts, B,
+// and A of the next chunk.
 struct LinesAhead {
   static constexpr int64_t kSteps = 4;
   const Chunk &chunk, &next;

@@ -66,8 +66,8 @@ INLINE vf soften_lanes(const float* scores, int64_t stride, const Seen& seen, vf
   return decay;
 }
 
-// The scores of W rows, each stride floats after the last position's, become weights: store(position, those of it and of
-// the next) takes them, for every second position of which one is in [first, last). Maxima and totals go on; what
+// The scores of W rows, each stride floats after the last position's, become weights: store(position, those of it and
+// of the next) takes them, for every second position of which one is in [first, last). Maxima and totals go on; what
 // earlier sums of values are to be multiplied by is returned. fetch() is called now and then.
 template <class F, class S>
 INLINE vf soften_lanes(const float* scores, int64_t stride, const Seen& seen, vf scale, vf& maxima, vf& totals,

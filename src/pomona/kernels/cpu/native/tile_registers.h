@@ -11,8 +11,8 @@ constexpr int kMostTileRows = 32;
 
 thread_local int configured_rows = 0;  // 0: the registers have no sizes, or those of somebody else
 
-// Sums of up to 32 rows in tiles 0 to 3, rows in 4 and 5, columns in 6 and 7. Of up to 16 rows, tile 0 to 3 have sums of
-// a group of columns each; of more, 0 and 1 those of the first 16 rows, 2 and 3 those of the others.
+// Sums of up to 32 rows in tiles 0 to 3, rows in 4 and 5, columns in 6 and 7. Of up to 16 rows, tile 0 to 3 have sums
+// of a group of columns each; of more, 0 and 1 those of the first 16 rows, 2 and 3 those of the others.
 INLINE void configure_tiles(int num_rows) {
   if (configured_rows == num_rows) return;
   configured_rows = num_rows;
