@@ -104,7 +104,7 @@ def _all_logprobs() -> Iterator[None]:
     from pomona.runner import runner
 
     few = runner.token_logprobs
-    runner.token_logprobs = lambda logits, token_id, num_top: few(logits, token_id, logits.shape[0])
+    runner.token_logprobs = lambda logits, token_ids, num_top: few(logits, token_ids, logits.shape[1])
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pomona.core.errors import InvalidRequestError
 from pomona.core.ids import RequestId
@@ -211,7 +212,7 @@ def test_logprobs_are_those_of_the_raw_logits_with_rank_and_top():
     logits = make_logits()
     raw = torch.log_softmax(logits[0], dim=-1)
     order = raw.argsort(descending=True)
-    entry = token_logprobs(logits[0], int(order[2]), 3)
+    (entry,) = token_logprobs(logits, order[2:3].numpy(), 3)
     assert entry.rank == 3
     assert entry.logprob == pytest.approx(float(raw[order[2]]))
     assert [token for token, _ in entry.top] == order[:3].tolist()
@@ -220,6 +221,27 @@ def test_logprobs_are_those_of_the_raw_logits_with_rank_and_top():
     result = sample(logits, rows, table)
     assert result.token_ids[0] == order[9]
     assert result.logprobs[0].logprob == pytest.approx(float(raw[order[9]]))
+
+
+def test_log_probabilities_are_on_their_way_before_anybody_waits_for_them():
+    """On a GPU the next step has been launched by then: what is asked for after it would wait for all of it."""
+
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func is torch.ops.aten.detach.default, f"{func} after the step was launched"  # what numpy() calls
+            return func(*args, **(kwargs or {}))
+
+    params = (SamplingParams(logprobs=3), SamplingParams(temperature=0.0), SamplingParams(logprobs=0, seed=4))
+    table, rows = make_table(*params)
+    raw = make_logits(3)
+    choice = choose(raw.clone(), rows, table)
+    with Refusing():
+        result = choice.sampled()
+    assert set(result.logprobs) == {0, 2}
+    for row, num_top in ((0, 3), (2, 0)):
+        (expected,) = token_logprobs(raw[row : row + 1], result.token_ids[row : row + 1], num_top)
+        assert result.logprobs[row] == expected
+        assert len(expected.top) == num_top
 
 
 def test_random_numbers_are_uniform_and_uncorrelated_between_neighbouring_seeds_and_indices():

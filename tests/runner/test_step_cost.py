@@ -208,6 +208,22 @@ def test_a_long_context_costs_the_host_what_a_short_one_does(base_path):
     assert costs[0] == costs[1]
 
 
+def test_log_probabilities_of_a_prompt_cost_as_many_operators_for_any_number_of_its_tokens(base_path):
+    """On a GPU each of them that brings a value to the host waits for the device."""
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=2)
+    costs = []
+    for num_prompt_tokens in (8, 60):
+        engine, _ = make_engine(base_path)
+
+        def serve(engine: TinyEngine = engine, num_prompt_tokens: int = num_prompt_tokens) -> None:
+            engine.add([3 + index for index in range(num_prompt_tokens)], params)
+            engine.run()
+
+        serve()
+        costs.append(count_step(serve).torch_ops)
+    assert costs[0] == costs[1]
+
+
 def test_steps_of_the_same_work_are_counted_the_same(base_path, adapter_paths):
     engine, ids = make_engine(base_path, adapter_paths)
     start_decodes(engine, 8, ids)

@@ -193,16 +193,18 @@ class ModelRunner:
                 continue
             start = int(batch.query_starts[index])
             rows = hidden[start : start + last - first]
-            token_ids = self._table.token_ids[row, first:last].tolist()
-            found[seq.request_id] = tuple(
-                token_logprobs(logits, token_id, params.prompt_logprobs)
-                for logits, token_id in zip(self._logits_of_run(rows, start, lora), token_ids, strict=True)
-            )
+            token_ids = self._table.token_ids[row, first:last]
+            entries: list[TokenLogprobs] = []
+            for logits in self._logits_of_run(rows, start, lora):
+                told = token_ids[len(entries) : len(entries) + len(logits)]
+                entries += token_logprobs(logits, told, params.prompt_logprobs)
+            found[seq.request_id] = tuple(entries)
         return found
 
     def _logits_of_run(self, hidden: Tensor, start: int, lora: LoraState | None) -> Iterator[Tensor]:
-        """Yield logits [vocab_size] of consecutive rows of one adapter; the first is row ``start`` of the batch."""
+        """Yield logits [some rows, vocab_size] of consecutive rows of one adapter; the first is row ``start`` of the
+        batch."""
         extras = () if lora is None else tuple(extra for first, end, extra in lora.extras if first <= start < end)
         for part in torch.split(hidden, _PROMPT_LOGITS_ROWS):
             logit_extras = tuple((0, part.shape[0], extra) for extra in extras)
-            yield from self._decoder.logits(part, lora and replace(lora, logit_extras=logit_extras))
+            yield self._decoder.logits(part, lora and replace(lora, logit_extras=logit_extras))

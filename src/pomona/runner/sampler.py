@@ -4,6 +4,7 @@ A row's result depends on its own logits, parameters and tokens only. Its random
 number i is a hash of (seed, i), so the batch it shares never changes them.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pomona.core.plan import TokenLogprobs
-from pomona.core.request import SamplingParams
+from pomona.core.request import MAX_LOGPROBS, SamplingParams
 from pomona.kernels.copies import Download, upload
 from pomona.kernels.sample import greedy
 from pomona.runner.sequences import SequenceTable
@@ -38,18 +39,18 @@ class Choice:
     token_ids: Tensor
     """int64 [num_rows]."""
     download: Download
-    """token_ids, and whether each row's logits were finite: bool [num_rows]."""
-    raw: dict[int, tuple[Tensor, int]]
-    """By row, for those that asked for log-probabilities: logits [vocab_size] and the number of likeliest tokens."""
+    """token_ids; whether each row's logits were finite, bool [num_rows]; what ``_find`` found for rows that asked."""
+    asked: dict[int, int]
+    """By row, for those that asked for log-probabilities: the number of likeliest tokens."""
 
     def sampled(self) -> Sampled:
-        """Wait for the tokens."""
-        token_ids, is_finite = cast(tuple[NDArray[np.int64], NDArray[np.bool_]], self.download.arrays())
-        logprobs = {
-            i: token_logprobs(logits, int(token_ids[i]), num_top)
-            for i, (logits, num_top) in self.raw.items()
-            if is_finite[i]
-        }
+        """Wait for the tokens, and for nothing that the device is asked for only now: the next step comes before it."""
+        arrays = self.download.arrays()
+        token_ids, is_finite = cast(tuple[NDArray[np.int64], NDArray[np.bool_]], arrays[:2])
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self.asked:
+            told = _told(token_ids[list(self.asked)], arrays[2:], self.asked.values())
+            logprobs = {i: entry for i, entry in zip(self.asked, told, strict=True) if is_finite[i]}
         return Sampled(token_ids, is_finite, logprobs)
 
 
@@ -63,8 +64,10 @@ def choose(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Cho
     """
     token_ids, is_finite = greedy(logits)
     special = np.flatnonzero(~table.is_plain[rows])
-    wanted = {int(i): _params(table, rows[i]).logprobs for i in special}
-    raw = {i: (logits[i].clone(), num_top) for i, num_top in wanted.items() if num_top is not None}
+    wanted = ((int(i), _params(table, rows[i]).logprobs) for i in special)
+    asked = {i: num_top for i, num_top in wanted if num_top is not None}
+    asking = np.array(list(asked), dtype=np.int64)  # log-probabilities are of the logits before they are edited
+    logprobs = torch.log_softmax(logits[upload(asking, logits.device)], dim=-1) if asked else None
     for i in special:
         _edit(logits[int(i)], int(rows[i]), table)
     if special.size:
@@ -74,7 +77,12 @@ def choose(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Cho
     if random.size:
         drawn = upload(random, logits.device)
         token_ids[drawn] = _draw(logits[drawn], rows[random], table)
-    return Choice(token_ids, Download.of(token_ids, is_finite), raw)
+    found: tuple[Tensor, ...] = ()
+    if logprobs is not None:
+        # As many for all: which of equal ones are found must not depend on how many others ask for.
+        num_top = MAX_LOGPROBS if any(asked.values()) else 0
+        found = _find(logprobs, token_ids[upload(asking, logits.device)], num_top)
+    return Choice(token_ids, Download.of(token_ids, is_finite, *found), asked)
 
 
 def _params(table: SequenceTable, row: int) -> SamplingParams:
@@ -168,12 +176,31 @@ def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return result
 
 
-def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """Log-probability and rank of one token, and the most likely ones, from raw logits [vocab_size]."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    own = logprobs[token_id]
-    top: tuple[tuple[int, float], ...] = ()
-    if num_top:
-        values, ids = logprobs.topk(min(num_top, logprobs.shape[0]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id=token_id, logprob=float(own), rank=int((logprobs > own).sum()) + 1, top=top)
+def token_logprobs(logits: Tensor, token_ids: NDArray[np.int64], num_top: int) -> tuple[TokenLogprobs, ...]:
+    """Log-probability and rank of a token per row, and the most likely ones. Waits for the device once.
+
+    Args:
+        logits: [num_rows, vocab_size], raw.
+        token_ids: [num_rows].
+        num_top: number of most likely tokens.
+    """
+    found = _find(torch.log_softmax(logits, dim=-1), upload(token_ids, logits.device), num_top)
+    return tuple(_told(token_ids, Download.of(*found).arrays(), [num_top] * len(token_ids)))
+
+
+def _find(logprobs: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, ...]:
+    """From log-probabilities [num_rows, vocab_size]: those of a token per row and these tokens' ranks [num_rows], the
+    largest ones and whose they are [num_rows, num_top]."""
+    own = logprobs.gather(1, token_ids.unsqueeze(1))
+    top = logprobs.topk(min(num_top, logprobs.shape[1]))
+    return own.squeeze(1), (logprobs > own).sum(1) + 1, top.values, top.indices
+
+
+def _told(
+    token_ids: NDArray[np.int64], found: Sequence[NDArray[np.generic]], num_tops: Iterable[int]
+) -> Iterator[TokenLogprobs]:
+    """What ``_find`` found for each row, of its most likely tokens as many as the row asked for."""
+    own, ranks, values, ids = (array.tolist() for array in found)
+    for i, num_top in enumerate(num_tops):
+        top = tuple(zip(ids[i][:num_top], values[i][:num_top], strict=True))
+        yield TokenLogprobs(token_id=int(token_ids[i]), logprob=own[i], rank=ranks[i], top=top)
