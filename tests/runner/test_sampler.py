@@ -1,18 +1,23 @@
 """The sampler against slow, obvious computations, and the independence of a row from its neighbours."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pomona.core.errors import InvalidRequestError
 from pomona.core.ids import RequestId
 from pomona.core.plan import ScheduledSeq, SeqStart
 from pomona.core.request import SamplingParams
+from pomona.runner import sampler
+from pomona.runner.config import RunnerConfig
+from pomona.runner.memory import _activation_bytes
 from pomona.runner.sampler import Sampled, choose, token_logprobs, uniform
 from pomona.runner.sequences import SequenceTable
 
@@ -242,6 +247,45 @@ def test_log_probabilities_are_on_their_way_before_anybody_waits_for_them():
         (expected,) = token_logprobs(raw[row : row + 1], result.token_ids[row : row + 1], num_top)
         assert result.logprobs[row] == expected
         assert len(expected.top) == num_top
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes that tensors made by operators held together."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_bytes = 0
+        self._live = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                del storage
+        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
+        self.num_bytes = max(self.num_bytes, sum(num_bytes for _, num_bytes in self._live.values()))
+        return result
+
+
+@pytest.mark.parametrize("num_at_once", [None, 8], ids=["all rows at once", "eight at once"])
+def test_drawing_stays_within_the_memory_that_is_set_aside_for_it(num_at_once, monkeypatch):
+    num_rows, vocab_size = 64, 1000
+    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(1))
+    params = [SamplingParams(top_p=0.9, top_k=500, min_p=0.01, logprobs=2, seed=seed) for seed in range(num_rows)]
+    table, rows = make_table(*params)
+    expected = sample(logits.clone(), rows, table).token_ids
+    if num_at_once is not None:
+        monkeypatch.setattr(sampler, "_MOST_DRAWN", num_at_once * vocab_size)
+    sizes = {"hidden_size": 0, "intermediate_size": 0, "q_size": 0, "kv_size": 0, "vocab_size": vocab_size}
+    config = RunnerConfig(model_path="x", max_num_seqs=num_rows)
+    set_aside = _activation_bytes(config, SimpleNamespace(**sizes))
+    with PeakMemory() as peak:
+        token_ids = choose(logits.clone(), rows, table).token_ids
+    assert token_ids.tolist() == expected.tolist()
+    assert logits.nbytes < peak.num_bytes <= set_aside
+    assert set_aside == num_rows * vocab_size * 16 + (num_at_once or num_rows) * vocab_size * 64
 
 
 def test_random_numbers_are_uniform_and_uncorrelated_between_neighbouring_seeds_and_indices():

@@ -11,6 +11,7 @@ from pomona.model.lora import PageLayout
 from pomona.model.spec import ModelSpec
 from pomona.runner.config import GIB, RunnerConfig
 from pomona.runner.kv_cache import block_bytes
+from pomona.runner.sampler import DRAW_BYTES, rows_at_once
 
 _CPU_FRACTION = 0.5
 """Share of the free host memory that KV blocks and adapter pages may take together."""
@@ -111,9 +112,12 @@ def _free_bytes(config: RunnerConfig, spec: ModelSpec, device: torch.device) -> 
 
 
 def _activation_bytes(config: RunnerConfig, spec: ModelSpec) -> int:
-    """Upper estimate of a step's temporaries: the widest layer's rows in float32, and the logits of every sequence."""
+    """Upper estimate of a step's temporaries: the widest layer's rows in float32, the logits of every sequence, and
+    what drawing from them takes."""
     row = 4 * (8 * spec.hidden_size + 4 * spec.intermediate_size + 2 * (spec.q_size + 2 * spec.kv_size))
-    return config.max_num_batched_tokens * row + 4 * config.max_num_seqs * spec.vocab_size * 4
+    logits = 4 * config.max_num_seqs * spec.vocab_size * 4
+    drawing = DRAW_BYTES * min(config.max_num_seqs, rows_at_once(spec.vocab_size)) * spec.vocab_size
+    return config.max_num_batched_tokens * row + logits + drawing
 
 
 def torch_device(config: RunnerConfig) -> torch.device:

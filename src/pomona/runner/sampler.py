@@ -19,6 +19,11 @@ from pomona.kernels.copies import Download, upload
 from pomona.kernels.sample import greedy
 from pomona.runner.sequences import SequenceTable
 
+DRAW_BYTES = 64
+"""Memory that drawing takes for each probability of the rows that are drawn at once, what sorting takes included."""
+_MOST_DRAWN = 2**23
+"""Probabilities of the rows that are drawn at once: bounds that memory."""
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -74,15 +79,22 @@ def choose(logits: Tensor, rows: NDArray[np.int64], table: SequenceTable) -> Cho
         edited = upload(special, logits.device)
         token_ids[edited] = greedy(logits[edited])[0]
     random = np.flatnonzero(table.temperature[rows] > 0)
-    if random.size:
-        drawn = upload(random, logits.device)
-        token_ids[drawn] = _draw(logits[drawn], rows[random], table)
+    num_at_once = rows_at_once(logits.shape[1])
+    for first in range(0, random.size, num_at_once):
+        some = random[first : first + num_at_once]
+        drawn = upload(some, logits.device)
+        token_ids[drawn] = _draw(logits[drawn], rows[some], table)
     found: tuple[Tensor, ...] = ()
     if logprobs is not None:
         # As many for all: which of equal ones are found must not depend on how many others ask for.
         num_top = MAX_LOGPROBS if any(asked.values()) else 0
         found = _find(logprobs, token_ids[upload(asking, logits.device)], num_top)
     return Choice(token_ids, Download.of(token_ids, is_finite, *found), asked)
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows whose tokens are drawn at once."""
+    return max(1, _MOST_DRAWN // vocab_size)
 
 
 def _params(table: SequenceTable, row: int) -> SamplingParams:
