@@ -132,6 +132,20 @@ def test_where_nothing_is_left_for_adapters_there_are_no_pages_rather_than_fewer
         plan_capacity(config, spec, layout, max_model_len=64, device=cpu, reserved_bytes=2**30)
 
 
+@pytest.mark.parametrize("percent", [50, 90, 120])
+def test_adapters_take_no_more_of_a_gpu_than_a_kv_cache_of_fixed_size_leaves(base_path, percent, monkeypatch):
+    engine = TinyEngine(base_path)
+    spec, layout, budget = engine.loaded.spec, PageLayout(engine.loaded.spec, 4), 2**26
+    monkeypatch.setattr(memory, "_free_bytes", lambda *_: budget)
+    config = RunnerConfig(model_path="", dtype="float32", kv_cache_bytes=budget * percent // 100)
+    capacity = plan_capacity(config, spec, layout, max_model_len=64, device=torch.device("cuda"))
+    per_block = block_bytes(spec, config.block_size, torch.float32)
+    page_bytes = capacity.blocks_per_page * per_block or layout.page_elems * 4
+    taken = capacity.num_kv_blocks * per_block + capacity.num_adapter_pages * page_bytes
+    assert taken <= max(budget, config.kv_cache_bytes)
+    assert (capacity.num_adapter_pages > 0) == (percent < 100)
+
+
 def test_pages_much_smaller_than_blocks_have_memory_of_their_own(base_path, adapter_paths):
     engine, ids = make_engine(base_path, adapter_paths)
     spec, layout = engine.loaded.spec, PageLayout(engine.loaded.spec, 4)

@@ -82,6 +82,9 @@ def plan_capacity(
     adapter_bytes = config.adapter_bytes
     if adapter_bytes is None:
         adapter_bytes = min(int(budget * _ADAPTER_FRACTION), _MAX_ADAPTER_BYTES)
+        if config.kv_cache_bytes is not None and device.type == "cuda":
+            # A GPU's memory has an end; that of a host, of which the budget is only a part, may be asked for more.
+            adapter_bytes = min(adapter_bytes, max(0, budget - config.kv_cache_bytes))
     num_pages = adapter_bytes // page_bytes
     blocks_per_seq = -(-max_model_len // config.block_size)
     if config.kv_cache_bytes is not None:
