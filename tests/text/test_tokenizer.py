@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,6 +123,30 @@ def test_a_plain_vocabulary_entry_named_as_eos_becomes_special(folder):
     _edit(folder / "tokenizer_config.json", eos_token=word)
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.eos_token_id in tokenizer.special_token_ids
+
+
+def _of_transformers(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    _edit(folder / "tokenizer_config.json", pad_token="<|endoftext|>")  # as text: it does not take every spelling
+    return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("is_added", [None, False, True])
+@pytest.mark.parametrize("is_special", [False, True])
+def test_tokens_are_what_the_config_declares_as_in_transformers(folder, is_added, is_special):
+    """Whether tokenizer.json has the token as an ordinary entry of the vocabulary, or as added, special or not."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (token,) = [token for token in content["added_tokens"] if token["content"] == "<|im_start|>"]
+    content["added_tokens"] = [other for other in content["added_tokens"] if other is not token]
+    if is_added is not None:
+        content["added_tokens"].append({**token, "special": is_added})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    entry = {name: value for name, value in token.items() if name != "id"}
+    declared = {str(token["id"]): {**entry, "special": is_special, "lstrip": True}}
+    _edit(folder / "tokenizer_config.json", added_tokens_decoder=declared)
+    ours, theirs = Tokenizer.load(folder), _of_transformers(folder)
+    token_ids = theirs.encode("a <|im_start|>b")
+    assert ours.encode("a <|im_start|>b") == token_ids
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
 
 
 def test_a_checkpoint_without_tokenizer_json_says_what_to_do(tmp_path):

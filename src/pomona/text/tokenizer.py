@@ -140,19 +140,24 @@ class Tokenizer:
 
 
 def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], where: Path) -> None:
-    """Add tokens that only tokenizer_config.json knows, and make its special tokens whole and special."""
+    """Add tokens that only tokenizer_config.json knows, and make all that it declares what it says of them."""
     declared = config.get("added_tokens_decoder") or {}
     if not isinstance(declared, Mapping) or not all(key.isdecimal() for key in declared):
         raise CheckpointError(f"{where}: added_tokens_decoder: must be an object of token ids and what they are")
+    before = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for key, entry in sorted(declared.items(), key=lambda item: int(item[0])):
         text = _content_of(entry)
-        if text is None or backend.token_to_id(text) is not None:
+        is_new = text is not None and backend.token_to_id(text) is None
+        if text is None or not (is_new or isinstance(entry, Mapping)):
             continue
         fields = entry if isinstance(entry, Mapping) else {}
         flags = {name: bool(fields.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-        token = tokenizers.AddedToken(text, special=bool(fields.get("special", False)), **flags)
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-        if backend.token_to_id(text) != int(key):
+        # What tokenizer.json has as special stays so: the library never forgets it.
+        is_special = bool(fields.get("special", False)) or (text in before and before[text].special)
+        token = tokenizers.AddedToken(text, special=is_special, **flags)
+        if token != before.get(text):
+            backend.add_tokens([token])
+        if is_new and backend.token_to_id(text) != int(key):
             raise CheckpointError(
                 f"{where}: added_tokens_decoder: token {text!r} has id {key}, but {TOKENIZER_FILE} leaves it "
                 f"{backend.token_to_id(text)}"
