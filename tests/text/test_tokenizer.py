@@ -130,6 +130,20 @@ def _of_transformers(folder: Path) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("declared", [False, True])
+def test_named_tokens_are_those_that_transformers_takes(folder, declared):
+    if declared:
+        _edit(folder / "tokenizer_config.json", added_tokens_decoder={})
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "<|endoftext|>"}, "bos_token": "<|im_start|>"})
+    )
+    theirs = _of_transformers(folder)
+    expected = {name: getattr(theirs, name) for name in ("bos_token", "eos_token")}
+    ours = Tokenizer.load(folder).special_tokens
+    assert {name: ours.get(name) for name in expected} == expected
+    assert expected["eos_token"] == ("<|im_end|>" if declared else "<|endoftext|>")
+
+
 @pytest.mark.parametrize("is_added", [None, False, True])
 @pytest.mark.parametrize("is_special", [False, True])
 def test_tokens_are_what_the_config_declares_as_in_transformers(folder, is_added, is_special):

@@ -85,10 +85,10 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception for every kind of broken file
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        config = {
-            **read_json_object(folder / "special_tokens_map.json"),
-            **read_json_object(folder / "tokenizer_config.json"),
-        }
+        config = read_json_object(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:
+            # In older checkpoints this file has the last word; beside the newer field transformers does not read it.
+            config |= read_json_object(folder / "special_tokens_map.json")
         _add_missing_tokens(backend, config, folder / "tokenizer_config.json")
         special_tokens = {name: text for name in _NAMED_SPECIALS if (text := _content_of(config.get(name)))}
         return cls(backend, special_tokens, str(path))
