@@ -18,11 +18,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     repo = tmp_path / "repo"
     repo.mkdir()
 
-    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        repo_id: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None = None
+    ) -> str:
         assert (repo_id, revision) == ("org/base", "v1")
         snapshot = tmp_path / "snapshot"
         snapshot.mkdir(exist_ok=True)
-        for name in filter_repo_objects([path.name for path in repo.iterdir()], allow_patterns=allow_patterns):
+        names = [str(path.relative_to(repo)) for path in repo.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (snapshot / name).parent.mkdir(exist_ok=True)
             shutil.copy(repo / name, snapshot / name)
         return str(snapshot)
 
@@ -43,12 +47,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             ("model-00001-of-00001.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
             ("model-00001-of-00001.safetensors", "model.safetensors.index.json"),
         ),
+        (("model.safetensors", "consolidated.safetensors"), ("model.safetensors",)),
+        (("model.safetensors", "original/model.safetensors", "onnx/config.json"), ("model.safetensors",)),
     ],
 )
-def test_pickled_weights_are_downloaded_only_where_there_are_no_others(
-    hub: Path, there: tuple[str, ...], downloaded: tuple[str, ...]
-) -> None:
+def test_weights_are_downloaded_once(hub: Path, there: tuple[str, ...], downloaded: tuple[str, ...]) -> None:
     for name in (*COMMON, *there):
+        (hub / name).parent.mkdir(exist_ok=True)
         (hub / name).write_text("{}")
     folder = checkpoint_dir("org/base@v1")
-    assert sorted(path.name for path in folder.iterdir()) == sorted((*COMMON, *downloaded))
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert sorted(names) == sorted((*COMMON, *downloaded))

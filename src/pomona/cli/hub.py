@@ -1,12 +1,16 @@
 """Where a base model's files are: a folder, the bundled model, or a Hugging Face hub id through its cache."""
 
 import importlib.resources
+from functools import partial
 from pathlib import Path
 
 from pomona.cli.config import BUNDLED_MODEL
 from pomona.core.errors import CheckpointError
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_NOT_WANTED = ("*/*", "consolidated*.safetensors")
+"""The same weights in another program's layout (Mistral's repositories have them beside ours), and whole sub-folders
+of them (original/, onnx/): nothing in a sub-folder is ever read."""
 _OLD_WEIGHTS = "pytorch_model*.bin"
 """Downloaded only if there are no safetensors: many repositories have the same weights twice."""
 
@@ -43,11 +47,12 @@ def _download(hub_id: str) -> Path:
 
     repo_id, _, revision = hub_id.partition("@")
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(_FILES)))
+        fetch = partial(snapshot_download, repo_id, revision=revision or None, ignore_patterns=list(_NOT_WANTED))
+        folder = Path(fetch(allow_patterns=list(_FILES)))
         if any(folder.glob("model*.safetensors")):
             return folder
         files = [*_FILES, _OLD_WEIGHTS]  # all of them: the repository may have changed meanwhile
-        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=files))
+        return Path(fetch(allow_patterns=files))
     except HFValidationError as error:
         raise CheckpointError(
             f"model {hub_id!r} is neither a folder nor a hub id such as 'meta-llama/Llama-3.2-1B'"
