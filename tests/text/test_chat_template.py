@@ -2,6 +2,7 @@ import datetime
 import json
 
 import pytest
+import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pomona.core.errors import CheckpointError, InvalidRequestError
@@ -59,6 +60,29 @@ def test_rendering_equals_transformers(source, add_generation_prompt):
         MESSAGES, add_generation_prompt=add_generation_prompt, variables={"enable_thinking": False}
     )
     assert rendered == expected[0]
+
+
+# As in Qwen's templates: a message of another role is left out.
+SELECTIVE = """{% for message in messages %}{% if message.role in ['system', 'user', 'assistant'] %}
+{{ message.role }}: {{ message.content }}
+{% endif %}{% endfor %}"""
+
+
+def test_a_developer_message_is_a_system_message_where_the_template_knows_no_developer():
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert ChatTemplate(SELECTIVE, {}).render(messages) == "system: Be brief.\nuser: Hi\n"
+    assert ChatTemplate("For developers: {{ messages[0].role }}", {}).render(messages) == "For developers: system"
+    knowing = "{{ messages[0].role }}{% if messages[0].role == 'developer' %}!{% endif %}"
+    assert ChatTemplate(knowing, {}).render(messages) == "developer!"
+    assert messages[0]["role"] == "developer"
+
+
+def test_fields_that_are_none_are_left_out_as_transformers_does(folder):
+    source = "{% for message in messages %}{{ message | tojson }}{{ message.content }}{% endfor %}"
+    messages = [{"role": "user", "content": "Hi", "name": None}, {"role": "assistant", "content": None}]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+    assert ChatTemplate(source, {}).render(messages) == expected
 
 
 def test_strftime_now_is_offered():

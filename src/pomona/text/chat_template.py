@@ -6,6 +6,7 @@ are those that Hugging Face templates use (transformers documentation, "Chat tem
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -74,6 +75,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: str = TEMPLATE_FILE) -> None:
         self.source: Final = source
         self._special_tokens = dict(special_tokens)
+        self._knows_developer = re.search(r"""["']developer["']""", source) is not None
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -119,7 +121,8 @@ class ChatTemplate:
         """Return the prompt text; special tokens are written out in it, so encode without adding any.
 
         Args:
-            messages: {"role": ..., "content": ...} each.
+            messages: {"role": ..., "content": ...} each; where the template does not know ``developer``, it is
+                shown ``system``.
             add_generation_prompt: end with the opening of the assistant's answer.
             variables: further names for the template, such as ``enable_thinking``.
 
@@ -131,8 +134,9 @@ class ChatTemplate:
         if reserved:
             raise InvalidRequestError("chat_template_kwargs", f"chat_template_kwargs: {reserved[0]!r} is reserved")
         names = {"tools": None, "documents": None, **self._special_tokens, **variables}
+        known = [self._as_known(message) for message in messages]
         try:
-            return self._template.render(names, messages=messages, add_generation_prompt=add_generation_prompt)
+            return self._template.render(names, messages=known, add_generation_prompt=add_generation_prompt)
         # A template fails with whatever its expressions raise on values that it did not expect.
         except (
             jinja2.TemplateError,
@@ -146,3 +150,11 @@ class ChatTemplate:
             raise InvalidRequestError(
                 "messages", f"messages: the model's chat template refuses them: {error or type(error).__name__}"
             ) from error
+
+    def _as_known(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as templates expect it: fields that are None left out, as transformers leaves them out, and the
+        role ``developer`` under its older name, for many templates drop messages of roles that they do not know."""
+        known = {name: value for name, value in message.items() if value is not None}
+        if known.get("role") == "developer" and not self._knows_developer:
+            known["role"] = "system"
+        return known
