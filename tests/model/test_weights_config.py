@@ -220,6 +220,7 @@ REFUSALS = [
     ({"num_local_experts": 8}, "num_local_experts"),
     ({"dual_chunk_attention_config": {"chunk_size": 4}}, "dual_chunk_attention_config"),
     ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
+    ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config .*not supported"),
     ({"sliding_window": 16}, "sliding_window is 16"),
     ({"architectures": ["MistralForCausalLM"], "attention_bias": True}, "attention_bias is True"),
     ({"architectures": ["MistralForCausalLM"], "mlp_bias": True}, "mlp_bias is True"),

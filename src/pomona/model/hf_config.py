@@ -87,6 +87,7 @@ _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
     "n_routed_experts": (None, 0),
+    "per_layer_config": (None, {}),
     "is_causal": (None, True),
     "use_bidirectional_attention": (None, False),
     "is_encoder_decoder": (None, False),
