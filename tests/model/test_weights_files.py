@@ -95,6 +95,18 @@ def test_any_storage_dtype_is_cast_to_the_serving_dtype(
     assert torch.equal(weights.target_weight(1, Target.Q), stored.to(dtype))
 
 
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [1e5, -1e5])
+def test_a_weight_that_float16_cannot_hold_is_refused_by_name(
+    storage_dtype: torch.dtype, value: float, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, storage_dtype=storage_dtype)
+    _rewrite(folder, lambda tensors: tensors[Q_PROJ].__setitem__((3, 5), value))
+    with pytest.raises(CheckpointError, match=rf"tensor {Q_PROJ} is not finite in float16: choose another dtype"):
+        _load(folder, torch.float16)
+    assert _load(folder, torch.bfloat16).target_weight(1, Target.Q)[3, 5] == torch.tensor(value).bfloat16()
+
+
 def test_a_tied_head_is_the_embedding_itself_whether_or_not_it_is_stored(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, tie_word_embeddings=True)
     weights = _load(tmp_path)

@@ -212,7 +212,7 @@ def load_weights(
 
     Raises:
         CheckpointError: no weights, an unreadable file, or a missing, unexpected or wrongly shaped tensor; nothing has
-            been allocated for the model unless a file breaks half-way.
+            been allocated for the model unless a file breaks half-way, or holds what ``dtype`` cannot.
     """
     files = find_files(folder)
     found = {path: describe_tensors(path) for path in files}
@@ -229,12 +229,20 @@ def load_weights(
             for name, source in read_tensors(path, wanted):
                 place = places[name]
                 place.copy_(source)
+                if dtype is torch.float16 and source.dtype is not dtype:
+                    _check_finite(path, name, place)
                 done += place.numel() * place.element_size()
                 if progress is not None:
                     progress(done, total)
         if has_spare_head:
             _check_spare_head(found, weights.embed_weight)
         return pack_weights(weights, quantization)
+
+
+def _check_finite(path: Path, name: str, place: Tensor) -> None:
+    """float16 holds less than the others: one infinity in a weight, and no logit is a number."""
+    if not all(torch.isfinite(extreme) for extreme in place.aminmax()):
+        raise CheckpointError(f"{path}: tensor {name} is not finite in float16: choose another dtype")
 
 
 def _check(
