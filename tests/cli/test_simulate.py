@@ -139,6 +139,19 @@ def test_a_trace_of_a_simulation_that_was_stopped_is_json_and_shows_what_had_not
     assert sum(event["ts"] + event["dur"] == pytest.approx(0.5e6) for event in spans) == open_requests
 
 
+def test_a_trace_shows_requests_that_were_rejected_or_failed_too(spec_file):
+    # The longest prompts do not fit, and the only replica is lost for a while with what it had.
+    losses = '[losses]\non_loss = "fail"\nnotice_s = 0\ncapacity = [[0, 1], [28.8, 0], [31, 1]]\n'
+    text = SPEC.replace("num_replicas = 2", "num_replicas = 1").replace('"p.json"', '"p.json"\nmax_model_len = 900')
+    spec_file.write_text(text + losses)
+    trace = spec_file.with_suffix(".json")
+    report = run_simulate(spec_file, SimulateOutputs(trace=trace, trace_end_s=1e6))
+    assert report.all.num_rejected > 0 < report.all.num_failed
+    events = json.loads(trace.read_text())["traceEvents"]
+    shown = {event["args"]["request"] for event in events if event.get("cat") == "request"}
+    assert shown == set(range(report.all.num_requests))
+
+
 def test_a_window_in_which_nothing_happens_is_said_to_be_empty(spec_file, capsys):
     trace = spec_file.with_suffix(".json")
     run_simulate(spec_file, SimulateOutputs(trace=trace, trace_start_s=1e6, trace_end_s=2e6))

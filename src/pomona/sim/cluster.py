@@ -224,7 +224,6 @@ class ClusterSim:
     def _end(self, member: _Member, live: _Live, reason: FinishReason) -> None:
         is_finished = reason in (FinishReason.STOP, FinishReason.LENGTH)
         number, replica_id = live.number, member.record.replica_id
-        self.ledger.last_token_s[number] = self.heap.now_s
         self.ledger.num_output_tokens[number] = live.num_delivered
         self._close(number, Ending.FINISHED if is_finished else Ending.FAILED, replica_id)
         del self._live[live.request_id]
@@ -240,8 +239,8 @@ class ClusterSim:
             self._size.release_if_drained(replica_id)
 
     def _close(self, number: int, ending: Ending, replica_id: ReplicaId) -> None:
+        self.ledger.last_token_s[number] = self._last_end_s = self.heap.now_s
         self.ledger.close(number, ending, replica_id)
-        self._last_end_s = self.heap.now_s
         self._size.note_ended(is_missed=not self.ledger.meets(number, self.config.slo))
 
     def _restart(self, live: _Live) -> None:

@@ -60,6 +60,7 @@ class Ledger:
         self.first_token_s = array("d")
         """NaN without tokens."""
         self.last_token_s = array("d")
+        """When it ended, whatever it got; NaN while it has not."""
         self.num_prompt_tokens = array("l")
         self.num_output_tokens = array("l")
         """Tokens delivered."""
