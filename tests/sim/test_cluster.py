@@ -21,6 +21,7 @@ from pomona.sim.ledger import Ending
 from pomona.sim.population import AdapterPages, AdapterPopulation
 from pomona.sim.prompts import RecordedPrompts
 from pomona.sim.replica import SimReplica
+from pomona.sim.report import make_report
 from pomona.workload.spec import WorkloadRequest
 from support.clusters import (
     check_all_finished,
@@ -234,6 +235,19 @@ def test_replicas_that_share_system_prompts_hit_them_and_affinity_hits_more():
         check_all_finished(sim, workload)
         num_computed[policy] = sum(record.num_prompt_tokens for record in sim.replicas.values())
     assert num_computed["affinity"] < num_computed["random"] < 200 * 100
+
+
+@pytest.mark.parametrize("until_s", [math.inf, 1.5])
+def test_the_throughput_over_time_is_of_the_tokens_that_came_out_then(until_s):
+    workload = steady(200, 0.0)
+    sim = simulate(make_cluster(num_replicas=1), workload, until_s)
+    report = make_report(sim, {}, 1.0, None)
+    (series,) = (series for series in report.series if series.name == "throughput")
+    width_s = 2 * series.times_s[0]
+    assert sum(series.values) * width_s == pytest.approx(sum(sim.ledger.num_output_tokens))
+    assert len(series.values) == 20
+    assert max(series.values) < 8 / 0.01  # eight sequences, and no step is shorter than this
+    assert min(series.values[:-1]) > 0
 
 
 def test_service_is_counted_by_tenant_over_time():

@@ -123,7 +123,7 @@ def _fleet_series(sim: ClusterSim) -> list[Series]:
 
 
 def _request_series(ledger: Ledger, sim: ClusterSim, duration_s: float) -> list[Series]:
-    """Figures of the requests that arrived in each of equal bins of time."""
+    """Figures of the requests that arrived in each of equal bins of time, and the tokens that came out in it."""
     num_bins = max(1, min(_NUM_BINS, len(ledger) // 10))
     width_s = duration_s / num_bins
     bins: list[list[int]] = [[] for _ in range(num_bins)]
@@ -143,5 +143,21 @@ def _request_series(ledger: Ledger, sim: ClusterSim, duration_s: float) -> list[
         Series("attainment", "%", times, attained),
         Series("goodput", "requests/s", times, tuple(summary.goodput_rps for summary in summaries)),
         Series("arrivals", "requests/s", times, tuple(summary.num_requests / width_s for summary in summaries)),
-        Series("throughput", "output tokens/s", times, tuple(summary.output_tokens_per_s for summary in summaries)),
+        Series("throughput", "output tokens/s", times, _tokens_per_s(ledger, sim.end_s, width_s, num_bins)),
     ]
+
+
+def _tokens_per_s(ledger: Ledger, end_s: float, width_s: float, num_bins: int) -> tuple[float, ...]:
+    """Output tokens per second of each bin; those of a request are taken to come evenly from its first to its end."""
+    num_tokens = [0.0] * num_bins
+    for number, count in enumerate(ledger.num_output_tokens):
+        if not count:
+            continue
+        first_s, last_s = ledger.first_token_s[number], ledger.last_token_s[number]
+        last_s = end_s if math.isnan(last_s) else last_s
+        begin, end = (min(int(time_s / width_s), num_bins - 1) for time_s in (first_s, last_s))
+        for index in range(begin, end + 1):
+            until_s = last_s if index == end else (index + 1) * width_s
+            inside_s = until_s - max(first_s, index * width_s)
+            num_tokens[index] += count * inside_s / (last_s - first_s) if begin < end else count
+    return tuple(count / width_s for count in num_tokens)
