@@ -89,6 +89,12 @@ def test_sizes_beyond_the_profiles_are_said_to_be_extrapolated(spec_file, capsys
     assert "extrapolated" not in capsys.readouterr().err
 
 
+def test_ranks_that_no_request_asks_for_are_not_extrapolated(spec_file, capsys):
+    spec_file.write_text(SPEC.replace('{ kind = "zipf", num_adapters = 20, alpha = 1.0 }', '{ kind = "base" }'))
+    run_simulate(spec_file, SimulateOutputs())
+    assert "extrapolated" not in capsys.readouterr().err
+
+
 def test_equal_specs_give_equal_results(spec_file):
     reports = [run_simulate(spec_file, SimulateOutputs()).to_json() for _ in range(2)]
     for report in reports:

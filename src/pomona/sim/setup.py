@@ -100,7 +100,8 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
         **spec.cluster.model_dump(),
     )
     cost_error = None if profile is None else profile.error.p50
-    beyond = "" if profile is None else _beyond(profile, scheduler, spec.adapters.lora_ranks)
+    asked_ranks = () if isinstance(popularity, BaseOnly) else spec.adapters.lora_ranks
+    beyond = "" if profile is None else _beyond(profile, scheduler, asked_ranks)
     return Setup(cluster, adapters, prompts, requests, num_requests, cost_error, beyond)
 
 
@@ -161,8 +162,8 @@ def _replica(spec: SimulationSpec, read_lines: ReadLines) -> tuple[SchedulerConf
 
 
 def _beyond(profile: CostProfile, scheduler: SchedulerConfig, lora_ranks: Sequence[int]) -> str:
-    largest_rank = max((adapter.lora_rank for adapter in profile.adapters), default=max(lora_ranks))
-    sizes = [("adapters.lora_ranks", max(lora_ranks), largest_rank)]
+    largest_rank = max((adapter.lora_rank for adapter in profile.adapters), default=0)
+    sizes = [("adapters.lora_ranks", max(lora_ranks, default=0), largest_rank)]
     for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs"):
         sizes.append((f"replica.{name}", getattr(scheduler, name), getattr(profile.replica, name)))
     return ", ".join(f"{name} is {size} (measured: {seen})" for name, size, seen in sizes if size > seen)
