@@ -55,6 +55,13 @@ def test_a_bad_azure_trace_is_refused_with_the_line(lines, complaint):
         read_azure(lines)
 
 
+def test_empty_lines_are_passed_over_and_counted():
+    lines = [*AZURE, "", "2023-11-16 18:15:46,7,1", "", "2023-11-16 18:15:45,7,1"]
+    with pytest.raises(ConfigError, match="line 5: its time is 1 s before"):
+        read_azure(lines)
+    assert len(read_azure(lines[:-1])) == 1
+
+
 def test_mooncake_requests_are_spread_over_their_tick_and_stay_in_order():
     lines = [
         f'{{"timestamp": {tick}, "input_length": 600, "output_length": 5, "hash_ids": [0, {number}]}}'

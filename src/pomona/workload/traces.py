@@ -88,7 +88,8 @@ def csv_rows(lines: Iterable[str], columns: Sequence[str]) -> Iterator[tuple[int
     missing = [column for column in columns if column not in names]
     if missing:
         raise fail_line(1, f"no column {missing[0]!r}: must have {', '.join(columns)}")
-    yield from enumerate(_rows(reader), 2)
+    for row in _rows(reader):
+        yield reader.line_num, row
 
 
 def _rows(reader: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
