@@ -129,6 +129,12 @@ def test_a_selection_cuts_time_and_lengths_and_runs_faster():
         TraceSelection(speed=0)
 
 
+def test_a_selection_of_nothing_says_how_long_a_part_was_asked_for():
+    rows = [TraceRow(0.0, 100, 50), TraceRow(9.0, 100, 50)]
+    with pytest.raises(ConfigError, match=r"^start_s is 2.0: the trace has no rows in the 4 s from there on$"):
+        TraceSelection(start_s=2.0, duration_s=4.0).apply(rows)
+
+
 def test_a_composed_workload_has_the_traces_times_and_the_popularitys_adapters():
     rows = [TraceRow(float(second), 10, 5) for second in range(300)]
     requests = list(compose(rows, ZipfPopularity(50, 1.0), (("a", 3.0), ("b", 1.0)), seed=1))

@@ -237,7 +237,8 @@ class TraceSelection:
             if self.start_s <= row.arrival_s < end_s
         ]
         if not chosen:
-            raise ConfigError(f"start_s is {self.start_s}: the trace has no rows from there on")
+            where = "from there on" if self.duration_s is None else f"in the {self.duration_s:g} s from there on"
+            raise ConfigError(f"start_s is {self.start_s}: the trace has no rows {where}")
         return chosen
 
 
