@@ -179,6 +179,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
         read_lines(name, tmp_path)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    (tmp_path / "own.csv").write_text("arrival_s,num_prompt_tokens,num_output_tokens\n0,5,5\n", encoding="utf-8-sig")
+    assert read_lines("own.csv", tmp_path)[0] == "arrival_s,num_prompt_tokens,num_output_tokens"
+
+
 def test_the_samples_that_there_are_are_named_when_one_is_misspelt(tmp_path):
     with pytest.raises(ConfigError, match=r"bundled samples are .*azure-conv-2023\.csv, "):
         read_lines("azure-conv-1923.csv", tmp_path)

@@ -141,7 +141,7 @@ def read_lines(name: str, folder: Path) -> list[str]:
         else:
             content = path.read_bytes()
             content = gzip.decompress(content) if path.suffix == ".gz" else content
-        return content.decode().splitlines()
+        return content.decode("utf-8-sig").splitlines()  # spreadsheets begin CSV files with a byte order mark
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
         # ValueError: text that is not UTF-8, a name with a NUL; RuntimeError: nobody's home; the rest are damaged .gz.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
