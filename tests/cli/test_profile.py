@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 
+from pomona.cli import profile as command
 from pomona.cli.config import load_config
 from pomona.cli.hub import bundled_dir
 from pomona.cli.profile import build_metered, run_profile_command
@@ -39,6 +40,13 @@ def test_a_broken_folder_is_left_out_with_a_warning_and_a_broken_adapter_is_name
 def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(tmp_path):
     with pytest.raises(ConfigError, match="--output"):
         run_profile_command(load_config({}), ProfileLimits(), tmp_path / "nowhere" / "p.json")
+
+
+def test_a_folder_is_refused_as_output_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "build_metered", lambda config: pytest.fail("measured"))
+    (tmp_path / "p.json").mkdir()
+    with pytest.raises(ConfigError, match=r"--output .*p\.json: cannot be written"):
+        run_profile_command(load_config({}), ProfileLimits(), tmp_path / "p.json")
 
 
 def test_limits_leave_something_to_measure():

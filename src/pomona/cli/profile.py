@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def run_profile_command(config: AppConfig, limits: ProfileLimits, output: Path) 
     """Measure, show what was found, write the file."""
     if output.suffix != ".json" or not output.parent.is_dir():
         raise ConfigError(f"--output {output}: must be a .json file in a folder that exists")
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise ConfigError(f"--output {output}: cannot be written; name another file")
     console = Console(stderr=True)
     parts, executor, adapters = build_metered(config)
     outcome = measure(parts, executor, adapters, limits, console)
