@@ -14,6 +14,7 @@ from rich.table import Table
 from pomona.adapters.peft_config import parse_config
 from pomona.cli.hub import bundled_dir
 from pomona.cli.llm import LLM
+from pomona.core.errors import ConfigError
 from pomona.core.request import SamplingParams
 
 _BEGIN, _END = "<!-- accuracy -->", "<!-- /accuracy -->"
@@ -86,11 +87,14 @@ def run_accuracy(dtype: str, quantization: str = "none", update: Path | None = N
         dtype: of weights and activations.
         quantization: of the base's weights.
         update: a Markdown file whose table between the ``accuracy`` markers is replaced.
+
+    Raises:
+        ConfigError: there is no such file, or it has no such markers; nothing is measured.
     """
+    around = None if update is None else _around_table(update)
     found = measure(LLM(dtype=dtype, quantization=quantization), read_tasks())
-    if update is not None:
-        before, _, rest = update.read_text().partition(_BEGIN)
-        _, _, after = rest.partition(_END)
+    if update is not None and around is not None:
+        before, after = around
         update.write_text(f"{before}{_BEGIN}\n{_markdown(found)}\n{_END}{after}")
     table = Table("adapter", "does", "exact with it", "base alone", box=None, header_style="bold")
     for row in found:
@@ -98,6 +102,18 @@ def run_accuracy(dtype: str, quantization: str = "none", update: Path | None = N
         setup = {"bench": "accuracy", "dtype": dtype, "quantization": quantization}
         sys.stdout.write(json.dumps({**setup, **asdict(row)}) + "\n")
     Console(stderr=True).print(table)
+
+
+def _around_table(file: Path) -> tuple[str, str]:
+    """What stands before and after the table that is to be replaced."""
+    try:
+        before, begin, rest = file.read_text().partition(_BEGIN)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--update {file}: cannot be read: {error}") from error
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ConfigError(f"--update {file}: must have {_BEGIN} and, after it, {_END}: the table goes between them")
+    return before, after
 
 
 def _markdown(found: list[Accuracy]) -> str:
