@@ -1,6 +1,7 @@
 """Measuring the machine's ceilings, at sizes too small to mean anything."""
 
 import json
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -60,7 +61,10 @@ def test_small_kernels_are_captured_and_launched_although_inference_mode_is_left
             test.call()
 
 
-@pytest.mark.parametrize("wrong", [{"num_runs": 0}, {"run_s": -1.0}, {"num_threads": 0}, {"device": "tpu"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_runs": 0}, {"run_s": -1.0}, {"run_s": math.nan}, {"run_s": math.inf}, {"num_threads": 0}, {"device": "tpu"}],
+)
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         CeilingsConfig(**wrong)

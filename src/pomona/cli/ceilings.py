@@ -7,6 +7,7 @@ of all tests take turns, so that a disturbed moment falls on none of them alone.
 
 import datetime
 import json
+import math
 import statistics
 import sys
 import time
@@ -62,8 +63,8 @@ class CeilingsConfig:
         """Refuse what cannot be measured."""
         for name in ("num_threads", "num_runs", "run_s"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} is {value}: must be more than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} is {value}: must be more than 0, and finite")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device is {self.device!r}: must be auto, cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
