@@ -114,6 +114,14 @@ def test_print_config_prints_a_file_that_gives_the_same_settings(tmp_path):
     assert format_config(config) == printed
 
 
+def test_print_config_prints_toml_whatever_the_values_are(tmp_path):
+    values = {"step_timeout_s": float("inf"), "served_model_name": "caf\u00e9 \N{RED APPLE}", "max_step_s": 1e-5}
+    config = load_config(values)
+    file = tmp_path / "pomona.toml"
+    file.write_text(format_config(config), encoding="utf-8")
+    assert load_config({}, file) == config
+
+
 def test_the_api_key_is_never_shown(monkeypatch):
     monkeypatch.setenv("POMONA_API_KEY", "very-secret")
     assert "very-secret" not in print_config()

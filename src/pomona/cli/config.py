@@ -260,5 +260,10 @@ def format_config(config: AppConfig) -> str:
         elif isinstance(value, SecretStr):
             lines.append(f'# {name} = "(set, not shown)"')
         else:
-            lines.append(f"{name} = {json.dumps(value)}")
+            lines.append(f"{name} = {_toml(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    """A value as TOML: JSON's spelling, but for infinity, and for characters that JSON writes as two halves."""
+    return str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
