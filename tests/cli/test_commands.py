@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.text import Text
 from typer.testing import CliRunner
 
 from pomona.accounts.accounts import Accounts
@@ -259,3 +260,9 @@ def test_settings_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path, 
 @pytest.mark.parametrize(("max_waiting", "max_choices"), [(4, 4), (1024, 256)])
 def test_no_request_has_more_choices_than_the_queue_takes(max_waiting, max_choices):
     assert serve._server_config(load_config({"max_waiting": max_waiting})).max_choices == max_choices
+
+
+def test_the_line_of_a_server_that_is_ready_shows_addresses_and_names_as_they_are():
+    running = Running("http://[fd00::1]:8000", "llama[int4]", SimpleNamespace(entries=["reverse"]))
+    shown = Text.from_markup(serve.ready_line(running), emoji=False).plain
+    assert shown.startswith("Ready at http://[fd00::1]:8000: llama[int4] and 1 adapters. ")

@@ -1,6 +1,8 @@
+import io
 import shutil
 
 import pytest
+from rich.console import Console
 
 from pomona.cli import profile as command
 from pomona.cli.config import load_config
@@ -10,6 +12,7 @@ from pomona.core.errors import ConfigError
 from pomona.profiling.profile import ProfileLimits
 from pomona.sim.profile_file import CostProfile
 from pomona.sim.step_work import StepWork
+from support.sim import make_profile
 
 
 def test_the_bundled_model_is_profiled_and_written_down(tmp_path, capsys):
@@ -23,6 +26,12 @@ def test_the_bundled_model_is_profiled_and_written_down(tmp_path, capsys):
     cost = profile.cost_model
     assert 0 < cost.seconds(StepWork(1, 1, 1, 1, 100)) < cost.seconds(StepWork(1, 1000, 0, 1, 0, 1000, 500_000))
     assert "held-out error" in capsys.readouterr().err
+
+
+def test_what_was_profiled_is_called_by_its_name():
+    console = Console(file=io.StringIO(), width=200)
+    console.print(command.render(make_profile(model="llama[int4]")))
+    assert "llama[int4] on a test: " in console.file.getvalue()
 
 
 def test_a_broken_folder_is_left_out_with_a_warning_and_a_broken_adapter_is_named(tmp_path, caplog):

@@ -95,6 +95,12 @@ def test_ranks_that_no_request_asks_for_are_not_extrapolated(spec_file, capsys):
     assert "extrapolated" not in capsys.readouterr().err
 
 
+def test_a_tenants_name_is_no_emojis_code(spec_file, capsys):
+    spec_file.write_text(SPEC.replace('"<gold>"', '"team:x:1"'))
+    run_simulate(spec_file, SimulateOutputs())
+    assert "team:x:1" in capsys.readouterr().err
+
+
 def test_equal_specs_give_equal_results(spec_file):
     reports = [run_simulate(spec_file, SimulateOutputs()).to_json() for _ in range(2)]
     for report in reports:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -32,14 +33,14 @@ def run_profile_command(config: AppConfig, limits: ProfileLimits, output: Path) 
         raise ConfigError(f"--output {output}: must be a .json file in a folder that exists")
     if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
         raise ConfigError(f"--output {output}: cannot be written; name another file")
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     parts, executor, adapters = build_metered(config)
     outcome = measure(parts, executor, adapters, limits, console)
     profile = describe(config, parts, adapters, outcome)
     output.write_text(profile.to_json())
     console.print(render(profile))
     stopped = f"Stopped after {outcome.num_points} points: {outcome.reason}. Written to {output}."
-    console.print(stopped, soft_wrap=True)
+    console.print(stopped, soft_wrap=True, markup=False)
 
 
 def build_metered(config: AppConfig) -> tuple[EngineParts, MeteredExecutor, tuple[AdapterInfo, ...]]:
@@ -134,7 +135,7 @@ def render(profile: CostProfile) -> Table:
     """The fitted model for people: microseconds per unit."""
     error = profile.error
     table = Table(
-        title=f"{profile.model} on {profile.hardware}: {error.dense}, adapters by {error.adapters}\n"
+        title=f"{escape(profile.model)} on {escape(profile.hardware)}: {error.dense}, adapters by {error.adapters}\n"
         f"held-out error p50 {error.p50:.1%}, p90 {error.p90:.1%}, max {error.max:.1%}"
     )
     table.add_column("quantity")

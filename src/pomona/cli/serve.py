@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pomona.cli.accounts import check_settings, open_accounts
@@ -62,7 +63,7 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
     Raises:
         PomonaError: a model, adapter or setting is wrong, or the port is taken.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     logging.basicConfig(
         level=config.log_level.upper(), format="%(message)s", datefmt="[%X]", handlers=[RichHandler(console=console)]
     )
@@ -95,10 +96,7 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.01)
-            console.print(
-                f"[bold green]Ready[/] at {running.url}: {base_name} and {len(running_adapters.entries)} adapters. "
-                f"Metrics at /metrics, API description at /docs. Ctrl-C stops."
-            )
+            console.print(ready_line(running))
             beside = asyncio.create_task(_run_beside(when_ready, running)) if when_ready is not None else None
             await serving
             if beside is not None:
@@ -170,13 +168,13 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        start = progress.add_task(f"{base_name}: starting", total=None)
+        start = progress.add_task(f"{escape(base_name)}: starting", total=None)
 
         def show_state(state: str) -> None:
             if not progress.live.is_started:
                 _LOGGER.info("Engine %s", state)
             else:
-                progress.update(start, description=f"{base_name}: {state}")
+                progress.update(start, description=escape(f"{base_name}: {state}"))
             if state == "ready":
                 for service in services:
                     service.restage()
@@ -197,7 +195,7 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
             await client.close()
             exits.close()
             raise
-    console.print(_summary(base_name, info))
+    console.print(_summary(base_name, info), markup=False)
     try:
         model = ServedModel(base_name, info.max_model_len, info.vocab_size, info.eos_token_ids)
         template = ChatTemplate.load(folder, tokenizer)
@@ -218,6 +216,14 @@ def _server_config(config: AppConfig) -> ServerConfig:
         service_levels=ServiceLevels(
             frozenset(config.priority_tenant), tuple(parse_targets(target) for target in config.target)
         ),
+    )
+
+
+def ready_line(running: Running) -> str:
+    """What is said, as markup, when the server answers."""
+    return (
+        f"[bold green]Ready[/] at {escape(running.url)}: {escape(running.base_name)} and "
+        f"{len(running.adapters.entries)} adapters. Metrics at /metrics, API description at /docs. Ctrl-C stops."
     )
 
 

@@ -60,7 +60,7 @@ def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
         setup = prepare(spec, lambda name: read_lines(name, spec_file.parent))
     except ConfigError as error:
         raise ConfigError(f"{spec_file}: {error}") from error
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     warn_beyond(setup.beyond_profile, console)
     report, trace_lines = simulate(spec, setup, outputs, console)
     show(report, spec_file.stem, console)
