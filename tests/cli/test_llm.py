@@ -181,6 +181,23 @@ def test_a_stream_cut_short_by_a_failure_in_another_call_says_so(llm, monkeypatc
     assert llm.generate("The quick", sampling=LONG, ignore_eos=True)[0].text == alone
 
 
+def test_an_answer_that_failed_says_why_beside_those_that_did_not(llm, monkeypatch):
+    alone = llm.generate("Many adapters", sampling=PARAMS)[0]
+    execute = ModelRunner.execute
+
+    def fail_longest(runner, plan):
+        result = execute(runner, plan)
+        longest = max(plan.seqs, key=lambda seq: seq.num_computed_tokens + seq.num_scheduled_tokens, default=None)
+        if longest is None or len(plan.seqs) == 1:
+            return result
+        return replace(result, failed={longest.request_id: "logits are not finite"})
+
+    monkeypatch.setattr(ModelRunner, "execute", fail_longest)
+    failed, fine = llm.generate(["The quick brown fox jumps over", "Many adapters"], sampling=PARAMS)
+    assert (failed.finish_reason, failed.error) == (FinishReason.FAIL, "logits are not finite")
+    assert (fine.token_ids, fine.error) == (alone.token_ids, None)
+
+
 def test_an_adapter_unloaded_while_a_stream_uses_it_goes_when_the_stream_ends(llm, base_path, tmp_path):
     adapter_id = llm.load_adapter("leaving", str(make_adapter(tmp_path / "leaving", base_path, seed=80))).adapter_id
     alone = llm.generate("The quick", adapter="leaving", sampling=LONG, ignore_eos=True)[0].text

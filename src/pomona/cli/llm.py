@@ -53,6 +53,8 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None
+    """With FinishReason.FAIL: what went wrong."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -147,7 +149,7 @@ class LLM:
             show_progress: draw a progress bar.
 
         Returns:
-            One completion per prompt, in order.
+            One completion per prompt, in order. One that the engine failed on has ``FinishReason.FAIL``, and says why.
         """
         listed = _listed(prompts)
         names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
@@ -201,7 +203,7 @@ class LLM:
         finally:
             self._abort([run])
         if run.completion.finish_reason is FinishReason.FAIL:
-            raise PomonaError(run.error or "the engine failed")
+            raise PomonaError(run.completion.error or "the engine failed")
 
     def chat(self, messages: str | Sequence[Mapping[str, Any]], **options: Any) -> Completion:
         """Answer a conversation, or a single user message. Takes the options of ``generate``.
@@ -295,8 +297,6 @@ class _Run:
     def __init__(self, request: Request, detokenizer: Detokenizer, stop: StopMatcher) -> None:
         self.request = request
         self.completion = Completion(num_prompt_tokens=len(request.prompt_token_ids))
-        self.error: str | None = None
-        """With FinishReason.FAIL: what went wrong."""
         self._detokenizer = detokenizer
         self._stop = stop
 
@@ -319,7 +319,7 @@ class _Run:
         else:
             if output.finish_reason is not None:
                 completion.finish_reason = output.finish_reason
-                self.error = output.error
+                completion.error = output.error
                 text += self._pass(self._detokenizer.flush()) + self._stop.flush()
         if completion.finish_reason is not None:
             completion.e2e_s = time.monotonic() - self.request.arrival_s
