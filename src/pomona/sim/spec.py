@@ -233,7 +233,8 @@ class SimulationSpec(_Section):
     """A simulation."""
 
     seed: int = 0
-    """Of everything that is drawn."""
+    """Of everything that is drawn, but what the router draws (``router.seed``) and where requests of a trace of format
+    mooncake come within the three seconds that it tells."""
     until_s: _Positive | None = None
     """When to stop; by default, when the last request has ended."""
     sample_interval_s: _Interval | None = None
