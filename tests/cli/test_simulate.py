@@ -53,6 +53,7 @@ def test_a_spec_becomes_a_table_json_a_page_and_a_trace(spec_file, capsys):
     assert {entry["tenant"] for entry in found["tenants"]} == {"<gold>", "free"}
     assert sum(entry["summary"]["num_requests"] for entry in found["tenants"]) == found["all"]["num_requests"]
     assert "TTFT p99 ms" in captured.err
+    assert "\ncost model: profile, median error 1.0%\n" in captured.err
     check_page(page.read_text())
     check_trace(json.loads(trace.read_text()), found)
 

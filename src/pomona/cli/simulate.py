@@ -195,6 +195,7 @@ def show(report: SimulationReport, title: str, console: Console) -> None:
         f"{report.num_preemptions} preemptions, {report.num_adapter_loads} adapter loads, "
         f"{report.num_lost_replicas} replicas lost"
     )
+    said(f"cost model: {report.cost_model}")
 
 
 def render_table(report: SimulationReport) -> Table:

@@ -62,7 +62,7 @@ def _summary(report: SimulationReport) -> str:
         ("throughput", f"{found.output_tokens_per_s:.1f} output tokens/s"),
         ("replica-hours, busy", f"{report.replica_s / 3600:.2f}, {_percent(report.busy_share)}"),
         ("preemptions, adapter loads", f"{report.num_preemptions}, {report.num_adapter_loads}"),
-        ("cost model", "data sheet" if report.cost_error is None else f"profile, median error {report.cost_error:.1%}"),
+        ("cost model", report.cost_model),
     ]  # fmt: skip
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in lines)
     return f"<table>{rows}</table>{_latencies(found)}"

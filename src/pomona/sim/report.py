@@ -58,6 +58,11 @@ class SimulationReport:
         """Simulated requests per second of wall clock."""
         return self.all.num_requests / self.wall_s if self.wall_s > 0.0 else math.inf
 
+    @property
+    def cost_model(self) -> str:
+        """Where steps' seconds come from, and how well they are known."""
+        return "data sheet" if self.cost_error is None else f"profile, median error {self.cost_error:.1%}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; what is undefined is None."""
         found: dict[str, Any] = _plain(asdict(self) | {"requests_per_wall_s": self.requests_per_wall_s})
