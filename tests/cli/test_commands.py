@@ -266,3 +266,18 @@ def test_the_line_of_a_server_that_is_ready_shows_addresses_and_names_as_they_ar
     running = Running("http://[fd00::1]:8000", "llama[int4]", SimpleNamespace(entries=["reverse"]))
     shown = Text.from_markup(serve.ready_line(running), emoji=False).plain
     assert shown.startswith("Ready at http://[fd00::1]:8000: llama[int4] and 1 adapters. ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["adapters", "list", "--url", "http://localhost:80a"], "--url 'http://localhost:80a': Invalid port"),
+        (["adapters", "list", "--api-key", "k\N{RIGHT DOUBLE QUOTATION MARK}"], "--api-key: holds characters that"),
+        (["chat", "hello", "--model", "m", "--temperature", "inf"], "this cannot be asked of a server: .* not JSON"),
+        (["tenants", "price", "--input", "nan", "--output", "1"], "this cannot be asked of a server: .* not JSON"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_server_is_one_line(server, arguments, said):
+    at = [] if "--url" in arguments else ["--url", server.url]
+    with pytest.raises(PomonaError, match=said):
+        pomona(*arguments, *at)

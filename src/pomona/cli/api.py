@@ -18,13 +18,22 @@ class ServerError(PomonaError):
 
 
 class Api:
-    """Calls one server."""
+    """Calls one server.
+
+    Raises:
+        ServerError: the address or the key can be none.
+    """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._url = url.rstrip("/")
         limits = httpx.Limits(max_keepalive_connections=0)  # a command asks seldom, and nobody closes the client
-        self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT, limits=limits)
+        try:
+            self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT, limits=limits)
+        except httpx.InvalidURL as error:
+            raise ServerError(f"--url {url!r}: {error}") from error
+        except UnicodeEncodeError as error:
+            raise ServerError("--api-key: holds characters that are not ASCII, which no key does") from error
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """One request with a JSON answer.
@@ -87,6 +96,8 @@ class Api:
             ) from error
         except httpx.HTTPError as error:
             raise ServerError(f"{self._url}: {error or type(error).__name__}") from error
+        except ValueError as error:  # a number that is not finite
+            raise ServerError(f"this cannot be asked of a server: {error}") from error
 
 
 def _message(response: httpx.Response) -> str:
