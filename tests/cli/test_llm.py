@@ -1,6 +1,8 @@
 """LLM, the offline interface: generation, streaming, adapters, stop strings."""
 
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -179,6 +181,20 @@ def test_a_stream_cut_short_by_a_failure_in_another_call_says_so(llm, monkeypatc
     with pytest.raises(PomonaError, match="the model failed: RuntimeError"):
         list(stream)
     assert llm.generate("The quick", sampling=LONG, ignore_eos=True)[0].text == alone
+
+
+def test_threads_may_share_it(llm):
+    calls = [(prompt, adapter) for prompt in ("The quick", "Many adapters") for adapter in (None, "a0", "a1", "a2")]
+    alone = [llm.generate(prompt, adapter=adapter, sampling=PARAMS)[0].token_ids for prompt, adapter in calls]
+    together = threading.Barrier(len(calls))
+
+    def ask(call):
+        together.wait()
+        return [llm.generate(call[0], adapter=call[1], sampling=PARAMS)[0].token_ids for _ in range(5)]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert list(pool.map(ask, calls)) == [[token_ids] * 5 for token_ids in alone]
+    assert num_held(llm) == 0
 
 
 def test_an_answer_that_failed_says_why_beside_those_that_did_not(llm, monkeypatch):

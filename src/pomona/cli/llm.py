@@ -6,7 +6,9 @@ llm = LLM("pippin")
 print(llm.chat("banana", adapter="reverse").text)
 """
 
+import itertools
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,7 +70,7 @@ class Completion:
 
 
 class LLM:
-    """A base model with adapters, ready to generate.
+    """A base model with adapters, ready to generate. Threads may share it: their calls become one batch.
 
     Args:
         model: a checkpoint folder, a Hugging Face hub id, or "pippin" (the bundled model with its adapters).
@@ -91,7 +93,9 @@ class LLM:
         self.chat_template = ChatTemplate.load(Path(build.model_path), self.tokenizer)
         self._eos_token_ids = parts.info.eos_token_ids
         self._catalogue = Catalogue(config.served_model_name or model_name(config.model))
-        self._num_requests = 0
+        self._numbers = itertools.count(1)
+        # Held by whoever steps the engine, or changes what it knows.
+        self._lock = threading.RLock()
         # Runs that the engine has, of every call under way. Whichever call steps the engine brings all of them forward.
         self._active: dict[RequestId, _Run] = {}
         load_all(config, self.load_adapter)
@@ -114,9 +118,11 @@ class LLM:
         """
         self._catalogue.validate_name(name)
         source = os.path.expanduser(source)
-        info = self._adapter_host.stage(sources_of_operator(source).resolve(source))
-        self._engine.register_adapter(info)
-        self._retire(self._catalogue.register(name, info, source))
+        folder = sources_of_operator(source).resolve(source)
+        with self._lock:
+            info = self._adapter_host.stage(folder)
+            self._engine.register_adapter(info)
+            self._retire(self._catalogue.register(name, info, source))
         return info
 
     def unload_adapter(self, name: str) -> None:
@@ -125,8 +131,9 @@ class LLM:
         Raises:
             ModelNotFoundError: there is none of that name.
         """
-        self._catalogue.begin_unload(name)
-        self._retire(self._catalogue.remove(name))
+        with self._lock:
+            self._catalogue.begin_unload(name)
+            self._retire(self._catalogue.remove(name))
 
     def generate(
         self,
@@ -160,13 +167,13 @@ class LLM:
             for index, (prompt, name) in enumerate(zip(listed, names, strict=True))
         ]
         waiting, num_open = deque(runs), len(runs)
-        request_ids = {run.request.request_id for run in runs}
+        request_ids = [run.request.request_id for run in runs]
         try:
             with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
                 task = progress.add_task("generating", total=len(runs))
                 while num_open:
                     self._step(waiting)
-                    num_open = len(waiting) + len(self._active.keys() & request_ids)
+                    num_open = len(waiting) + sum(request_id in self._active for request_id in request_ids)
                     progress.update(task, completed=len(runs) - num_open)
         finally:
             self._abort(runs)
@@ -243,9 +250,8 @@ class LLM:
         ignore_eos: bool,
     ) -> "_Run":
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._num_requests += 1
         request = Request(
-            request_id=RequestId(f"llm-{self._num_requests}"),
+            request_id=RequestId(f"llm-{next(self._numbers)}"),
             prompt_token_ids=tuple(token_ids),
             sampling=_resolved(sampling, index, () if ignore_eos else self._eos_token_ids),
             arrival_s=time.monotonic(),
@@ -266,29 +272,31 @@ class LLM:
 
     def _step(self, waiting: deque["_Run"]) -> None:
         """Put in what the engine takes of ``waiting``, step once, and hand every output to the run that it is for."""
-        while waiting:
-            try:
-                self._engine.add(waiting[0].request)
-            except QueueFullError:
-                break  # the rest goes in as the queue empties
-            run = waiting.popleft()
-            self._active[run.request.request_id] = run
-        for output in self._engine.step(time.monotonic()):
-            found = self._active.get(output.request_id)
-            if found is None:
-                continue  # aborted
-            found.take(output)
-            if found.completion.finish_reason is not None:
-                del self._active[output.request_id]
-                if output.finish_reason is None:  # a stop string: the engine does not know
-                    self._engine.abort(output.request_id)
-        self._unstage_drained()
+        with self._lock:
+            while waiting:
+                try:
+                    self._engine.add(waiting[0].request)
+                except QueueFullError:
+                    break  # the rest goes in as the queue empties
+                run = waiting.popleft()
+                self._active[run.request.request_id] = run
+            for output in self._engine.step(time.monotonic()):
+                found = self._active.get(output.request_id)
+                if found is None:
+                    continue  # aborted
+                found.take(output)
+                if found.completion.finish_reason is not None:
+                    del self._active[output.request_id]
+                    if output.finish_reason is None:  # a stop string: the engine does not know
+                        self._engine.abort(output.request_id)
+            self._unstage_drained()
 
     def _abort(self, runs: Sequence["_Run"]) -> None:
         """End what the engine still has of these runs."""
-        for run in runs:
-            if self._active.pop(run.request.request_id, None) is not None:
-                self._engine.abort(run.request.request_id)
+        with self._lock:
+            for run in runs:
+                if self._active.pop(run.request.request_id, None) is not None:
+                    self._engine.abort(run.request.request_id)
 
 
 class _Run:
