@@ -20,6 +20,7 @@ from pomona.core.errors import (
 )
 from pomona.core.request import FinishReason
 from pomona.runner.runner import ModelRunner
+from pomona.sched.scheduler import Scheduler
 from support.adapters import make_adapter
 from support.models import make_checkpoint
 from support.tokenizers import make_tokenizer_files
@@ -179,6 +180,23 @@ def test_a_stream_cut_short_by_a_failure_in_another_call_says_so(llm, monkeypatc
         with pytest.raises(RuntimeError, match="no memory"):
             llm.generate("Many adapters", sampling=PARAMS)
     with pytest.raises(PomonaError, match="the model failed: RuntimeError"):
+        list(stream)
+    assert llm.generate("The quick", sampling=LONG, ignore_eos=True)[0].text == alone
+
+
+def test_a_stream_is_told_of_an_interrupt_while_a_result_was_taken_in(llm, monkeypatch):
+    alone = llm.generate("The quick", sampling=LONG, ignore_eos=True)[0].text
+    stream = llm.stream("The quick", sampling=LONG, ignore_eos=True)
+    next(stream)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "_append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("Many adapters", sampling=PARAMS)
+    with pytest.raises(PomonaError, match="the model failed: KeyboardInterrupt"):
         list(stream)
     assert llm.generate("The quick", sampling=LONG, ignore_eos=True)[0].text == alone
 

@@ -73,9 +73,9 @@ class Engine:
             News of every request that has some.
 
         Raises:
-            Exception: what the executor raised. Every request has then ended with FAIL, and ``fail_all`` or the
-                next ``step`` returns those outputs. Going on needs an executor that can still follow plans, the same
-                or a new one: no sequence, adapter or KV of before is relied on.
+            Exception: what the executor raised, or what interrupted the step. Every request has then ended with FAIL,
+                and ``fail_all`` or the next ``step`` returns those outputs. Going on needs an executor that can still
+                follow plans, the same or a new one: no sequence, adapter or KV of before is relied on.
         """
         outputs, self._undelivered = self._undelivered, []
         if not self._launched and not self._scheduler.has_work:
@@ -86,11 +86,11 @@ class Engine:
             else:
                 plan = self._scheduler.schedule(now_s)
                 result = self._executor.execute(plan)
+            return outputs + self._scheduler.update(plan, result, now_s)
         except BaseException as error:  # Ctrl-C too: the scheduler waits for what the step would have brought
             self._launched.clear()
             self._undelivered = outputs + self._scheduler.fail_all(f"the model failed: {type(error).__name__}")
             raise
-        return outputs + self._scheduler.update(plan, result, now_s)
 
     def _overlapped_step(self, executor: LaunchingExecutor, now_s: float) -> tuple[StepPlan, StepResult]:
         """The result of the oldest step under way, once the one after it has been launched as well."""
