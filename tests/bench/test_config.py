@@ -32,6 +32,9 @@ def test_the_api_key_is_not_shown():
     [
         ({"base_url": "localhost:8000"}, "base_url"),
         ({"base_url": "http://me:secret@host"}, "base_url"),
+        ({"base_url": "http://127.0.0.1:80000"}, "base_url"),
+        ({"base_url": "http://[::1"}, "base_url"),
+        ({"base_url": "http://"}, "base_url"),
         ({"popularities": ()}, "popularities"),
         ({"popularities": expand_popularities("base,zipf")}, "popularity"),
         ({"group_size": 0}, "group_size"),

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pomona.core.errors import ConfigError
 from pomona.metrics.slo import Slo
@@ -28,6 +29,15 @@ def expand_popularities(names: str) -> tuple[str, ...]:
     if names == "all":
         return ALL_POPULARITIES
     return tuple(name.strip() for name in names.split(","))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        is_whole = bool(parts.hostname) and parts.port != 0  # a port beyond 65535 raises
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and is_whole and "@" not in url
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +85,8 @@ class ServeBenchConfig:
 
     def __post_init__(self) -> None:
         """Check every range once."""
-        is_http = self.base_url.startswith(("http://", "https://")) and "@" not in self.base_url
-        require("base_url", self.base_url, "an http:// or https:// address without a password", ok=is_http)
+        allowed = "an http:// or https:// address without a password"
+        require("base_url", self.base_url, allowed, ok=_is_address(self.base_url))
         if not self.popularities:
             raise ConfigError(f"popularities is empty: must be some of {', '.join(ALL_POPULARITIES)}")
         for name in self.popularities:
