@@ -19,6 +19,10 @@ def test_all_means_base_first_and_then_the_four_popularities():
     assert expand_popularities("all") == ALL_POPULARITIES
 
 
+def test_all_among_others_is_all():
+    assert expand_popularities("base, all") == ALL_POPULARITIES
+
+
 def test_several_popularities_are_joined_by_commas():
     assert expand_popularities("uniform, base") == ("uniform", "base")
 

@@ -26,9 +26,8 @@ def expand_popularities(names: str) -> tuple[str, ...]:
     Raises:
         ConfigError: a name is unknown; the message lists those that exist.
     """
-    if names == "all":
-        return ALL_POPULARITIES
-    return tuple(name.strip() for name in names.split(","))
+    listed = tuple(name.strip() for name in names.split(","))
+    return ALL_POPULARITIES if "all" in listed else listed
 
 
 def _is_address(url: str) -> bool:
