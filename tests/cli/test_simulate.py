@@ -152,6 +152,17 @@ def test_a_trace_of_a_simulation_that_was_stopped_is_json_and_shows_what_had_not
     assert sum(event["ts"] + event["dur"] == pytest.approx(0.5e6) for event in spans) == open_requests
 
 
+def test_requests_add_up_where_a_simulation_was_stopped(spec_file, capsys):
+    page = spec_file.with_suffix(".html")
+    run_simulate(spec_file, SimulateOutputs(page=page))
+    assert "not ended" not in capsys.readouterr().err + page.read_text()
+    spec_file.write_text("until_s = 0.5\n" + SPEC.replace("duration_s = 40", "duration_s = 40, speed = 100"))
+    found = run_simulate(spec_file, SimulateOutputs(page=page)).all
+    num_open = found.num_requests - found.num_finished
+    assert re.search(rf"not ended +│ +{num_open} │", capsys.readouterr().err)
+    assert f"rejected 0, failed 0, not ended {num_open}<" in page.read_text()
+
+
 def test_a_trace_shows_requests_that_were_rejected_or_failed_too(spec_file):
     # The longest prompts do not fit, and the only replica is lost for a while with what it had.
     losses = '[losses]\non_loss = "fail"\nnotice_s = 0\ncapacity = [[0, 1], [28.8, 0], [31, 1]]\n'

@@ -209,6 +209,8 @@ def render_table(report: SimulationReport) -> Table:
     table.add_row("requests", *(str(found.num_requests) for found in summaries))
     table.add_row("finished", *(str(found.num_finished) for found in summaries))
     table.add_row("rejected, failed", *(f"{found.num_rejected}, {found.num_failed}" for found in summaries))
+    if report.all.num_open:
+        table.add_row("not ended", *(str(found.num_open) for found in summaries))
     for latency in ("ttft", "tpot", "e2e"):
         for share in ("p50", "p90", "p99"):
             cells = (_milliseconds(getattr(found, f"{latency}_s"), share) for found in summaries)

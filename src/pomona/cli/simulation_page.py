@@ -57,7 +57,7 @@ def _summary(report: SimulationReport) -> str:
     lines = [
         ("simulated", f"{report.simulated_s:.1f} s in {report.wall_s:.1f} s of wall clock"),
         ("requests", f"{found.num_requests}; finished {found.num_finished}, rejected {found.num_rejected}, "
-         f"failed {found.num_failed}"),
+         f"failed {found.num_failed}" + (f", not ended {found.num_open}" if found.num_open else "")),
         ("attainment, goodput", f"{_percent(found.attainment)}, {found.goodput_rps:.2f} requests/s"),
         ("throughput", f"{found.output_tokens_per_s:.1f} output tokens/s"),
         ("replica-hours, busy", f"{report.replica_s / 3600:.2f}, {_percent(report.busy_share)}"),

@@ -182,6 +182,11 @@ class LedgerSummary:
     tpot_s: Percentiles | None
     e2e_s: Percentiles | None
 
+    @property
+    def num_open(self) -> int:
+        """Those that had not ended when the simulation stopped."""
+        return self.num_requests - self.num_finished - self.num_rejected - self.num_failed
+
 
 @dataclass(slots=True)
 class ReplicaRecord:
