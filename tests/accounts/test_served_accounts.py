@@ -101,14 +101,21 @@ async def test_what_the_scheduler_does_not_admit_is_a_row_that_costs_nothing(con
     monkeypatch.setattr(Pace, "seconds", lambda *_: 1.0)
     fairness = FairnessConfig(policy="rpm", requests_per_minute=1)
     async with serve_accounts(tmp_path, config, fairness=fairness) as served:
-        assert (await served.complete("acme")).status_code == 200
         if reason == "deadline_unreachable":
             await served.call("admin", "PATCH", "/v1/admin/tenants/bolt", {"ttft_s": 0.5})
         who = "acme" if reason == "rate_limit_exceeded" else "bolt"
-        refused = await served.complete(who)
+        served.served.executor.gate.clear()
+        first = asyncio.create_task(served.complete("acme"))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(served.complete(who))
+        await asyncio.sleep(0.1)
+        served.served.executor.gate.set()  # the first has its first token, and computes while the second comes
+        refused = await second
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, reason)
+        assert (await first).status_code == 200
         rows = await served.usage(tenant_id=who)
-        assert (rows[-1]["outcome"], rows[-1]["input_tokens"], rows[-1]["output_tokens"]) == ("reject", 0, 0)
+        costs = [(row["input_tokens"], row["output_tokens"]) for row in rows if row["outcome"] == "reject"]
+        assert costs == [(0, 0)]
         metrics = (await served.call("admin", "GET", "/metrics")).text
         assert f'pomona_requests_total{{adapter="{BASE}",finish_reason="reject"}} 1.0' in metrics
         assert 'finish_reason="abort"' not in metrics

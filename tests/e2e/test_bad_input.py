@@ -47,7 +47,7 @@ def error_of(answer):
         ("presence_penalty", 3),
         ("frequency_penalty", -3),
         ("repetition_penalty", 0),
-        ("seed", -1),
+        ("seed", -(2**63) - 1),
         ("logprobs", 1000),
         ("stop", [""]),
         ("stop_token_ids", [400]),
