@@ -167,13 +167,14 @@ class LLM:
             for index, (prompt, name) in enumerate(zip(listed, names, strict=True))
         ]
         waiting, num_open = deque(runs), len(runs)
-        request_ids = [run.request.request_id for run in runs]
+        request_ids = {run.request.request_id for run in runs}
         try:
             with Progress(console=Console(stderr=True), disable=not show_progress) as progress:
                 task = progress.add_task("generating", total=len(runs))
                 while num_open:
                     self._step(waiting)
-                    num_open = len(waiting) + sum(request_id in self._active for request_id in request_ids)
+                    with self._lock:  # counting goes through the few that run, not through all prompts
+                        num_open = len(waiting) + len(self._active.keys() & request_ids)
                     progress.update(task, completed=len(runs) - num_open)
         finally:
             self._abort(runs)
