@@ -70,6 +70,17 @@ async def test_statements_that_race_lose_no_update(config, database):
     assert 31 <= sum(counts) <= 33
 
 
+async def test_a_lease_that_others_spend_while_it_is_extended_is_extended_again(database):
+    limit = RateLimit("spent meanwhile", 64)
+    buckets = Buckets(database)
+    assert await Buckets(database).take(limit, 50) == 0
+    assert await buckets.take(limit, 1) == 0  # leases four
+    large = asyncio.create_task(buckets.take(limit, 13))
+    await asyncio.sleep(0)  # its statement, for ten, is under way
+    assert await buckets.take(limit, 3) == 0
+    assert await large > 0
+
+
 async def test_a_bucket_survives_its_process(database):
     limit = RateLimit("lasting", 10)
     assert await num_taken(Buckets(database), limit, 10) == 10

@@ -124,10 +124,12 @@ class Buckets:
         lease.num_waiting += 1
         try:
             async with lease.lock:
-                if lease.available < amount or time.monotonic() >= lease.expires_s:
+                is_stale = time.monotonic() >= lease.expires_s
+                while is_stale or lease.available < amount:  # others spend of it while it is extended
                     wait_s = await self._extend(limit, lease, amount)
                     if wait_s > 0:
                         return wait_s
+                    is_stale = False
                 lease.available -= amount
                 return 0.0
         finally:
