@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import sqlalchemy
 
 from pomona.accounts import journal as journal_module
+from pomona.accounts import ledger as ledger_module
 from pomona.accounts.accounts import Accounts, Booking
 from pomona.accounts.database import Database
-from pomona.accounts.journal import Journal, Start, Usage, dead_journals
+from pomona.accounts.journal import Journal, Start, Usage, dead_journals, remove_folder
 from pomona.accounts.ledger import Ledger
 from pomona.accounts.principal import Principal
 from pomona.accounts.usage import COLUMNS, UsageFilter, UsageStore
@@ -216,6 +219,47 @@ async def test_the_journal_of_a_living_process_is_left_alone(config, database, n
     assert rows(database) == []
 
 
+def test_a_journal_is_removed_while_others_look_for_dead_ones(tmp_path):
+    has_ended = threading.Event()
+
+    def adopt():
+        while not has_ended.is_set():
+            with dead_journals(tmp_path) as found:
+                for folder, _ in found:
+                    remove_folder(folder)
+
+    with ThreadPoolExecutor(2) as threads:
+        adopting = [threads.submit(adopt) for _ in range(2)]
+        try:
+            for index in range(200):
+                journal = Journal(tmp_path, f"p{index}")
+                journal.start(start("r"))
+                if index % 2:
+                    journal.close()
+                else:
+                    journal.remove()
+        finally:
+            has_ended.set()
+        for one in adopting:
+            one.result()
+
+
+def test_what_a_kill_leaves_of_a_journal_that_is_removed_hinders_nobody(tmp_path, monkeypatch):
+    journal = Journal(tmp_path, "p1")
+    journal.start(start("r"))
+    monkeypatch.setattr(journal_module.shutil, "rmtree", lambda folder: (folder / "progress").unlink())
+    journal.remove()
+    with dead_journals(tmp_path) as found:
+        assert found == []
+
+
+def test_the_table_of_progress_has_its_place_on_the_disk(tmp_path):
+    journal = Journal(tmp_path, "p1")
+    table = (tmp_path / "p1" / "progress").stat()
+    assert table.st_blocks * 512 >= table.st_size
+    journal.close()
+
+
 def test_a_torn_record_ends_its_segment_and_nothing_else(tmp_path):
     journal = Journal(tmp_path, "p1")
     begun = [journal.start(start(f"r{index}")) for index in range(3)]
@@ -297,6 +341,26 @@ async def test_usage_is_summed_up_by_any_columns(config):
         assert (own["outcome"], own["num_requests"]) == ("finish", 1)
         with pytest.raises(InvalidRequestError, match="group_by is 'secret'"):
             accounts.usage.sums(UsageFilter(), ["secret"])
+
+
+async def test_prices_that_change_while_they_are_read_are_read_again(config, database, new_ledger, monkeypatch):
+    ledger, read_prices = new_ledger(config), ledger_module.read_prices
+
+    def read_and_forget(connection):
+        found = read_prices(connection)
+        ledger.forget_prices()
+        return found
+
+    monkeypatch.setattr(ledger_module, "read_prices", read_and_forget)
+    ledger.begin(start("r1"), 1).close("finish", 2.0)
+    await ledger.flush()
+    monkeypatch.undo()
+    UsageStore(database).set_price("", Price(2, 2, 2))
+    entry = ledger.begin(start("r2"), 1)
+    entry.note(0, output(5, finish=FinishReason.STOP), 1.5)
+    entry.close("finish", 2.0)
+    await ledger.flush()
+    assert {row["request_id"]: row["cost_nanos"] for row in rows(database)} == {"r1": 0, "r2": 30}
 
 
 async def test_exports_hold_every_row(config):

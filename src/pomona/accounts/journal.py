@@ -114,7 +114,8 @@ class Journal:
         assert self._lock is not None, "nobody else knows of this folder"
         self._segment_bytes = segment_bytes
         with (hidden / _PROGRESS_FILE).open("w+b") as file:
-            file.truncate(_NUM_SLOTS * _SLOT.size)
+            # With all its blocks: on a disk that has become full, writing into a hole would kill the process.
+            os.posix_fallocate(file.fileno(), 0, _NUM_SLOTS * _SLOT.size)
             self._progress = mmap.mmap(file.fileno(), 0)
         hidden.rename(self.folder)
         self._free_slots = list(range(_NUM_SLOTS - 1, -1, -1))
@@ -226,8 +227,8 @@ class Journal:
 
     def remove(self) -> None:
         """Close, and remove the folder: the ledger has everything."""
+        remove_folder(self.folder)
         self.close()
-        shutil.rmtree(self.folder)
 
     def _append(self, record: Start | Usage) -> None:
         content = msgspec.msgpack.encode(record)
@@ -264,7 +265,17 @@ def _lock(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         return None
+    if not folder.exists():  # whoever held the lock has removed it
+        os.close(descriptor)
+        return None
     return descriptor
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the folder of a journal whose lock is held: at once for others, and if we are killed meanwhile."""
+    hidden = folder.with_name(f".{folder.name}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _records(path: Path, offset: int, end: int) -> Iterator[tuple[Start | Usage, int]]:

@@ -8,14 +8,13 @@ only after the commit. Journals of processes that have died are taken over by wh
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from pomona.accounts import clock
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
-from pomona.accounts.journal import Counted, Journal, Start, Usage, dead_journals
+from pomona.accounts.journal import Counted, Journal, Start, Usage, dead_journals, remove_folder
 from pomona.accounts.usage_rows import Prices, Spending, insert_usage, read_prices
 from pomona.core.errors import DatabaseUnavailableError
 from pomona.core.output import RequestOutput
@@ -151,7 +150,8 @@ class Ledger:
         self._num_adopted_rows = 0
         self._num_failed_writes = 0
         self._unwritten: list[tuple[Start, Usage]] = []
-        self._prices: Prices | None = None
+        self._prices: list[Prices] = []
+        """What holds now, if it has been read; another list after every change."""
         self._shipping = asyncio.Lock()
 
     @property
@@ -211,7 +211,7 @@ class Ledger:
 
     def forget_prices(self) -> None:
         """Read the prices again: they have changed."""
-        self._prices = None
+        self._prices = []
 
     async def run(self) -> None:
         """Move rows to the disk and to the database, until cancelled."""
@@ -281,11 +281,13 @@ class Ledger:
             self._journal.remove()
 
     async def _insert(self, rows: Sequence[Usage]) -> list[Spending]:
+        prices = self._prices  # what is read into it while it is forgotten is forgotten with it
+
         def insert() -> list[Spending]:
             with self._database.write() as connection:
-                if self._prices is None:
-                    self._prices = read_prices(connection)
-                return insert_usage(connection, rows, self._prices)
+                if not prices:
+                    prices.append(read_prices(connection))
+                return insert_usage(connection, rows, prices[0])
 
         return await self._database.run(insert)
 
@@ -298,5 +300,5 @@ class Ledger:
                         spending += insert_usage(connection, rows, read_prices(connection))
                     _LOGGER.warning("Took over %d rows of usage from a server that died", len(rows))
                 num_rows += len(rows)
-                shutil.rmtree(folder)
+                remove_folder(folder)
         return num_rows, spending
