@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -292,6 +293,37 @@ async def test_tenants_do_not_wait_for_each_others_batches(served, clients):
         stuck = await clients["acme"].batches.retrieve(stuck.id)
     assert (batch.status, batch.request_counts.completed) == ("completed", 1)
     assert (stuck.status, stuck.request_counts.completed) == ("in_progress", 1)
+
+
+@pytest.mark.parametrize("kind", ["report", "upload", "batch"])
+async def test_what_takes_long_leaves_threads_for_everything_else(served, clients, monkeypatch, kind):
+    go_on, accounts = threading.Event(), served.accounts
+    monkeypatch.setattr(accounts.usage, "sums", lambda *_: go_on.wait(20) and [])
+    monkeypatch.setattr("pomona.server.files._copy", lambda _, path: go_on.wait(20) and path.touch())
+    monkeypatch.setattr("pomona.server.batch_runner.read_lines", lambda *_: go_on.wait(20) and ([], [{}]))
+
+    async def begin(number):
+        if kind == "report":
+            await served.call("acme", "GET", "/v1/usage")
+        elif kind == "upload":
+            await clients["acme"].files.create(file=("in.jsonl", b""), purpose="batch")
+        else:
+            tenant_id, file_id = f"tenant-{number}", accounts.batches.new_file_id()
+            accounts.batches.path_of(file_id).touch()
+            accounts.tenants.create_tenant(tenant_id)
+            accounts.batches.add_file(file_id, tenant_id, "in.jsonl", "batch")
+            accounts.batches.create_batch(tenant_id, "key", "/v1/completions", file_id, None)
+            served.served.app.state.context.wake_batches.set()
+
+    async with working(served), asyncio.TaskGroup() as group:
+        for number in range(6):
+            group.create_task(begin(number))
+        await asyncio.sleep(0.5)
+        try:
+            async with asyncio.timeout(5):
+                await accounts.database.ask(accounts.database.revision)
+        finally:
+            go_on.set()
 
 
 async def test_a_spent_budget_is_a_lines_error(served, clients):

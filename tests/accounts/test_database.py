@@ -5,6 +5,7 @@ import os
 import socket
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from alembic.runtime.migration import MigrationContext
 
 from pomona.accounts import accounts as accounts_module
 from pomona.accounts import clock
+from pomona.accounts import database as database_module
 from pomona.accounts import ledger as ledger_module
 from pomona.accounts.accounts import Accounts, Booking
 from pomona.accounts.config import AccountsConfig
@@ -22,6 +24,7 @@ from pomona.accounts.database import Database
 from pomona.accounts.limiter import Scope
 from pomona.accounts.principal import Limits, Principal
 from pomona.accounts.tables import SpendingRow, Table, UsageRow
+from pomona.accounts.usage import UsageFilter, UsageStore
 from pomona.core.errors import AccountConflictError, ConfigError, DatabaseUnavailableError
 from pomona.core.ids import TenantId
 from support.driver import until
@@ -65,6 +68,35 @@ def test_processes_that_start_together_on_an_empty_database_all_find_it_migrated
     for database in databases:
         assert database.revision() == 0
         database.close()
+
+
+def test_a_process_that_starts_waits_for_another_that_migrates_for_long(postgres, monkeypatch):
+    monkeypatch.setattr(database_module, "_POSTGRESQL_WAIT_S", 1)
+    url = AccountsConfig(Path(), postgres.create_database()).url
+    first, second = Database(url), Database(url)
+    with ThreadPoolExecutor(1) as threads, first.write() as connection:
+        lock = {"lock": database_module._MIGRATION_LOCK}
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:lock)"), lock)
+        waiting = threads.submit(second.migrate)
+        time.sleep(2)
+        connection.commit()
+        waiting.result()
+    first.close()
+    second.close()
+
+
+def test_a_report_that_takes_too_long_does_not_mean_that_the_database_is_down(postgres, monkeypatch):
+    monkeypatch.setattr(database_module, "_POSTGRESQL_WAIT_S", 1)
+    database = Database(AccountsConfig(Path(), postgres.create_database()).url)
+    database.migrate()
+    usage = UsageStore(database)
+    with database.write() as connection:
+        connection.execute(sqlalchemy.text("LOCK TABLE usage IN ACCESS EXCLUSIVE MODE"))
+        for report in (lambda: usage.sums(UsageFilter(), []), lambda: list(usage.rows(UsageFilter()))):
+            with pytest.raises(DatabaseUnavailableError, match="timeout"):
+                report()
+            assert database.down_since_s is None
+    database.close()
 
 
 def test_a_new_file_that_another_process_is_writing_into_is_waited_for(tmp_path):

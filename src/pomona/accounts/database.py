@@ -21,6 +21,8 @@ from pomona.core.errors import ConfigError, DatabaseUnavailableError, InvalidReq
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _NUM_THREADS = 4
+_MAX_LONG = 2
+"""Threads with work that may take long: the others stay for what requests wait for."""
 _SQLITE_WAIT_S = 2.0
 _POSTGRESQL_WAIT_S = 3
 _ASK_LIMIT_S = 10.0
@@ -77,6 +79,7 @@ class Database:
             event.listen(self._engine, "connect", _set_up_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="pomona-database")
+        self._long = asyncio.Semaphore(_MAX_LONG)
         self.own_revisions: set[int] = set()
         """Revisions that this process has committed and not found in the database yet."""
         self.down_since_s: float | None = None
@@ -102,18 +105,23 @@ class Database:
         with self.write() as connection:
             if not self.is_sqlite:
                 connection.execute(sqlalchemy.text("SET LOCAL statement_timeout = 0"))  # a large ledger takes its time
+                connection.execute(sqlalchemy.text("SET LOCAL lock_timeout = 0"))  # and so do those who wait for it
                 connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+                connection.execute(sqlalchemy.text("SET LOCAL lock_timeout TO DEFAULT"))
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
 
     @contextlib.contextmanager
-    def read(self) -> Iterator[Connection]:
+    def read(self, *, is_report: bool = False) -> Iterator[Connection]:
         """Open a transaction that only reads.
+
+        Args:
+            is_report: it may read so much that it takes too long, which does not tell that the database is down.
 
         Raises:
             DatabaseUnavailableError: the database does not answer.
         """
-        with self._connection(is_write=False) as connection, connection.begin():
+        with self._connection(is_write=False, is_report=is_report) as connection, connection.begin():
             yield connection
 
     @contextlib.contextmanager
@@ -152,6 +160,13 @@ class Database:
         """Run blocking work in a thread. A caller that is cancelled does not stop it."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(work, *args, **kwargs))
 
+    async def run_long(
+        self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
+        """``run`` for what may take long, such as reports and large files: it leaves threads for everything else."""
+        async with self._long:
+            return await self.run(work, *args, **kwargs)
+
     async def ask(
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Result:
@@ -178,14 +193,14 @@ class Database:
         self._engine.dispose()
 
     @contextlib.contextmanager
-    def _connection(self, *, is_write: bool) -> Iterator[Connection]:
+    def _connection(self, *, is_write: bool, is_report: bool = False) -> Iterator[Connection]:
         try:
             with self._engine.connect() as connection:
                 yield connection.execution_options(pomona_write=is_write)
         except (sqlalchemy.exc.DataError, UnicodeEncodeError, OverflowError) as error:
             raise InvalidRequestError("request", "The request names something that no name can be.") from error
         except _UNAVAILABLE as error:
-            if self.down_since_s is None:
+            if self.down_since_s is None and not is_report:
                 self.down_since_s = time.monotonic()
             raise DatabaseUnavailableError(_reason(error)) from error
         self.down_since_s = None

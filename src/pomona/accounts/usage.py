@@ -75,7 +75,7 @@ class UsageStore:
         if groups:
             positions = [GROUPS[name] for name in dict.fromkeys(group_by)]
             query = query.group_by(*positions).order_by(*positions)
-        with self._database.read() as connection:
+        with self._database.read(is_report=True) as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
         # PostgreSQL sums integers as decimals.
         return [
@@ -93,7 +93,7 @@ class UsageStore:
                     (UsageRow.ended_s == last[0]) & (UsageRow.request_id > last[1])
                 )
                 query = query.where(is_later)
-            with self._database.read() as connection:
+            with self._database.read(is_report=True) as connection:
                 page = [dict(row) for row in connection.execute(query.limit(_PAGE)).mappings()]
             if page:
                 yield page

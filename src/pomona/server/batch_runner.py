@@ -121,7 +121,7 @@ class BatchRunner:
 
     async def _lines_of(self, batch: Batch) -> tuple[list[Line], Problems]:
         try:
-            return await self._accounts.database.run(read_lines, self._input_path(batch), batch.endpoint)
+            return await self._accounts.database.run_long(read_lines, self._input_path(batch), batch.endpoint)
         except (AccountNotFoundError, FileNotFoundError):
             return [], [{"code": "file_not_found", "message": "The input file is gone.", "line": None}]
 

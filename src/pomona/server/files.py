@@ -55,7 +55,7 @@ async def upload_file(request: Request) -> Response:
                 path.unlink()
                 raise
 
-        return json_answer(_card(await accounts.database.run(store)))
+        return json_answer(_card(await accounts.database.run_long(store)))
     finally:
         await upload.close()
 

@@ -32,7 +32,7 @@ async def get_usage(request: Request) -> Response:
     kind = query.get("format", "json")
     if kind == "json":
         group_by = [name for name in query.get("group_by", "").split(",") if name]
-        sums = await accounts.database.run(accounts.usage.sums, which, group_by)
+        sums = await accounts.database.run_long(accounts.usage.sums, which, group_by)
         return json_answer(
             UsageReport(
                 [
@@ -56,7 +56,7 @@ async def get_usage(request: Request) -> Response:
         raise InvalidRequestError.out_of_range("group_by", shown, f"left out: {kind} has every row, and no sums")
     pages = accounts.usage.csv(which) if kind == "csv" else accounts.usage.parquet(which)
     # The first page before the status line, so that what is wrong can still be said.
-    first = await accounts.database.run(next, pages, None)
+    first = await accounts.database.run_long(next, pages, None)
     headers = {"content-disposition": f'attachment; filename="usage.{kind}"', "cache-control": "no-store"}
     return StreamingResponse(_rest(accounts, first, pages), media_type=_MEDIA_TYPES[kind], headers=headers)
 
@@ -65,7 +65,7 @@ async def _rest(accounts: Accounts, first: bytes | None, pages: Iterator[bytes])
     page = first
     while page is not None:
         yield page
-        page = await accounts.database.run(next, pages, None)
+        page = await accounts.database.run_long(next, pages, None)
 
 
 def _filter_of(request: Request) -> UsageFilter:
