@@ -14,10 +14,12 @@ import pytest
 from pomona.accounts.batches import BatchStore
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.tables import BatchRow
+from pomona.core.errors import DatabaseUnavailableError
 from pomona.core.request import Priority
 from pomona.server.batch_files import Answer, Line, OutputFiles
 from pomona.server.batch_runner import BatchRunner, running_batches
 from support.accounts import serve_accounts
+from support.driver import until
 from support.server import BASE, listen
 
 
@@ -445,6 +447,37 @@ async def test_a_batch_goes_on_where_a_dead_process_left_it(served, clients, mon
     answers = await results(client, batch.output_file_id)
     assert [answers[f"line-{n}"]["response"] == "from before" for n in range(6)] == [True, True, *[False] * 4]
     assert len(await served.usage()) == 4
+
+
+async def test_a_process_whose_lease_has_run_out_writes_nothing_until_it_knows_that_the_batch_is_its(
+    served, clients, monkeypatch
+):
+    for module in ("accounts.batches", "server.batch_runner"):
+        monkeypatch.setattr(f"pomona.{module}.LEASE_S", 0.3)
+    client, store, executor = clients["acme"], served.accounts.batches, served.served.executor
+    executor.gate.clear()
+    update, was_asked = store.update, threading.Event()
+
+    def fail(*args, **values):
+        was_asked.set()
+        raise DatabaseUnavailableError("gone")
+
+    async with working(served):
+        batch = await start(client, lines(body()))
+        await until(lambda: served.accounts.ledger.num_open, "the line is asked")
+        monkeypatch.setattr(store, "update", fail)
+        await until(was_asked.is_set, "the lease is not renewed")
+        await asyncio.sleep(0.4)
+        claimed = store.claim("other")
+        assert claimed is not None and claimed.output_file_id is not None
+        executor.gate.set()
+        await until(lambda: served.accounts.ledger.totals()["rows"], "the line is answered")
+        await asyncio.sleep(0.2)
+        assert store.path_of(claimed.output_file_id).read_bytes() == b""
+        monkeypatch.setattr(store, "update", update)
+        batch = await until_ended(client, batch)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 1)
+    assert len(await served.usage()) == 2
 
 
 async def test_lines_of_a_batch_give_way_to_everything_else(served, clients, monkeypatch):

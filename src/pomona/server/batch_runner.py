@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -53,6 +54,8 @@ class BatchRunner:
         self._wake = wake
         self._working: dict[str, asyncio.Task[None]] = {}
         """Tenant -> work on a batch of it."""
+        self._leased_until_s: dict[str, float] = {}
+        """Batch -> monotonic time from which on another process may work on it."""
         self._requests = asyncio.Semaphore(_MAX_REQUESTS)
 
     async def run(self) -> None:
@@ -98,6 +101,7 @@ class BatchRunner:
             _LOGGER.exception("The batch %s waits: this is a bug", batch.id)
         finally:
             del self._working[batch.tenant_id]
+            self._leased_until_s.pop(batch.id, None)
             self._wake.set()
 
     async def _carry_out(self, batch: Batch) -> None:
@@ -170,6 +174,8 @@ class BatchRunner:
                 return None if now is None else _end_of(now)
 
     async def _finish(self, batch: Batch, status: str, files: OutputFiles, problems: Problems) -> None:
+        if await self._update(batch) is None:
+            return  # another process's by now, its files too
         ids: dict[str, str | None] = {"output_file_id": None, "error_file_id": None}
         for name, file_id, count in (
             ("output_file_id", files.output_id, files.num_completed),
@@ -194,11 +200,18 @@ class BatchRunner:
             await self._update(batch, status="cancelled", **values)  # that came between
 
     async def _update(self, batch: Batch, **values: Any) -> Batch | None:
-        return await self._accounts.database.run(self._store.update, batch.id, self._accounts.process_id, **values)
+        now_s = time.monotonic()
+        update = self._store.update
+        now = await self._accounts.database.run(update, batch.id, self._accounts.process_id, **values)
+        if now is not None:
+            self._leased_until_s[batch.id] = now_s + LEASE_S
+        return now
 
     async def _worker(self, batch: Batch, todo: Iterator[Line], files: OutputFiles) -> None:
         for line in todo:
             answer = await self._ask_until_answered(batch, line)
+            while time.monotonic() >= self._leased_until_s[batch.id]:
+                await asyncio.sleep(_RETRY_S)  # until the database says whose the batch is: two must not write
             files.write(line, answer)
 
     async def _ask_until_answered(self, batch: Batch, line: Line) -> Answer:
