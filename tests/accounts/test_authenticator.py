@@ -135,6 +135,15 @@ async def test_after_rotation_both_keys_are_valid_until_the_overlap_ends(account
         await accounts.change(accounts.tenants.rotate_key, new.key_id, 0.0)
 
 
+@pytest.mark.parametrize("expires_s", [None, 4e9])
+async def test_a_key_rotated_again_during_the_overlap_lives_as_long_as_the_first_one_would_have(accounts, expires_s):
+    """Whoever has not got the answer asks again."""
+    _, old = await new_key(accounts, expires_s=expires_s)
+    for _ in range(2):
+        card, _ = await accounts.change(accounts.tenants.rotate_key, old.key_id, 60.0)
+        assert card.expires_s == expires_s
+
+
 async def test_every_tenant_has_its_own_salt_unless_it_joins_a_group(accounts):
     tenants = ("acme", "bolt", "core")
     for tenant_id in tenants[1:]:

@@ -199,6 +199,9 @@ class TenantStore:
             now = now_s()
             if old.revoked_s is not None or (old.expires_s is not None and old.expires_s <= now):
                 raise AccountNotFoundError(f"The key {visible_prefix(key_id)} is no longer valid.")
+            # That of the newest, which no overlap has shortened: the old one may be rotated once more meanwhile.
+            rotation = select(KeyRow.expires_s).where(KeyRow.root_id == old.root_id)
+            expires_s = session.scalars(rotation.order_by(KeyRow.created_s.desc()).limit(1)).one()
             new = new_key()
             row = KeyRow(
                 id=new.key_id,
@@ -207,7 +210,7 @@ class TenantStore:
                 name=old.name,
                 digest=new.digest,
                 created_s=now,
-                expires_s=old.expires_s,
+                expires_s=expires_s,
                 revoked_s=None,
                 root_id=old.root_id,
                 replaces=old.id,
