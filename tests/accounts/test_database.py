@@ -99,6 +99,20 @@ def test_a_report_that_takes_too_long_does_not_mean_that_the_database_is_down(po
     database.close()
 
 
+def test_on_sqlite_too_a_start_waits_for_another_that_migrates_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(database_module, "_SQLITE_WAIT_S", 0.2)
+    first, second = Database(AccountsConfig(tmp_path).url), Database(AccountsConfig(tmp_path).url)
+    with ThreadPoolExecutor(1) as threads:
+        with first.write():
+            waiting = threads.submit(second.migrate)
+            time.sleep(1)
+        waiting.result()
+        with first.write(), pytest.raises(DatabaseUnavailableError, match="locked"), second.write():
+            pass
+    first.close()
+    second.close()
+
+
 def test_a_new_file_that_another_process_is_writing_into_is_waited_for(tmp_path):
     config = AccountsConfig(data_dir=tmp_path)
     other = sqlite3.connect(tmp_path / "accounts.db", isolation_level=None, check_same_thread=False)

@@ -28,6 +28,7 @@ _POSTGRESQL_WAIT_S = 3
 _ASK_LIMIT_S = 10.0
 _MIGRATION_LOCK = 0x706F6D6F6E61
 """Any number that nobody else locks in this database."""
+_MIGRATION_WAIT_MS = 60_000
 _UNAVAILABLE = (
     sqlalchemy.exc.OperationalError,
     sqlalchemy.exc.InterfaceError,
@@ -102,14 +103,15 @@ class Database:
 
         config = alembic.config.Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-        with self.write() as connection:
-            if not self.is_sqlite:
-                connection.execute(sqlalchemy.text("SET LOCAL statement_timeout = 0"))  # a large ledger takes its time
-                connection.execute(sqlalchemy.text("SET LOCAL lock_timeout = 0"))  # and so do those who wait for it
-                connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
-                connection.execute(sqlalchemy.text("SET LOCAL lock_timeout TO DEFAULT"))
-            config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
+        with self._connection(is_write=True) as connection:
+            if self.is_sqlite:  # another process may be at it, for longer than other transactions take
+                connection.connection.cursor().execute(f"PRAGMA busy_timeout = {_MIGRATION_WAIT_MS}")
+            with connection.begin():
+                if not self.is_sqlite:
+                    _lock_migration(connection)
+                config.attributes["connection"] = connection
+                alembic.command.upgrade(config, "head")
+            connection.invalidate()  # no other transaction waits so long
 
     @contextlib.contextmanager
     def read(self, *, is_report: bool = False) -> Iterator[Connection]:
@@ -237,3 +239,11 @@ def _reason(error: Exception) -> str:
     origin = getattr(error, "orig", None) or error
     first_line = str(origin).strip().partition("\n")[0]
     return f"the accounts database does not answer: {type(origin).__name__}: {first_line}"
+
+
+def _lock_migration(connection: Connection) -> None:
+    # Neither those who wait nor the one that moves a large ledger have the limits of other statements.
+    for statement in ("SET LOCAL statement_timeout = 0", "SET LOCAL lock_timeout = 0"):
+        connection.execute(sqlalchemy.text(statement))
+    connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _MIGRATION_LOCK})
+    connection.execute(sqlalchemy.text("SET LOCAL lock_timeout TO DEFAULT"))
