@@ -11,6 +11,7 @@ import pytest
 
 from pomona.server.config import ServerConfig
 from pomona.server.connections import ConnectionLimits, GuardedProtocol
+from support.driver import until
 from support.server import BASE, listen, serve
 
 LIMITS = ConnectionLimits(
@@ -80,6 +81,16 @@ async def test_the_second_request_of_a_connection_has_a_clock_of_its_own(url):
         assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
 
 
+async def test_empty_lines_do_not_keep_a_connection(url):
+    async with Client(url) as client:
+        client.send(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n")
+        await client.reader.readuntil(b"}")
+        for _ in range(4):
+            client.send(b"\r\n")
+            await asyncio.sleep(0.05)
+        assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
+
+
 async def test_a_body_that_never_ends_is_refused(url):
     async with Client(url) as client:
         client.send(HEAD + b"content-length: 1000\r\n\r\n{")
@@ -143,6 +154,46 @@ async def test_a_client_that_does_not_read_is_let_go_of_and_nothing_is_left_of_i
         client.writer.transport.resume_reading()
         assert b"[DONE]" not in await client.rest()
         await served.until_idle()
+
+
+async def test_a_client_that_leaves_the_end_of_an_answer_unread_is_let_go_of_too(tmp_path):
+    made: list[Impatient] = []
+
+    class Noted(Impatient):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            made.append(self)
+
+    async with serve(tmp_path) as served, listen(served.app, protocol=Noted) as url, Client(url) as client:
+        client.writer.transport.pause_reading()
+        num_unread = 0
+        for num_answers in range(1, 5000):
+            client.send(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n")
+            await until(lambda: bool(made) and made[0].server_state.total_requests >= num_answers, "an answer")  # noqa: B023
+            await asyncio.sleep(0.005)
+            num_unread = made[0].transport.get_write_buffer_size()
+            if num_unread:
+                break
+        assert 0 < num_unread < 2**16
+        # uvicorn closes idle connections, but what is unread would keep it open for ever.
+        await until(lambda: not made[0].connections, "the connection is gone")
+
+
+async def test_a_client_that_goes_away_with_a_further_request_behind_the_one_that_runs_ends_both(tmp_path):
+    body = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    request = HEAD + b"content-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
+    async with serve(tmp_path) as served, listen(served.app) as url:
+        served.executor.pause_at_token = 10
+        async with Client(url) as client:
+            client.send(request)
+            await client.reader.readuntil(b"data:")
+            client.send(request)
+            await until(lambda: not served.executor.gate.is_set(), "it runs")
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)
+        served.executor.gate.set()
+        await served.until_idle()
+        assert served.client.stats().num_output_tokens < 400
 
 
 async def test_a_thousand_idle_connections_stop_nobody(tmp_path):

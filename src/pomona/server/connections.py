@@ -5,10 +5,11 @@ that does not read its answer, and on the number of connections.
 """
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _TIMEOUT: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -21,7 +22,7 @@ class ConnectionLimits:
     max_head_bytes: int = 64 * 1024
     """Request line and headers."""
     head_timeout_s: float = 10.0
-    """For the head, from its first byte or, on a new connection, from its opening."""
+    """For the head, from its first byte or, on a new connection, from its opening; empty lines before it count."""
     body_timeout_s: float = 30.0
     """For every further ``body_chunk_bytes`` of a body, and for its rest."""
     body_chunk_bytes: int = 64 * 1024
@@ -47,6 +48,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock."""
         super().connection_made(transport)
+        self._unanswered: deque[RequestResponseCycle] = deque()
+        # The clock of a client that does not read runs from the first byte that waits: also of one that is closed.
+        transport.set_write_buffer_limits(high=0)
         if len(self.connections) > self.limits.max_connections:
             transport.abort()
             return
@@ -57,12 +61,18 @@ class GuardedProtocol(HttpToolsProtocol):
         self._expect(None)
         self._stop_write_timer()
         super().connection_lost(exc)
+        # uvicorn tells the latest request; the one that is being answered may be before it.
+        for cycle in self._unanswered:
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         """Count what belongs to the head."""
         if self._is_in_head:
             self._num_head_bytes += len(data)
         super().data_received(data)
+        if self._read_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect(self.limits.head_timeout_s)  # empty lines, which begin no head
         if self._is_in_head and self._num_head_bytes > self.limits.max_head_bytes:
             self._refuse(_TOO_LARGE)
 
@@ -94,6 +104,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._expect(self.limits.body_timeout_s)
         super().on_headers_complete()
+        while self._unanswered and self._unanswered[0].response_complete:
+            self._unanswered.popleft()
+        self._unanswered.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Give a client that goes on sending more time."""
