@@ -127,6 +127,30 @@ async def test_two_names_may_mean_the_same_bytes_and_one_may_go(served: Served):
     assert served.client._parts.adapter_host.staged == set()
 
 
+async def test_bytes_that_one_name_leaves_and_another_takes_at_the_same_time_stay(served: Served, monkeypatch):
+    first = adapter_id_of(await _load(served, "a", "one"))
+    lanes, num_read, gate = served.adapters._loading.lanes, 0, asyncio.Event()
+    run = lanes.run
+
+    async def run_and_wait(lane, *args, **fields):
+        nonlocal num_read
+        result = await run(lane, *args, **fields)
+        if lane == "release":
+            num_read += 1
+            await gate.wait()
+        return result
+
+    monkeypatch.setattr(lanes, "run", run_and_wait)
+    leaving = asyncio.create_task(_load(served, "a", "two"))
+    await until(lambda: num_read == 1, "the first is about to mean other bytes")
+    taking = asyncio.create_task(_load(served, "b", "one"))
+    await until(lambda: num_read == 2, "the second is about to mean those")
+    gate.set()
+    assert adapter_id_of(await taking) == first
+    await leaving
+    assert served.adapters.host.is_staged(first)
+
+
 async def test_unloading_frees_and_forgets(served: Served):
     await _load(served, "team/a", "one")
     response = await served.http.delete("/v1/adapters/team/a")

@@ -285,6 +285,42 @@ async def test_an_unload_while_adapters_are_staged_again_stops_no_others(tmp_pat
                 await asyncio.sleep(0.02)
 
 
+async def test_a_name_that_was_loaded_anew_while_adapters_are_staged_again_is_not_served_as_it_was(
+    tmp_path: Path, monkeypatch
+):
+    for name, seconds in (("a", 0.4), ("b", 0.4), ("new" * 50, 0.0), ("other" * 30, 0.0)):
+        make_adapter(tmp_path / name[:5], name, seconds=seconds)
+    async with served_folder(tmp_path, host_adapter_bytes=200) as (served, _):
+        for name in "ab":
+            await _text(served, name)
+        monkeypatch.setattr(type(served.client), "num_restarts", 1)
+        served.adapters.restage()
+        # The new one is the first version under its name, as the old one was.
+        assert (await served.http.delete("/v1/adapters/b")).status_code == 200
+        body = {"name": "b", "source": str(tmp_path / "newne")}
+        assert (await served.http.post("/v1/adapters", json=body)).status_code == 200
+        await until(lambda: served.adapters.record("a").num_loads == 2, "the first is staged again")
+        await _text(served, "other")  # the new one has to go for it
+        assert await _text(served, "b") == await _text(served, "newne")
+
+
+async def test_what_was_at_the_source_of_before_says_nothing_of_a_name_that_was_loaded_anew(tmp_path: Path):
+    make_adapter(tmp_path / "a", seconds=0.3)
+    (tmp_path / "a" / "weights").unlink()
+    for name in ("new", "other"):
+        make_adapter(tmp_path / name, name * 100)
+    async with served_folder(tmp_path, host_adapter_bytes=520) as (served, _):
+        early = asyncio.create_task(_ask(served, "a"))
+        await until(lambda: served.adapters.num_waiting == 1, "the request waits")
+        body = {"name": "a", "source": str(tmp_path / "new")}
+        assert (await served.http.post("/v1/adapters", json=body)).status_code == 200
+        assert (await early).status_code == 404
+        assert (await _card(served, "a"))["error"] is None
+        await _text(served, "other")
+        assert len(_staged(served)) == 1  # it had to go, and is brought in again
+        await _text(served, "a")
+
+
 async def test_a_request_for_a_name_that_is_being_unloaded_does_not_bring_it_back(tmp_path: Path):
     make_adapter(tmp_path / "a", "a")
     async with served_folder(tmp_path) as (served, store):

@@ -178,6 +178,10 @@ class Catalogue:
         """True if there is such a name, in any state."""
         return name in self._entries
 
+    def is_current(self, entry: CatalogueEntry) -> bool:
+        """True if an entry's name still means what the entry says."""
+        return self._entries.get(entry.name) == entry
+
     def names_of(self, adapter_id: AdapterId) -> tuple[str, ...]:
         """Every name that means an adapter, sorted."""
         return tuple(sorted(self._names.get(adapter_id, ())))

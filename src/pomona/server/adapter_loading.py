@@ -213,8 +213,9 @@ class AdapterLoading:
             info = await self.fetch_and_stage(entry, self.sources_of(entry.name))
             self.count_success(record)
         except AdapterError as error:
-            record.fail(error, time.monotonic())
             self.num_failures += 1
+            if self._catalogue.is_current(entry):  # else what the name means now has not failed
+                record.fail(error, time.monotonic())
             _LOGGER.warning("Adapter %s cannot be brought in: %s", entry.name, error)
             raise
         finally:
@@ -254,8 +255,7 @@ class AdapterLoading:
             if not is_corrupt and entry.expected_id in (None, info.adapter_id):
                 return info
             self.host.release(info.adapter_id)
-            if info.adapter_id not in self._catalogue.adapter_ids:
-                self._tasks.spawn(self.host.free(info.adapter_id))
+            self._tasks.spawn(self._free(info.adapter_id))
             if not is_corrupt or is_last_try:
                 raise AdapterError(
                     f"its source holds other bytes ({info.adapter_id[:12]}) than those that were asked for "
@@ -268,10 +268,15 @@ class AdapterLoading:
         if info.adapter_id in self._catalogue.adapter_ids:
             self.host.want(info.adapter_id)
         else:
-            self._tasks.spawn(self.host.free(info.adapter_id))
+            self._tasks.spawn(self._free(info.adapter_id))
         if orphan is not None:
-            self._tasks.spawn(self.host.free(orphan))
+            self._tasks.spawn(self._free(orphan))
         self.apply_pins()
+
+    async def _free(self, adapter_id: AdapterId) -> None:
+        """Free an adapter that no name means, unless one has come to mean it before this begins."""
+        if adapter_id not in self._catalogue.adapter_ids:
+            await self.host.free(adapter_id)
 
     @property
     def _max_pinned_bytes(self) -> float:

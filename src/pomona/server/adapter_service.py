@@ -354,8 +354,8 @@ class AdapterService:
 
     async def _restage(self, entries: list[CatalogueEntry]) -> None:
         for entry in entries:
-            is_there = self._catalogue.has(entry.name)  # else it was unloaded while others were staged
-            if is_there and entry.info is not None and not self.host.is_staged(entry.info.adapter_id):
+            is_current = self._catalogue.is_current(entry)  # else it was unloaded or replaced while others were staged
+            if is_current and entry.info is not None and not self.host.is_staged(entry.info.adapter_id):
                 with contextlib.suppress(AdapterError, EngineUnavailableError):
                     await asyncio.shield(self._loading.begin(entry).task)
 
