@@ -133,6 +133,19 @@ def test_a_lost_replicas_requests_go_on_elsewhere_without_repeating_what_was_del
     assert 2.0 < sim.ledger.last_token_s[0] < 2.0 + lonely.ledger.last_token_s[0]
 
 
+def test_what_was_delivered_before_a_loss_counts_although_no_other_replica_takes_the_rest():
+    losses = LossConfig(capacity=((0.0, 2), (0.3, 1)), notice_s=0.0)
+    config = make_cluster(scheduler=make_cluster_scheduler(max_waiting=1), losses=losses)
+    sim = simulate(config, steady(12, 0.01, num_output_tokens=50))
+    ledger = sim.ledger
+    broken_off = [number for number in ledger.numbers() if ledger.ending[number] == Ending.FAILED]
+    assert broken_off
+    assert all(ledger.num_output_tokens[number] and ledger.num_restarts[number] for number in broken_off)
+    served = [number for number in ledger.numbers() if ledger.num_output_tokens[number]]
+    delivered = sum(ledger.num_prompt_tokens[number] + 2 * ledger.num_output_tokens[number] for number in served)
+    assert sum(sim.service.values()) == delivered
+
+
 def test_requests_of_a_lost_replica_may_be_made_to_fail():
     config = make_cluster(
         num_replicas=1, losses=LossConfig(capacity=((0.5, 0), (0.6, 1)), notice_s=0.0, on_loss="fail")

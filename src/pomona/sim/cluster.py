@@ -223,9 +223,8 @@ class ClusterSim:
 
     def _end(self, member: _Member, live: _Live, reason: FinishReason) -> None:
         is_finished = reason in (FinishReason.STOP, FinishReason.LENGTH)
-        number, replica_id = live.number, member.record.replica_id
-        self.ledger.num_output_tokens[number] = live.num_delivered
-        self._close(number, Ending.FINISHED if is_finished else Ending.FAILED, replica_id)
+        replica_id = member.record.replica_id
+        self._close(live, Ending.FINISHED if is_finished else Ending.FAILED, replica_id)
         del self._live[live.request_id]
         self._fleet.ended(replica_id, live.route)
 
@@ -233,12 +232,15 @@ class ClusterSim:
         del error
         live = self._live.pop(request.request_id, None)
         if live is not None:
-            self._close(live.number, Ending.REJECTED, replica_id)
+            # What was admitted before it began again here is no longer refused, but broken off.
+            self._close(live, Ending.FAILED if live.num_delivered else Ending.REJECTED, replica_id)
             self._fleet.ended(replica_id, live.route)
             self.serve_waiting()
             self._size.release_if_drained(replica_id)
 
-    def _close(self, number: int, ending: Ending, replica_id: ReplicaId) -> None:
+    def _close(self, live: _Live, ending: Ending, replica_id: ReplicaId) -> None:
+        number = live.number
+        self.ledger.num_output_tokens[number] = live.num_delivered
         self.ledger.last_token_s[number] = self._last_end_s = self.heap.now_s
         self.ledger.close(number, ending, replica_id)
         self._size.note_ended(is_missed=not self.ledger.meets(number, self.config.slo))
@@ -287,8 +289,7 @@ class ClusterSim:
                 self._restart(live)
                 self._route(live)
             else:
-                self.ledger.num_output_tokens[live.number] = live.num_delivered
-                self._close(live.number, Ending.FAILED, replica_id)
+                self._close(live, Ending.FAILED, replica_id)
 
     def busy_s(self, replica_id: ReplicaId) -> float:
         """See ``ReplicaHost``."""
