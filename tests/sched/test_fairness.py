@@ -303,6 +303,19 @@ def test_blocks_that_the_waiting_one_shares_itself_are_not_wanted_as_well():
     harness.run()
 
 
+def test_nobody_makes_way_in_vain_for_one_that_would_leave_the_others_no_room_to_grow():
+    harness = make_harness("vtc", max_num_seqs=8, num_kv_blocks=12, max_num_batched_tokens=64, reserve_steps=8)
+    for name, level in (("a1", Priority.INTERACTIVE), ("a2", Priority.INTERACTIVE), ("b1", Priority.BATCH)):
+        add(harness, name, prompt=4 if name != "b1" else 12, max_tokens=4, priority=level)
+    harness.step()
+    # Five blocks are in use. Without b1's three there would be eight for c1 and two more, where four are reserved.
+    add(harness, "c1", prompt=32, max_tokens=4, priority=Priority.INTERACTIVE)
+    harness.step()
+    assert set(harness.scheduled()) == {"a1", "a2", "b1"}
+    harness.run()
+    assert harness.engine.stats().num_preemptions == 0
+
+
 def test_a_request_that_would_miss_its_target_is_refused_when_it_comes():
     harness = make_harness("fcfs")
     for index in range(20):

@@ -326,6 +326,19 @@ def test_a_more_urgent_request_takes_the_pages_that_kv_of_less_urgent_ones_holds
     harness.run()
 
 
+def test_a_more_urgent_request_takes_the_room_of_less_urgent_ones_adapters():
+    harness = make_harness(num_kv_blocks=6, max_model_len=24, enable_prefix_cache=False)
+    batch, urgent = (ServiceLevel(priority=one) for one in (Priority.BATCH, Priority.INTERACTIVE))
+    add(harness, "goes on", blocks=3, max_tokens=4, level=urgent, tenant="q")
+    for name in ("x", "y"):
+        add(harness, f"batch {name}", name, level=batch, tenant="p")
+    harness.step()
+    add(harness, "urgent", blocks=4, level=urgent, tenant="q")
+    harness.step()
+    assert set(harness.scheduled()) == {"goes on", "batch x", "urgent"}, "in a block free, batch y's and a page"
+    harness.run()
+
+
 def test_nobody_is_preempted_for_a_page_that_somebody_else_goes_on_using():
     harness = make_harness(num_adapter_pages=1, adapter_wait_limit_s=1e9, enable_prefix_cache=False)
     batch, interactive = (ServiceLevel(priority=one) for one in (Priority.BATCH, Priority.INTERACTIVE))

@@ -81,20 +81,24 @@ class Claims:
 
     def for_room(
         self, seq: Sequence, found: list[BlockId], running: list[Sequence], chosen: list[Sequence]
-    ) -> Iterator[Sequence]:
+    ) -> list[Sequence]:
         """Running sequences to preempt, one by one, until the waiting one has a place, and blocks beside those that it
         found. None if all of them together would not do."""
-        num_blocks = -(-len(seq.token_ids) // self._config.block_size)
-        debtors = self._debtors(seq, running, chosen, has_seat=num_blocks <= self._share(self._config.num_kv_blocks))
-        num_free = self._memory.num_free_blocks_beside(self._memory.num_pages_to_pin(seq.request.adapter_id))
-        num_missing = num_blocks - len(found) - (num_free - self._pool.num_idle(found))
-        tables = [one.block_ids for one in debtors]
+        config, memory, pool = self._config, self._memory, self._pool
+        num_blocks = -(-len(seq.token_ids) // config.block_size)
+        debtors = self._debtors(seq, running, chosen, has_seat=num_blocks <= self._share(config.num_kv_blocks))
+        going = list(self._that_go(debtors, seq.account))
+        num_free = memory.num_free_blocks_beside(memory.num_pages_to_pin(seq.request.adapter_id))
+        num_missing = num_blocks - len(found) - (num_free - pool.num_idle(found))
+        num_missing += config.num_reserved_blocks(len(running) - len(going))
+        if not pool.is_confined:
+            unpinned = (one for one in self._adapters_held(going) if one != seq.request.adapter_id)
+            num_missing -= pool.blocks_per_page * sum(map(self._adapters.num_pages_of, unpinned))
+        tables = [one.block_ids for one in going]
         # The sum is cheap, and at least as much: it counts what they share several times.
-        if num_missing > sum(map(len, tables)) or num_missing > self._memory.num_blocks_held(tables, found):
-            return
-        for debtor in debtors:
-            if self._still_owes(debtor.account, seq.account):
-                yield debtor
+        if num_missing > sum(map(len, tables)) or num_missing > memory.num_blocks_held(tables, found):
+            return []
+        return going
 
     def for_pages(self, seq: Sequence, running: list[Sequence], chosen: list[Sequence]) -> list[Sequence]:
         """Running sequences to preempt so that the waiting one's adapter can be loaded; none if that cannot be had."""
@@ -125,24 +129,26 @@ class Claims:
         """What comes back once some of the debtors go: those who hold it, and how many pages it is. An adapter, or a
         page lent to KV, that somebody goes on using is not among it."""
         adapters, pool = self._adapters, self._pool
-        adapter_users: dict[AdapterId, list[Sequence]] = {}
         page_users: dict[PageId, list[Sequence]] = {}
-        for debtor in debtors:
-            if debtor.request.adapter_id is not None:
-                adapter_users.setdefault(debtor.request.adapter_id, []).append(debtor)
-            if adapters.num_lent_pages:
-                for block_id in debtor.block_ids:
-                    if (page_id := pool.page_of(block_id)) is not None:
-                        page_users.setdefault(page_id, []).append(debtor)
-        return [
-            (users, adapters.num_pages_of(adapter_id))
-            for adapter_id, users in adapter_users.items()
-            if len(users) == adapters.num_pins_of(adapter_id)
-        ] + [
+        for debtor in debtors if adapters.num_lent_pages else ():
+            for block_id in debtor.block_ids:
+                if (page_id := pool.page_of(block_id)) is not None:
+                    page_users.setdefault(page_id, []).append(debtor)
+        adapter_users = self._adapters_held(debtors)
+        return [(users, adapters.num_pages_of(adapter_id)) for adapter_id, users in adapter_users.items()] + [
             (list(dict.fromkeys(users)), 1)
             for page_id, users in page_users.items()
             if len(users) == pool.num_refs_in(page_id)
         ]
+
+    def _adapters_held(self, debtors: list[Sequence]) -> dict[AdapterId, list[Sequence]]:
+        """Adapters that nobody else uses, and which of the debtors do."""
+        users: dict[AdapterId, list[Sequence]] = {}
+        for debtor in debtors:
+            if debtor.request.adapter_id is not None:
+                users.setdefault(debtor.request.adapter_id, []).append(debtor)
+        num_pins_of = self._adapters.num_pins_of
+        return {adapter_id: mine for adapter_id, mine in users.items() if len(mine) == num_pins_of(adapter_id)}
 
     def _debtors(
         self, seq: Sequence, running: list[Sequence], chosen: list[Sequence], *, has_seat: bool
@@ -162,8 +168,14 @@ class Claims:
         ]
         return sorted(found, key=queue.preemption_key, reverse=True)
 
-    def _still_owes(self, account: Account, waiting: Account) -> bool:
-        return self._queue.must_yield(account, waiting) or self._queue.gives_seat(account, waiting)
+    def _that_go(self, debtors: list[Sequence], waiting: Account) -> Iterator[Sequence]:
+        """Those of the debtors that make way if all have to: a tenant that only gives a seat keeps one itself."""
+        num_gone: Counter[Account] = Counter()
+        for one in debtors:
+            account = one.account
+            if self._queue.must_yield(account, waiting) or num_gone[account] + 1 < account.num_running:
+                num_gone[account] += 1
+                yield one
 
     def _must_yield_to_any(self, account: Account, waiting: list[Account]) -> bool:
         return any(self._queue.must_yield(account, one) for one in waiting)

@@ -81,6 +81,10 @@ class SchedulerConfig:
         if self.max_step_s is not None and not 0.0 < self.max_step_s < math.inf:
             raise ConfigError(f"max_step_s is {self.max_step_s}: must be a positive number")
 
+    def num_reserved_blocks(self, num_running: int) -> int:
+        """Blocks that so many running sequences keep to grow into when another one is admitted."""
+        return -(-num_running * self.reserve_steps // self.block_size)
+
     @property
     def max_lead(self) -> float:
         """Service that a tenant may be ahead of one that waits: as set, or what the KV cache can hold (M of the VTC

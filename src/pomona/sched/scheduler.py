@@ -441,7 +441,7 @@ class Scheduler:
         if len(self._running) == config.max_num_seqs:
             return False
         num_new = -(-len(seq.token_ids) // config.block_size) - len(found)
-        num_reserved = -(-len(self._running) * config.reserve_steps // config.block_size)
+        num_reserved = config.num_reserved_blocks(len(self._running))
         num_free = self._memory.num_free_blocks_beside(self._memory.num_pages_to_pin(seq.request.adapter_id))
         return num_new + num_reserved <= num_free - self._pool.num_idle(found)
 
