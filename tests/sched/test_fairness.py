@@ -216,6 +216,30 @@ def test_pages_are_charged_when_copied_and_while_held():
     harness.run()
 
 
+def test_tenants_that_take_turns_for_the_price_of_pages_come_to_an_end():
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 4, "num_kv_blocks": 7}
+    harness = make_harness("vtc", prices=ServicePrices(per_page_second=3.0), max_lead=5.0, **limits)
+    for name in ("a1", "b1"):
+        harness.register(name)
+        prompt = range(100 * len(harness.requests), 100 * len(harness.requests) + 20)
+        harness.add(make_request(name, prompt, 4, adapter=name, tenant=name[0]))
+    for _ in range(100):
+        harness.step(1.0)
+    assert harness.alive == [], "one fits at a time, and holds its page for longer than the lead before its first token"
+
+
+def test_pages_are_charged_also_if_no_step_could_be_planned_ahead():
+    prices = ServicePrices(per_page_second=1.0)
+    harness = make_harness("vtc", prices=prices, adapter_loading="assist", overlap_steps=True, copy_steps=3)
+    harness.register("a")
+    harness.add(make_request("a1", 3, 4, adapter="a", tenant="a"))
+    while not harness.tokens("a1"):
+        harness.step(1.0)  # its prompt is computed from the host copy; until that has been made there is nothing else
+    harness.step(1.0)
+    assert account(harness, "a").counter == 3 + 2 + 1.0
+    harness.run()
+
+
 def test_a_tenant_too_far_ahead_makes_way_without_waiting_for_its_end():
     harness = make_harness("vtc", max_lead=20.0, max_num_seqs=2)
     for name in ("a1", "a2", "a3"):

@@ -21,7 +21,7 @@ class Account:
         "_num_pins",
         "_settled_s",
         "counter",
-        "is_computing",
+        "is_sampled",
         "num_held_pages",
         "num_running",
         "num_waiting",
@@ -45,8 +45,8 @@ class Account:
         """Prompt tokens of its waiting requests."""
         self.num_held_pages = 0
         """Pages of the distinct adapters that its running sequences pin."""
-        self.is_computing = False
-        """True if any of its sequences has a part in the latest step."""
+        self.is_sampled = False
+        """True if any of its sequences gets a token from the latest step."""
         self._num_pins: dict[AdapterId, int] = {}
         self._settled_s = 0.0
         self._last_outputs: deque[int] = deque(maxlen=_NUM_REMEMBERED_OUTPUTS)
@@ -75,8 +75,9 @@ class Account:
             self.num_held_pages -= num_pages
 
     def settle(self, now_s: float, per_page_second: float) -> None:
-        """Charge for the adapter pages held since the last time, unless nothing was computed for the tenant: set aside,
-        or left out because a higher class takes whole steps, it gets nothing from the pages that it keeps."""
-        if self.num_held_pages and self.is_computing:
+        """Charge for the adapter pages held since the last time, unless the tenant got no token: set aside, or left out
+        because a higher class takes whole steps, it gets nothing from the pages that it keeps; and input has a price of
+        its own."""
+        if self.num_held_pages and self.is_sampled:
             self.counter += per_page_second * self.num_held_pages * (now_s - self._settled_s) / self.weight
         self._settled_s = now_s

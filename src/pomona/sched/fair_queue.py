@@ -202,12 +202,13 @@ class FairQueue:
             for account in self.running:
                 account.settle(now_s, price)
 
-    def note_computing(self, chosen: Iterable[Sequence]) -> None:
-        """Note whose sequences compute in the step that begins: pages are charged to them alone."""
+    def note_sampled(self, chosen: Iterable[Sequence]) -> None:
+        """Note who gets tokens from the step that begins: pages are charged to them alone. Were pages charged for while
+        a prompt is computed, two tenants could be preempted for each other before either had a token, for ever."""
         for account in self.running:
-            account.is_computing = False
+            account.is_sampled = False
         for seq in chosen:
-            seq.account.is_computing = True
+            seq.account.is_sampled |= seq.scheduled.is_sampled
 
     def must_yield(self, account: Account, waiting: Account) -> bool:
         """True if running sequences of one account have to make way for a waiting one of another: they are of a lower

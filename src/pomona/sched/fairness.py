@@ -34,7 +34,8 @@ class ServicePrices:
     per_page_loaded: float = 0.0
     """Adapter page (a fixed number of bytes) copied to the device because the request needed it."""
     per_page_second: float = 0.0
-    """Adapter page (a fixed number of rank rows) times seconds that the tenant's running requests keep it there."""
+    """Adapter page (a fixed number of rank rows) times seconds that the tenant's running requests keep it there, in
+    steps that bring it a token."""
 
     def __post_init__(self) -> None:
         """Check every price once."""

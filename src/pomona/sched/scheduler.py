@@ -188,8 +188,6 @@ class Scheduler:
         for seq in self._preempted:
             self._queue.requeue(seq)
         self._preempted.clear()
-        if self._queue.config.prices.per_page_second:
-            self._queue.note_computing(chosen)
         return chosen
 
     def _settle(self, now_s: float) -> None:
@@ -213,6 +211,8 @@ class Scheduler:
         """Write down what was decided."""
         if self._queue.has_targets or self.config.max_step_s is not None:
             self._pace.observe(now_s, len(chosen), sum(seq.scheduled.num_scheduled_tokens for seq in chosen))
+        if self._queue.config.prices.per_page_second:
+            self._queue.note_sampled(chosen)
         # A stable sort: rows of one adapter stand together, base rows first, and in order of admission otherwise.
         chosen.sort(key=_adapter_order)
         released, self._released = tuple(self._released), []
