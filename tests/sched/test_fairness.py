@@ -9,6 +9,7 @@ from pomona.core.errors import ConfigError, DeadlineError, RateLimitError
 from pomona.core.plan import StepPlan
 from pomona.core.request import Priority, ServiceLevel
 from pomona.sched.account import Account
+from pomona.sched.fair_queue import FairQueue
 from pomona.sched.fairness import FairnessConfig, Policy, ServicePrices
 from pomona.sched.pace import Pace
 from support.engine import EngineHarness, make_request
@@ -397,6 +398,20 @@ def test_a_rate_limit_counts_any_minute():
     harness.clock.advance(50.0)
     add(harness, "a4")
     harness.run()
+
+
+def test_a_rate_limit_counts_one_that_was_held_up_with_the_latest():
+    queue = FairQueue(FairnessConfig(policy="rpm", requests_per_minute=2), math.inf)
+    queue.check_rate(make_request("a1", arrival_s=50.0))
+    queue.check_rate(make_request("held up", arrival_s=25.0))
+    with pytest.raises(RateLimitError) as refused:
+        queue.check_rate(make_request("held up too", arrival_s=20.0))
+    assert refused.value.retry_after_s == 60.0, "not 90 s, as if it were 20 s now"
+    with pytest.raises(RateLimitError) as refused:
+        queue.check_rate(make_request("a2", arrival_s=100.0))
+    assert refused.value.retry_after_s == 10.0
+    for arrival_s in (110.0, 111.0):
+        queue.check_rate(make_request("later", arrival_s=arrival_s))
 
 
 def test_the_pace_is_learnt_and_steps_are_held_to_a_time():
