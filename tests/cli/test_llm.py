@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants as hub_constants
 
 from pomona import LLM, SamplingParams
+from pomona.cli.llm import _Run
 from pomona.core.errors import (
     AdapterError,
     ConfigError,
@@ -199,6 +200,32 @@ def test_a_stream_is_told_of_an_interrupt_while_a_result_was_taken_in(llm, monke
     with pytest.raises(PomonaError, match="the model failed: KeyboardInterrupt"):
         list(stream)
     assert llm.generate("The quick", sampling=LONG, ignore_eos=True)[0].text == alone
+
+
+@pytest.mark.parametrize("is_in_engine", [True, False])
+def test_a_stream_whose_end_an_interrupt_lost_ends_all_the_same(llm, monkeypatch, is_in_engine):
+    alone = llm.generate("The quick", sampling=PARAMS, ignore_eos=True)[0].text
+    stream = llm.stream("The quick", sampling=PARAMS, ignore_eos=True)
+    next(stream)
+    append, take, lost = Scheduler._append, _Run.take, []
+
+    def interrupt_at_an_end(output):
+        if output.finish_reason is not None and not lost:
+            lost.append(output)
+            raise KeyboardInterrupt
+        return output
+
+    with monkeypatch.context() as patch:
+        if is_in_engine:
+            patch.setattr(Scheduler, "_append", lambda *taken_in: interrupt_at_an_end(append(*taken_in)))
+        else:
+            patch.setattr(_Run, "take", lambda run, output: take(run, interrupt_at_an_end(output)))
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("Many adapters", sampling=LONG, ignore_eos=True)
+    with pytest.raises(PomonaError, match="the model failed: KeyboardInterrupt"):
+        list(stream)
+    assert llm.generate("The quick", sampling=PARAMS, ignore_eos=True)[0].text == alone
+    assert num_held(llm) == 0
 
 
 def test_threads_may_share_it(llm):

@@ -281,16 +281,30 @@ class LLM:
                     break  # the rest goes in as the queue empties
                 run = waiting.popleft()
                 self._active[run.request.request_id] = run
-            for output in self._engine.step(time.monotonic()):
-                found = self._active.get(output.request_id)
-                if found is None:
-                    continue  # aborted
-                found.take(output)
-                if found.completion.finish_reason is not None:
-                    del self._active[output.request_id]
-                    if output.finish_reason is None:  # a stop string: the engine does not know
-                        self._engine.abort(output.request_id)
+            try:
+                self._take(self._engine.step(time.monotonic()))
+            except BaseException as error:  # Ctrl-C too: outputs may be lost, and others would wait for them for ever
+                self._fail_all(f"the model failed: {type(error).__name__}")
+                raise
             self._unstage_drained()
+
+    def _take(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            found = self._active.get(output.request_id)
+            if found is None:
+                continue  # aborted
+            found.take(output)
+            if found.completion.finish_reason is not None:
+                del self._active[output.request_id]
+                if output.finish_reason is None:  # a stop string: the engine does not know
+                    self._engine.abort(output.request_id)
+
+    def _fail_all(self, reason: str) -> None:
+        self._engine.fail_all(reason)
+        for request_id, run in self._active.items():
+            if run.completion.finish_reason is None:
+                run.take(RequestOutput(request_id, finish_reason=FinishReason.FAIL, error=reason))
+        self._active.clear()
 
     def _abort(self, runs: Sequence["_Run"]) -> None:
         """End what the engine still has of these runs."""
