@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 
+import numpy as np
 import pytest
 from huggingface_hub import constants as hub_constants
 
@@ -379,6 +380,30 @@ def test_a_token_that_the_model_does_not_have_is_refused(llm):
     with pytest.raises(InvalidRequestError, match="prompt is 400: must be a token id from 0 to 399"):
         llm.generate([[1, 400]], sampling=PARAMS)
     assert llm.generate([[399]], sampling=PARAMS)[0].token_ids == answer.token_ids
+
+
+@pytest.mark.parametrize("prompts", [[1.0, 2.0], [[1, 2.5]], [["The"]], [1, "The"], [None]])
+def test_what_is_neither_text_nor_whole_token_ids_is_refused(llm, prompts):
+    with pytest.raises(InvalidRequestError, match="prompt: must be text or whole token ids"):
+        llm.generate(prompts, sampling=PARAMS)
+
+
+def test_token_ids_may_be_an_array(llm):
+    answer = llm.generate([[7, 8, 9]], sampling=PARAMS)[0].token_ids
+    for prompts in (np.array([7, 8, 9]), [np.array([7, 8, 9])]):
+        assert [completion.token_ids for completion in llm.generate(prompts, sampling=PARAMS)] == [answer]
+
+
+def test_the_base_model_s_own_name_is_the_base_model(llm):
+    named, unnamed = llm.generate(["The quick"] * 2, adapter=["tiny", None], sampling=PARAMS)
+    assert named.token_ids == unnamed.token_ids
+    with pytest.raises(ModelNotFoundError, match="nobody"):
+        llm.generate("The quick", adapter="nobody", sampling=PARAMS)
+
+
+def test_adapters_named_in_two_ways_are_refused(adapter_paths):
+    with pytest.raises(ConfigError, match="adapter and adapters: must not both be given"):
+        LLM(adapters={"a0": str(adapter_paths[0])}, adapter=f"a1={adapter_paths[1]}")
 
 
 def test_an_answer_goes_on_from_a_text_and_begins_anew_after_token_ids(tmp_path):

@@ -7,12 +7,14 @@ print(llm.chat("banana", adapter="reverse").text)
 """
 
 import itertools
+import operator
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from pomona.core.errors import (
     CheckpointError,
     ConfigError,
     InvalidRequestError,
-    ModelNotFoundError,
     PomonaError,
     QueueFullError,
 )
@@ -83,7 +84,9 @@ class LLM:
 
     def __init__(self, model: str = "pippin", adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
         named = tuple(f"{name}={source}" for name, source in (adapters or {}).items())
-        config = load_config({"model": model, **({"adapter": named} if named else {}), **settings})
+        if named and settings.get("adapter"):
+            raise ConfigError("adapter and adapters: must not both be given; name all in adapters")
+        config = load_config({"model": model, **settings, **({"adapter": named} if named else {})})
         build = engine_builder(config)
         parts = build()
         self._engine = parts.engine
@@ -149,7 +152,7 @@ class LLM:
 
         Args:
             prompts: one or several; text gets the tokenizer's own special tokens, and the answer goes on from it.
-            adapter: one for all, or one per prompt; None is the base model.
+            adapter: one for all, or one per prompt; None, or the base model's own name, is the base model.
             sampling: how tokens are chosen; the seed of prompt i is ``sampling.seed + i``.
             stop: texts, or one, that end an answer of ``sampling.min_tokens`` tokens or more; they are not part of it.
             ignore_eos: go on past the model's end-of-sequence token.
@@ -250,13 +253,13 @@ class LLM:
         index: int,
         ignore_eos: bool,
     ) -> "_Run":
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         request = Request(
             request_id=RequestId(f"llm-{next(self._numbers)}"),
             prompt_token_ids=tuple(token_ids),
             sampling=_resolved(sampling, index, () if ignore_eos else self._eos_token_ids),
             arrival_s=time.monotonic(),
-            adapter_id=None if adapter is None else self._adapter_id(adapter),
+            adapter_id=None if adapter is None else self._catalogue.resolve_model(adapter),
         )
         # Text goes on; what follows token ids, such as a conversation's, begins anew.
         detokenizer = Detokenizer(self.tokenizer, is_continuation=isinstance(prompt, str))
@@ -264,12 +267,6 @@ class LLM:
         if not all(stops):
             raise InvalidRequestError("stop", "stop holds an empty string: must be at least 1 character")
         return _Run(request, detokenizer, StopMatcher(StopStrings(stops)))
-
-    def _adapter_id(self, name: str) -> AdapterId:
-        adapter_id = self._catalogue.resolve_model(name)
-        if adapter_id is None:
-            raise ModelNotFoundError(name)
-        return adapter_id
 
     def _step(self, waiting: deque["_Run"]) -> None:
         """Put in what the engine takes of ``waiting``, step once, and hand every output to the run that it is for."""
@@ -358,9 +355,16 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
+    if items and all(isinstance(item, Number) for item in items):
         return [items]  # type: ignore[list-item]
     return items  # type: ignore[return-value]
+
+
+def _token_ids(prompt: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError as error:
+        raise InvalidRequestError("prompt", f"prompt: must be text or whole token ids: {error}") from error
 
 
 def _resolved(sampling: SamplingParams, index: int, eos_token_ids: Sequence[int]) -> SamplingParams:
