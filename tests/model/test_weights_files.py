@@ -1,5 +1,6 @@
 """Loading weights: every layout of files, every storage dtype, and what is wrong is named."""
 
+import gc
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from pomona.core.errors import CheckpointError
 from pomona.kernels.linear import unpack
 from pomona.model.hf_config import read_spec
 from pomona.model.spec import Target
-from pomona.model.weights import DecoderWeights, load_weights
+from pomona.model.weights import DecoderWeights, Quantization, load_weights
 from support.models import edit_config, make_checkpoint
 
 CPU = torch.device("cpu")
@@ -132,6 +133,27 @@ def test_progress_ends_at_the_total_and_never_goes_back(llama: Path) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert {total for _, total in seen} == {num_bytes}
     assert seen[-1][0] == num_bytes
+
+
+def _held_bytes() -> int:
+    """Memory of all tensors that there are."""
+    tensors = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.layout is torch.strided]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr()}.values())
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_int8_weights_are_made_while_the_checkpoint_is_read(is_tied: bool, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, tie_word_embeddings=is_tied)
+    spec, before, held = read_spec(tmp_path), _held_bytes(), [0]
+
+    def count(done: int, total: int) -> None:
+        if done == total:
+            held.append(_held_bytes() - before)
+
+    weights = load_weights(tmp_path, spec, torch.float32, CPU, count, Quantization.INT8)
+    mapped = 4 * spec.vocab_size * spec.hidden_size  # at most: the tensor that was copied last
+    assert 0 < held[-1] <= weights.num_bytes + mapped
 
 
 def test_known_buffers_are_ignored(llama: Path) -> None:

@@ -1,15 +1,17 @@
 """A Hugging Face checkpoint's tensors -> DecoderWeights: verified, cast to the serving dtype, projections fused.
 
 Reads safetensors (one file or shards) or, failing that, pytorch_model.bin without ever unpickling code. Each source
-tensor is copied straight from the mapped file into its place, so that memory never holds the model twice (a .bin of
-the old, unmappable kind costs its own size on top, one shard at a time). int8 weights are made of the serving dtype's,
-one matrix after the other.
+tensor is copied straight from the mapped file into its place, and a matrix is laid out, or made int8, as soon as its
+tensors are there: memory holds the model as it is served and a matrix besides (a .bin of the old, unmappable kind costs
+its own size on top, one shard at a time).
 """
 
 import enum
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,11 +125,14 @@ def _site_rows(spec: ModelSpec, target: Target) -> tuple[Site, slice]:
     raise AssertionError(target)
 
 
-def allocate_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """Weights of the right shapes with unspecified values, all in the dense layout."""
+def _allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Weights of the right shapes with unspecified values; matrices are on the meta device until they are read."""
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def empty(size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def matrix(out_features: int, in_features: int) -> PackedWeight:
+        return dense(torch.empty((out_features, in_features), dtype=dtype, device="meta"))
 
     def layer() -> LayerWeights:
         sites: dict[Site, PackedWeight] = {}
@@ -135,61 +140,90 @@ def allocate_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device) 
         for site in Site:
             shapes = [spec.target_shape(target) for target in site.value]
             out_features = sum(out for _, out in shapes)
-            sites[site] = dense(empty(out_features, shapes[0][0]))
+            sites[site] = matrix(out_features, shapes[0][0])
             biases[site] = empty(out_features) if spec.has_bias(site.value[0]) else None
         norms = {name: empty(spec.hidden_size) for name in ("input_layernorm", "post_attention_layernorm")}
         if spec.has_qk_norm:
             norms |= {name: empty(spec.head_dim) for name in ("q_norm", "k_norm")}
         return LayerWeights(sites, biases, norms)
 
-    embed = dense(empty(spec.vocab_size, spec.hidden_size))
+    embed = matrix(spec.vocab_size, spec.hidden_size)
     return DecoderWeights(
         spec=spec,
         embed=embed,
         layers=tuple(layer() for _ in range(spec.num_layers)),
         norm=empty(spec.hidden_size),
-        lm_head=embed if spec.is_tied else dense(empty(spec.vocab_size, spec.hidden_size)),
+        lm_head=embed if spec.is_tied else matrix(spec.vocab_size, spec.hidden_size),
     )
 
 
-def pack_weights(weights: DecoderWeights, quantization: Quantization = Quantization.NONE) -> DecoderWeights:
-    """Lay dense weights out for their device's backend, one matrix after the other, so that at most one exists twice.
+@dataclass(slots=True)
+class _Matrix:
+    """A matrix on its way to ``holder[key]``: on the meta device, then dense while its tensors come, then laid out."""
+
+    holder: dict[Any, PackedWeight]
+    key: Any
+    missing: dict[str, slice]
+    """Its rows by the name of the tensor that fills them."""
+    lay_out: Callable[[Tensor], PackedWeight]
+    """Makes of the dense matrix what is served."""
+
+    def rows(self, name: str) -> Tensor:
+        """Where a tensor is to be copied."""
+        return self.holder[self.key].data[self.missing[name]]
+
+    def fill(self, name: str, source: Tensor, device: torch.device) -> None:
+        """Copy a tensor; with the last one the matrix is laid out."""
+        if self.rows(name).is_meta:
+            self.holder[self.key] = dense(torch.empty_like(self.holder[self.key].data, device=device))
+        self.rows(name).copy_(source)
+        del self.missing[name]
+        if not self.missing:
+            self.holder[self.key] = self.lay_out(self.holder[self.key].data)
+
+
+def _vectors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+    """(name in a Hugging Face checkpoint, view of the tensor's place) for every norm and bias."""
+    yield "model.norm.weight", weights.norm
+    for index, layer in enumerate(weights.layers):
+        for target in Target:
+            bias = weights.target_bias(index, target)
+            if bias is not None:
+                yield f"{_target_name(index, target)}.bias", bias
+        for norm, weight in layer.norms.items():
+            parent = "self_attn." if norm in ("q_norm", "k_norm") else ""
+            yield f"model.layers.{index}.{parent}{norm}.weight", weight
+
+
+def _matrices(
+    weights: DecoderWeights, tables: dict[str, PackedWeight], quantization: Quantization
+) -> Iterator[tuple[str, _Matrix]]:
+    """(name in a Hugging Face checkpoint, the matrix that it is part of) for every projection and table.
 
     Args:
-        weights: in the dense layout; not to be used afterwards.
+        weights: as allocated.
+        tables: the embedding and, unless it is tied, lm_head, by name.
         quantization: how to store them.
     """
 
     def packed(weight: Tensor) -> PackedWeight:
         return pack(quantize(weight) if quantization is Quantization.INT8 else weight)
 
-    for layer in weights.layers:
-        for site, weight in layer.sites.items():
-            layer.sites[site] = packed(unpack(weight))
-    if weights.spec.is_tied:
-        table = packed(weights.embed_weight)
-        return replace(weights, embed=table, lm_head=table)
-    # Rows of an embedding of its own are only ever looked up.
-    return replace(weights, lm_head=packed(weights.lm_head_weight))
-
-
-def named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
-    """(name in a Hugging Face checkpoint, view of the tensor's place) for every tensor; a tied lm_head is left out."""
-    yield _EMBED, weights.embed_weight
-    if weights.lm_head is not weights.embed:
-        yield _LM_HEAD, weights.lm_head_weight
-    yield "model.norm.weight", weights.norm
+    for name in tables:
+        # Rows of an embedding of its own are only ever looked up.
+        is_looked_up = name == _EMBED and _LM_HEAD in tables
+        yield name, _Matrix(tables, name, {name: slice(None)}, dense if is_looked_up else packed)
     for index, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{index}"
-        for target in Target:
-            name = f"{prefix}.{TARGET_PARENTS[target]}.{TARGET_NAMES[target]}"
-            yield f"{name}.weight", weights.target_weight(index, target)
-            bias = weights.target_bias(index, target)
-            if bias is not None:
-                yield f"{name}.bias", bias
-        for norm, weight in layer.norms.items():
-            parent = "self_attn." if norm in ("q_norm", "k_norm") else ""
-            yield f"{prefix}.{parent}{norm}.weight", weight
+        for site in Site:
+            rows = {
+                f"{_target_name(index, target)}.weight": _site_rows(weights.spec, target)[1] for target in site.value
+            }
+            matrix = _Matrix(layer.sites, site, rows, packed)
+            yield from [(name, matrix) for name in rows]
+
+
+def _target_name(layer: int, target: Target) -> str:
+    return f"model.layers.{layer}.{TARGET_PARENTS[target]}.{TARGET_NAMES[target]}"
 
 
 def load_weights(
@@ -216,32 +250,34 @@ def load_weights(
     """
     files = find_files(folder)
     found = {path: describe_tensors(path) for path in files}
-    on_meta = allocate_weights(spec, dtype, torch.device("meta"))
-    expected = {name: tuple(place.shape) for name, place in named_tensors(on_meta)}
-    has_spare_head = _check(folder, found, expected, is_tied=spec.is_tied)
-    weights = allocate_weights(spec, dtype, device)
-    places = dict(named_tensors(weights))
-    total = sum(place.numel() * place.element_size() for place in places.values())
+    weights = _allocate(spec, dtype, device)
+    tables = {_EMBED: weights.embed} if spec.is_tied else {_EMBED: weights.embed, _LM_HEAD: weights.lm_head}
+    matrices = dict(_matrices(weights, tables, quantization))
+    vectors = dict(_vectors(weights))
+    expected = {name: tuple(matrix.rows(name).shape) for name, matrix in matrices.items()}
+    expected |= {name: tuple(vector.shape) for name, vector in vectors.items()}
+    if _check(folder, found, expected, is_tied=spec.is_tied):
+        _check_spare_head(found, dtype)
+    total = sum(math.prod(shape) for shape in expected.values()) * dtype.itemsize
     done = 0
     with torch.no_grad():
         for path in files:
-            wanted = [name for name in found[path] if name in places]
-            for name, source in read_tensors(path, wanted):
-                place = places[name]
-                place.copy_(source)
+            for name, source in read_tensors(path, [name for name in found[path] if name in expected]):
                 if dtype is torch.float16 and source.dtype is not dtype:
-                    _check_finite(path, name, place)
-                done += place.numel() * place.element_size()
+                    _check_finite(path, name, source)
+                if name in matrices:
+                    matrices[name].fill(name, source, device)
+                else:
+                    vectors[name].copy_(source)
+                done += source.numel() * dtype.itemsize
                 if progress is not None:
                     progress(done, total)
-        if has_spare_head:
-            _check_spare_head(found, weights.embed_weight)
-        return pack_weights(weights, quantization)
+    return replace(weights, embed=tables[_EMBED], lm_head=tables.get(_LM_HEAD, tables[_EMBED]))
 
 
-def _check_finite(path: Path, name: str, place: Tensor) -> None:
+def _check_finite(path: Path, name: str, source: Tensor) -> None:
     """float16 holds less than the others: one infinity in a weight, and no logit is a number."""
-    if not all(torch.isfinite(extreme) for extreme in place.aminmax()):
+    if not all(torch.isfinite(extreme.half()) for extreme in source.aminmax()):
         raise CheckpointError(f"{path}: tensor {name} is not finite in float16: choose another dtype")
 
 
@@ -282,13 +318,14 @@ def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
-def _check_spare_head(found: dict[Path, dict[str, TensorInfo]], embed: Tensor) -> None:
+def _check_spare_head(found: dict[Path, dict[str, TensorInfo]], dtype: torch.dtype) -> None:
     """A tied checkpoint may store lm_head as well, if it is the same."""
+    tied: dict[str, tuple[Path, Tensor]] = {}
     for path, tensors in found.items():
-        if _LM_HEAD not in tensors:
-            continue
-        for _, source in read_tensors(path, [_LM_HEAD]):
-            if not torch.equal(source.to(embed), embed):
-                raise CheckpointError(
-                    f"{path}: tensor {_LM_HEAD} differs from {_EMBED}, but config.json has tie_word_embeddings: true"
-                )
+        names = [name for name in (_EMBED, _LM_HEAD) if name in tensors]
+        tied |= {name: (path, source) for name, source in read_tensors(path, names)}
+    path, head = tied[_LM_HEAD]
+    if not torch.equal(head.to(dtype), tied[_EMBED][1].to(dtype)):
+        raise CheckpointError(
+            f"{path}: tensor {_LM_HEAD} differs from {_EMBED}, but config.json has tie_word_embeddings: true"
+        )
