@@ -180,6 +180,13 @@ def test_yarn_stretches_the_context_beyond_the_configured_positions(tmp_path: Pa
     assert dict(spec.rope.params)["factor"] == 4.0
 
 
+@pytest.mark.parametrize("factor, num_positions", [(4.0, 16384), (2.5, 10240), (0.5, 4096)])
+def test_linear_scaling_stretches_the_configured_positions(factor: float, num_positions: int, tmp_path: Path) -> None:
+    scaling = {"type": "linear", "factor": factor}
+    spec = _spec(tmp_path, {**LLAMA, "max_position_embeddings": 4096, "rope_scaling": scaling})
+    assert spec.max_position_embeddings == num_positions
+
+
 @pytest.mark.parametrize("truncate", [True, False, None, ...])
 def test_yarn_truncates_as_transformers_does(truncate: Any, tmp_path: Path) -> None:
     scaling = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
@@ -245,6 +252,7 @@ REFUSALS = [
     ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type is \['yarn'\]: supported are"),
     ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}}, "rope_theta is 1: must be above 1"),
     ({"rope_scaling": {"type": "yarn", "factor": 1e308}}, r"factor is 1e\+308: stretches the context"),
+    ({"rope_scaling": {"type": "linear", "factor": 1e308}}, r"factor is 1e\+308: stretches the context"),
     ({"rope_theta": "big"}, "rope_theta is 'big': must be a positive number"),
     (
         {

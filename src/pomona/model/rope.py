@@ -46,7 +46,7 @@ def read_rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[Rop
 
     Returns:
         The rotary embedding, and the number of positions it is good for: more than ``max_position_embeddings`` where
-        yarn stretches the original context further.
+        linear scaling stretches it, or yarn the original context further.
 
     Raises:
         CheckpointError: an unknown kind or field, or a value out of range; the message names it.
@@ -74,10 +74,18 @@ def read_rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[Rop
         params.setdefault("factor", max_position_embeddings / original)
         if theta <= 1:
             raise _refuse(f"{name}.rope_theta", theta, "must be above 1 for the kind 'yarn'")
-        if params["factor"] * original > _MOST_POSITIONS:
-            raise _refuse(f"{name}.factor", params["factor"], f"stretches the context past {_MOST_POSITIONS} positions")
-        max_position_embeddings = max(max_position_embeddings, int(params["factor"] * original))
+        max_position_embeddings = max(max_position_embeddings, _stretched(name, params["factor"], original))
+    if kind == "linear":
+        # Checkpoints give the positions before interpolation: vLLM multiplies them too, transformers has no limit.
+        stretched = _stretched(name, params["factor"], max_position_embeddings)
+        max_position_embeddings = max(max_position_embeddings, stretched)
     return RopeSpec(theta=theta, kind=kind, params=tuple(sorted(params.items()))), max_position_embeddings
+
+
+def _stretched(name: str, factor: float, num_positions: float) -> int:
+    if factor * num_positions > _MOST_POSITIONS:
+        raise _refuse(f"{name}.factor", factor, f"stretches the context past {_MOST_POSITIONS} positions")
+    return int(factor * num_positions)
 
 
 def _read_params(name: str, kind: str, scaling: dict[str, Any]) -> dict[str, float | int | bool]:
