@@ -21,7 +21,7 @@ def test_the_generated_reference_is_fresh():
         ("cli.md", "| `--role` | What the key may do. One of `admin`, `operator`, `auditor`. |"),
         ("cli.md", "Bearer token, if the server asks for one. Environment: `POMONA_API_KEY`."),
         ("metrics.md", "Only the first 64 adapters"),
-        ("metrics.md", "counted together as `other`"),
+        ("metrics.md", "counted together as `(other)`"),
     ],
 )
 def test_what_people_look_for_is_there(page, said):

@@ -146,10 +146,19 @@ async def test_labels_are_bounded_whatever_clients_ask(tmp_path):
             await served.http.get(f"/nope/{number}")
             await served.http.request(f"METHOD{number}", "/health")
         text = (await served.http.get("/metrics")).text
-        assert set(re.findall(r'pomona_requests_total{adapter="(\w+)"', text)) == {"a", "b", "other"}
-        assert _value(text, 'pomona_requests_total{adapter="other",finish_reason="stop"}') == 2
+        assert set(re.findall(r'pomona_requests_total{adapter="([^"]+)"', text)) == {"a", "b", "(other)"}
+        assert _value(text, 'pomona_requests_total{adapter="(other)",finish_reason="stop"}') == 2
         assert _value(text, 'pomona_http_requests_total{method="GET",route="unmatched",status="404"}') == 5
         assert "METHOD" not in text
+
+
+async def test_an_adapter_called_other_is_not_counted_with_those_past_the_cap(tmp_path):
+    async with serve(tmp_path, ServerConfig(max_adapter_labels=2)) as served:
+        for name in ("other", "b", "c"):
+            await served.adapters.load(name, make_adapter(served.folder / name, name))
+            await served.complete("x", model=name)
+        text = (await served.http.get("/metrics")).text
+        assert _value(text, 'pomona_requests_total{adapter="other",finish_reason="stop"}') == 1
 
 
 async def test_a_gone_client_is_counted(tmp_path):

@@ -25,7 +25,7 @@ class Metric:
     unit: str
     help: str
     labels: tuple[str, ...] = ()
-    """``adapter`` is an adapter's name, the base model's name for requests without one, or "other" past the cap."""
+    """``adapter`` is an adapter's name, the base model's name for requests without one, or "(other)" past the cap."""
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram's buckets, without infinity."""
     stat: str | None = None

@@ -24,7 +24,7 @@ class ServerConfig:
     max_choices: int = MAX_CHOICES
     """Most engine requests that one API request may start: prompts times ``n``."""
     max_adapter_labels: int = 64
-    """Adapters with their own label in metrics; those seen later are counted together as "other"."""
+    """Adapters with their own label in metrics; those seen later are counted together as "(other)"."""
     cache_secret: bytes | None = None
     """Secret from which tenants' prefix-cache salts are derived; None draws a new one per start."""
 

@@ -15,8 +15,8 @@ from pomona.metrics.registry import Metric
 from pomona.metrics.timeline import RequestTimeline
 
 CONTENT_TYPE: Final = prometheus_client.CONTENT_TYPE_LATEST
-OTHER_ADAPTERS: Final = "other"
-"""Label of all adapters past the cap."""
+OTHER_ADAPTERS: Final = "(other)"
+"""Label of all adapters past the cap; no adapter can be called so."""
 
 
 class _EngineCollector(Collector):
@@ -135,7 +135,7 @@ class ServerMetrics:
     def series_of(self, adapter_name: str | None) -> AdapterSeries:
         """Return the series of an adapter name; None is the base model alone."""
         label = self._base_name if adapter_name is None else adapter_name
-        # The base and "other" have their labels whatever the cap.
+        # The base and "(other)" have their labels whatever the cap.
         if label not in self._series and adapter_name is not None:
             num_named = len(self._series.keys() - {self._base_name, OTHER_ADAPTERS})
             if num_named >= self._max_adapter_labels:
