@@ -187,6 +187,21 @@ def test_a_page_that_is_a_folder_is_refused_before_the_simulation(spec_file):
         run_simulate(spec_file, SimulateOutputs(page=spec_file.parent))
 
 
+@pytest.mark.parametrize("name", ["s.toml", "p.json"])
+@pytest.mark.parametrize("flag", ["page", "trace"])
+def test_what_was_read_is_not_written_over(spec_file, flag, name):
+    before = (spec_file.parent / name).read_bytes()
+    with pytest.raises(ConfigError, match=rf"--\w+ .*{name}: the simulation is read from this file"):
+        run_simulate(spec_file, SimulateOutputs(**{flag: spec_file.parent / "." / name}))
+    assert (spec_file.parent / name).read_bytes() == before
+
+
+def test_page_and_trace_are_not_one_file(spec_file):
+    place = spec_file.parent / "both"
+    with pytest.raises(ConfigError, match=r"--trace .*both: is --html's file too"):
+        run_simulate(spec_file, SimulateOutputs(page=place, trace=place))
+
+
 @pytest.mark.parametrize("name", ["", "a\0b", "~nobody-of-this-name/a.csv", "x" * 5000, "damaged.gz", "latin.csv"])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
     packed = bytearray(gzip.compress(b"some text that is long enough to be damaged" * 9))

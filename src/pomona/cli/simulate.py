@@ -7,7 +7,7 @@ import sys
 import time
 import tomllib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,10 +56,17 @@ def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
         if path is not None and path.is_dir():
             raise ConfigError(f"{flag} {path}: is a folder; name a file in it")
     spec = load_spec(spec_file)
+    named = [spec_file]
+
+    def read(name: str) -> list[str]:
+        named.append(spec_file.parent / Path(name).expanduser())
+        return read_lines(name, spec_file.parent)
+
     try:
-        setup = prepare(spec, lambda name: read_lines(name, spec_file.parent))
+        setup = prepare(spec, read)
     except ConfigError as error:
         raise ConfigError(f"{spec_file}: {error}") from error
+    _check_not_read(outputs, named)
     console = Console(stderr=True, emoji=False)
     warn_beyond(setup.beyond_profile, console)
     report, trace_lines = simulate(spec, setup, outputs, console)
@@ -71,6 +78,15 @@ def run_simulate(spec_file: Path, outputs: SimulateOutputs) -> SimulationReport:
     if outputs.as_json:
         sys.stdout.write(json.dumps(report.to_json()) + "\n")
     return report
+
+
+def _check_not_read(outputs: SimulateOutputs, named: Sequence[Path]) -> None:
+    """What is written must not be what was read, nor one page the other."""
+    for flag, path in (("--html", outputs.page), ("--trace", outputs.trace)):
+        if path is not None and path.resolve() in [other.resolve() for other in named]:
+            raise ConfigError(f"{flag} {path}: the simulation is read from this file; name another")
+    if outputs.page is not None and outputs.trace is not None and outputs.page.resolve() == outputs.trace.resolve():
+        raise ConfigError(f"--trace {outputs.trace}: is --html's file too; name another")
 
 
 def warn_beyond(what: str, console: Console) -> None:
