@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,7 @@ import torch
 from rich.text import Text
 from typer.testing import CliRunner
 
+from pomona import __version__
 from pomona.accounts.accounts import Accounts
 from pomona.accounts.config import AccountsConfig
 from pomona.cli import bench, demo, main, serve
@@ -281,3 +284,8 @@ def test_what_cannot_be_asked_of_a_server_is_one_line(server, arguments, said):
     at = [] if "--url" in arguments else ["--url", server.url]
     with pytest.raises(PomonaError, match=said):
         pomona(*arguments, *at)
+
+
+def test_the_package_can_be_run_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "pomona", "version"], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == __version__, done.stderr
