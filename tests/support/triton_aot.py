@@ -8,6 +8,7 @@ prints one JSON line per kernel: those of every step (hot), or of all shapes and
 the meta device, through the same functions that launch.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -100,12 +101,12 @@ def lora_inputs(
 
 
 def attention_inputs(
-    num_heads: int, num_kv_heads: int, head_dim: int, query_len: int, context_len: int
+    num_heads: int, num_kv_heads: int, head_dim: int, query_len: int, context_len: int, dtype: torch.dtype = DTYPE
 ) -> tuple[Tensor, tuple[Tensor, Tensor], AttentionBatch]:
     """(query inside a fused projection, caches, batch of four equal sequences)."""
     num_tokens = 4 * query_len
-    fused = empty(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-    cache = empty(1000, BLOCK_SIZE, num_kv_heads, head_dim)
+    fused = empty(num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    cache = empty(1000, BLOCK_SIZE, num_kv_heads, head_dim, dtype=dtype)
     batch = AttentionBatch(
         query_starts=empty(5, dtype=torch.int32),
         context_lens=empty(4, dtype=torch.int32),
@@ -139,17 +140,22 @@ def _lora_launches(group: str) -> Iterator[tuple[str, Launch]]:
 def _attention_launches(group: str) -> Iterator[tuple[str, Launch]]:
     from pomona.kernels.triton.attention import attention_launches
 
-    models = {"head 64, group 3": (9, 3, 64), "head 64, group 7": (14, 2, 64), "head 128, group 4": (32, 8, 128)}
+    models = {
+        "head 64, group 3": (9, 3, 64),
+        "head 128, group 4": (32, 8, 128),
+        "head 64, group 7": (14, 2, 64),
+        "head 256, group 4": (16, 4, 256),
+    }
     lens = [(1, 8192), (100, 8192), (1000, 2000)]
-    for model, heads in models.items():
-        if group != "all" and model == "head 64, group 7":
-            continue
-        for query_len, context_len in lens:
-            for window in (None, 1024) if group == "all" else (None,):
-                query, caches, batch = attention_inputs(*heads, query_len, context_len)
-                out = empty(*query.shape)
-                for launch in attention_launches(query, caches, out, batch, scale=0.1, sliding_window=window):
-                    yield f"{model}, {query_len} of {context_len}, window {window}", launch
+    cases = list(itertools.product(models, lens, (None, 1024), (DTYPE, torch.float32)))
+    if group != "all":
+        cases = list(itertools.product(list(models)[:2], lens, (None,), (DTYPE,)))
+        cases += itertools.product(["head 128, group 4"], lens[:2], (None,), (torch.float32,))
+    for model, (query_len, context_len), window, dtype in cases:
+        query, caches, batch = attention_inputs(*models[model], query_len, context_len, dtype)
+        out = empty(*query.shape, dtype=dtype)
+        for launch in attention_launches(query, caches, out, batch, scale=0.1, sliding_window=window):
+            yield f"{model}, {query_len} of {context_len}, window {window}, {dtype}", launch
 
 
 def _row_launches(group: str) -> Iterator[tuple[str, Launch]]:
