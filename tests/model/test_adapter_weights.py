@@ -16,12 +16,14 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pomona.adapters.peft_config import parse_config
 from pomona.adapters.sources import read_files
 from pomona.adapters.targets import resolve
 from pomona.core.adapter import AdapterFiles
 from pomona.core.errors import AdapterError
+from pomona.model import adapter_weights
 from pomona.model.adapter_modules import map_modules
 from pomona.model.adapter_state import parse_tensors
 from pomona.model.adapter_weights import AdapterLoader, AdapterWeights
@@ -138,6 +140,39 @@ def test_extras_count_as_pages_and_move_as_one(kit: Kit, tmp_path: Path) -> None
     assert moved.num_bytes == weights.extras.num_bytes
     assert moved.dora_scales.keys() == weights.extras.dora_scales.keys()
     assert (0, Target.Q) in moved.dora_scales
+
+
+class _LargestFloat(TorchDispatchMode):
+    """Remembers the size of the largest float32 tensor that was made."""
+
+    num_elems = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype is torch.float32:
+            self.num_elems = max(self.num_elems, out.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("modules", "is_table_read"),
+    [(ALL_TARGETS, False), (["embed_tokens", "lm_head"], True)],  # with the latter, PEFT saves the tables in float32
+)
+def test_dora_is_scaled_without_float32_copies_of_whole_weights(
+    modules: list[str], is_table_read: bool, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = AdaptedDecoder(kit.base, torch.bfloat16)
+    files = read_files(str(make_adapter(tmp_path / "a", kit.base, use_dora=True, target_modules=modules)))
+    whole = kit.load(files, base.loader).extras
+    monkeypatch.setattr(adapter_weights, "_ROWS_AT_ONCE", 8)
+    with _LargestFloat() as made:
+        pieces = kit.load(files, base.loader).extras
+    assert made.num_elems < base.decoder.spec.hidden_size**2 or is_table_read
+    assert whole is not None
+    assert pieces is not None
+    assert {*pieces.dora_scales} == {*whole.dora_scales}
+    for ours, theirs in zip(pieces.tensors(), whole.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ INT8_MAX = 127
 """Largest magnitude of a quantized weight; -128 is not used, so that the range is symmetric."""
 
 _ROWS_AT_ONCE = 4096
-"""Rows of a weight that are quantized at a time: bounds the float32 copies."""
+"""Rows of a weight that are quantized or compared at a time: bounds the float32 copies."""
 
 
 class Layout(Enum):
@@ -45,7 +45,7 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """float32 [out_features, in_features]: the weights that are served."""
-        return self.values.float() * self.scales.unsqueeze(1)
+        return self.values.float().mul_(self.scales.unsqueeze(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +158,12 @@ def unpack(packed: PackedWeight) -> Tensor:
 
     Of a quantized weight, what is served instead of the original: float32, dequantized.
     """
+    matrix = _matrix(packed)
+    return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
+
+
+def _matrix(packed: PackedWeight) -> Tensor | QuantizedWeight:
+    """What was given to ``pack``."""
     if packed.layout is Layout.DENSE:
         matrix = packed.data
     else:
@@ -166,10 +172,20 @@ def unpack(packed: PackedWeight) -> Tensor:
         matrix = rows[: packed.out_features, : packed.in_features].contiguous()
     if packed.scales is None:
         return matrix
-    return QuantizedWeight(matrix, packed.scales[: packed.out_features], packed.dtype).dequantize()
+    return QuantizedWeight(matrix, packed.scales[: packed.out_features], packed.dtype)
 
 
 def is_served_as(weight: Tensor, packed: PackedWeight) -> bool:
     """True if ``packed`` is what this weight [out_features, in_features] becomes in the same precision."""
-    weight = weight.to(device=packed.data.device, dtype=packed.dtype)
-    return torch.equal(weight if packed.scales is None else quantize(weight).dequantize(), unpack(packed))
+    served = _matrix(packed)
+    for start in range(0, packed.out_features, _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        part = weight[rows].to(device=packed.data.device, dtype=packed.dtype)
+        if isinstance(served, Tensor):
+            is_same = torch.equal(part, served[rows])
+        else:
+            of_served = QuantizedWeight(served.values[rows], served.scales[rows], served.dtype)
+            is_same = torch.equal(quantize(part).dequantize(), of_served.dequantize())
+        if not is_same:
+            return False
+    return True

@@ -22,6 +22,9 @@ from pomona.model.lora import AdapterExtras, PageLayout
 from pomona.model.spec import Site, Target
 from pomona.model.weights import DecoderWeights
 
+_ROWS_AT_ONCE = 1024
+"""Rows of a base weight whose DoRA norm is computed at a time."""
+
 
 @dataclass(frozen=True)
 class AdapterWeights:
@@ -181,9 +184,7 @@ class _Parts:
             rows[key] = (lora, self._cast(a, f"lora_A of {name}"), self._cast(b, f"lora_B of {name}").T)
             if self._config.use_dora:
                 weight = self._base.target_weight(*key)
-                self.extras.dora_scales[key] = self._dora_scale(
-                    name, weight, b.float() @ a.float(), lora.scaling, dim=1
-                )
+                self.extras.dora_scales[key] = self._dora_scale(name, weight, (b, a), lora.scaling, dim=1)
             if self._config.lora_bias:
                 lora_bias = self._state.take(name, "lora_B.bias", (out_features,))
                 self.extras.biases[key] = lora_bias.float() * lora.scaling
@@ -235,8 +236,7 @@ class _Parts:
             b = state.take(EMBEDDING_NAME, "lora_embedding_B", (hidden_size, lora.lora_rank))
             if self._config.use_dora:
                 weight = self._base.embed_weight if extras.embed_weight is None else extras.embed_weight
-                product = (b.float() @ a.float()).T
-                extras.embed_dora_scale = self._dora_scale(EMBEDDING_NAME, weight, product, lora.scaling, dim=0)
+                extras.embed_dora_scale = self._dora_scale(EMBEDDING_NAME, weight, (a.T, b.T), lora.scaling, dim=0)
             extras.embed_lora = (
                 self._cast(a, f"lora_embedding_A of {EMBEDDING_NAME}").T.contiguous(),
                 self._cast(b, f"lora_embedding_B of {EMBEDDING_NAME}").T.contiguous(),
@@ -281,7 +281,7 @@ class _Parts:
         extras.lm_head_lora = (a_cast, b_cast, lora.scaling)
         if self._config.use_dora:
             weight = self._base.lm_head_weight if extras.lm_head_weight is None else extras.lm_head_weight
-            extras.lm_head_dora_scale = self._dora_scale(HEAD_NAME, weight, b.float() @ a.float(), lora.scaling, dim=1)
+            extras.lm_head_dora_scale = self._dora_scale(HEAD_NAME, weight, (b, a), lora.scaling, dim=1)
         if self._config.lora_bias:
             lora_bias = state.take(HEAD_NAME, "lora_B.bias", (vocab_size,))
             extras.lm_head_bias = lora_bias.float() * lora.scaling
@@ -330,10 +330,19 @@ class _Parts:
         change = new_bias.float() - old_bias.cpu().float()
         self.extras.biases[key] = self.extras.biases[key] + change if key in self.extras.biases else change
 
-    def _dora_scale(self, name: str, weight: Tensor, product: Tensor, scaling: float, dim: int) -> Tensor:
-        """Magnitude over norm of the adapted weight (DoRA, arXiv 2402.09353, equation 5), float32."""
-        adapted = weight.float() + scaling * product.to(device=weight.device, dtype=torch.float32)
-        norm: Tensor = torch.linalg.vector_norm(adapted, dim=dim).cpu()
+    def _dora_scale(
+        self, name: str, weight: Tensor, factors: tuple[Tensor, Tensor], scaling: float, dim: int
+    ) -> Tensor:
+        """Magnitude over norm of the adapted weight (DoRA, arXiv 2402.09353, equation 5), float32.
+
+        In pieces: the plan of a device's memory has no room for float32 copies of a whole weight.
+        """
+        left, right = (factor.float() for factor in factors)
+        pieces = [
+            torch.linalg.vector_norm(part.float() + scaling * (rows @ right).to(part.device), dim=dim).cpu()
+            for part, rows in zip(torch.split(weight, _ROWS_AT_ONCE), torch.split(left, _ROWS_AT_ONCE), strict=True)
+        ]
+        norm: Tensor = torch.cat(pieces) if dim == 1 else torch.linalg.vector_norm(torch.stack(pieces), dim=0)
         scale: Tensor = self._state.take(name, "lora_magnitude_vector", norm.shape).float() / norm
         if not torch.isfinite(scale).all():
             raise AdapterError(f"the DoRA norm of {name} is zero or not finite for this base model")
