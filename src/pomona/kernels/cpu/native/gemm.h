@@ -12,9 +12,8 @@
 namespace {
 
 constexpr int64_t kRowsPerItem = 256;
-// With more, reading an adapter is little beside using it. Narrow vectors compute for longer than adapters take to come
-// in any case, and finding the next page costs a step more than it saves.
-constexpr int64_t kMostFetchingRows = W == 16 ? 64 : 0;
+constexpr int64_t kMostFetchingRows = 64;  // with more, reading an adapter is little beside using it
+constexpr int64_t kFewestBytesPerStep = 32;
 constexpr int64_t kFewBytes = 16384;     // of a group's weights
 constexpr int64_t kUnitsPerPass = 2048;  // 3 groups of that many units are 384 KiB: they stay in a core's L2 cache
 
@@ -56,6 +55,23 @@ struct PageFetch {
       }
     }
     first_page[num_threads] = num_pages;
+  }
+
+  // What the slot-th of an item's tiles that have no weights to fetch fetches over so many steps: a piece of one page.
+  // Narrow vectors have no time to look for the next page, and fetch enough with a step or nothing.
+  Ahead piece(int64_t column, int64_t num_columns, int64_t slot, int64_t num_slots, int64_t num_steps) const {
+    if (pages == nullptr || slot < 0) return {};
+    const int64_t thread = column % num_threads, num_pages = first_page[thread + 1] - first_page[thread];
+    if (num_pages == 0) return {};
+    const int64_t all_slots = ceil_div(num_columns - thread, num_threads) * num_slots;
+    const int64_t most_pieces = num_lines * 64 / (num_steps * kFewestBytesPerStep);
+    const int64_t pieces = max64(1, min64(all_slots / num_pages, most_pieces));
+    const int64_t index = column / num_threads * num_slots + slot;
+    const int64_t lines = ceil_div(num_lines, pieces), first = index % pieces * lines;
+    if (index >= num_pages * pieces || first >= num_lines) return {};
+    const int64_t bytes = min64(lines, num_lines - first) * 64;
+    const char* at = pages[first_page[thread] + index / pieces] + first * 64;
+    return {at, at + bytes, ceil_div(bytes, num_steps)};
   }
 
   // A tile's share in the lines of its thread's pages, over so many steps. Threads take columns in turn.
@@ -311,11 +327,15 @@ struct Gemm {
         float* some_sums = is_one_pass ? sums : sums + r * stride;
         const int64_t fetched = tile * units * bytes_per_step;
         const bool is_fetching = next && is_one_pass && fetched < next_bytes;
-        const Ahead ahead = is_fetching ? Ahead{next + fetched, next + next_bytes, bytes_per_step} : Ahead{};
+        const Ahead ahead = is_fetching ? Ahead{next + fetched, next + next_bytes, bytes_per_step}
+                            : W < 16    ? beside.piece(group / NG, num_columns, tile - 2, num_tiles - 2, units)
+                                        : Ahead{};
+        const AheadPages pages =
+            W == 16 ? beside.share(group / NG, num_columns, tile, num_tiles, units) : AheadPages{};
         tile_rows<T, NG, typename T::Row>(rows, units, inputs.from(row + r, unit),
                                           {weights + unit * kGroup, num_units * kGroup, kGroup},
                                           {some_sums, stride, unit > 0}, ahead,
-                                          beside.share(group / NG, num_columns, tile, num_tiles, units));
+                                          pages);
         if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }

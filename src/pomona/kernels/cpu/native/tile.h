@@ -102,9 +102,10 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
     for (int half = 0; half < T::kHalves; half++) {
       typename T::Factor columns[NV];
 #pragma GCC unroll 16
-      for (int v = 0; v < NV; v++)
-        columns[v] = T::half(
-            load_units(b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step), half);
+      for (int v = 0; v < NV; v++) {
+        const uint32_t* units = b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step;
+        columns[v] = kIsFetching ? T::half_at(units, half) : T::half(load_units(units), half);
+      }
       if (kIsFetching && half == 0) {
         W == 16 ? ahead.step() : ahead.step_on();
         if (W == 16) beside.step();

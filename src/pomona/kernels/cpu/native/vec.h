@@ -93,6 +93,17 @@ INLINE vu upper_half(vu units) {
   return units & 0xffff0000u;
 #endif
 }
+// The same of units in memory. They are read here, whoever has read them before: a register that keeps them from one
+// half to the other is one too few for the sums of a tile that fetches beside.
+INLINE vu upper_half_at(const void* units) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  vu upper;
+  __asm__("vmovdqu %1, %0" : "=x"(upper) : "m"(*static_cast<const char(*)[W * 4]>(units)));
+  return upper_half(upper);
+#else
+  return upper_half(load_units(units));
+#endif
+}
 // The larger lane; a NaN in b is dropped, one in a stays.
 INLINE vf larger(vf a, vf b) { return b > a ? b : a; }
 
@@ -244,6 +255,7 @@ struct Float32 {
   using Factor = vf;
   static constexpr int kHalves = 1;
   static INLINE vf half(vu units, int) { return (vf)units; }
+  static INLINE vf half_at(const void* units, int) { return (vf)load_units(units); }
   static INLINE void add(vf& sum, vf a, vf b) { add_product(sum, a, b); }
   static INLINE vf load(const Elem* p) { return load_floats(p); }
   static INLINE void store(Elem* p, vf v) { store_floats(p, v); }
@@ -270,12 +282,16 @@ struct BFloat16 {
   using Factor = vu;
   static constexpr int kHalves = 1;
   static INLINE vu half(vu units, int) { return units; }
+  static INLINE vu half_at(const void* units, int) { return load_units(units); }
   static INLINE void add(vf& sum, vu a, vu b) { sum = mul_add(sum, a, b); }
 #else
   using Row = Float32;
   using Factor = vf;
   static constexpr int kHalves = 2;
   static INLINE vf half(vu units, int i) { return i == 0 ? (vf)(units << 16) : (vf)upper_half(units); }
+  static INLINE vf half_at(const void* units, int i) {
+    return i == 0 ? (vf)(load_units(units) << 16) : (vf)upper_half_at(units);
+  }
   static INLINE void add(vf& sum, vf a, vf b) { add_product(sum, a, b); }
 #endif
   static INLINE vf load(const Elem* p) {
