@@ -348,7 +348,7 @@ async def test_usage_is_exported_as_files(served):
 
 
 async def test_exports_without_the_database_say_so(served, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise DatabaseUnavailableError("down")
 
     await served.complete("acme")
