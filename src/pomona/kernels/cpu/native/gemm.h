@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 256;
 constexpr int64_t kMostFetchingRows = 64;  // with more, reading an adapter is little beside using it
-constexpr int64_t kFewestBytesPerStep = 32;
+constexpr int64_t kFewestBytesPerStep = 32;  // of a page: a step that asks for a line once more costs as much
 constexpr int64_t kFewBytes = 16384;     // of a group's weights
 constexpr int64_t kUnitsPerPass = 2048;  // 3 groups of that many units are 384 KiB: they stay in a core's L2 cache
 
@@ -317,8 +317,8 @@ struct Gemm {
     float* sums = is_one_pass ? one_tile : static_cast<float*>(pomona::scratch(pomona::kSums, num_rows * stride * 4));
     const int64_t next_bytes = NG * num_units * 64, num_columns = ceil_div(work.num_groups, NG);
     const int64_t num_tiles = ceil_div(num_rows, kTileRows);
-    // Fetched beside the first tiles: beside more of them memory is asked less at a time, and their steps cost more.
-    const int64_t bytes_per_step = NG * 64 / min64(num_tiles, max64(NG, 2));
+    // The next weights are fetched beside the first tiles: beside more of them memory is asked less at a time.
+    const int64_t num_fetching = min64(num_tiles, max64(NG, 2)), bytes_per_step = NG * 64 / num_fetching;
     for (int64_t unit = 0; unit < num_units; unit += kUnitsPerPass) {
       const int64_t units = min64(kUnitsPerPass, num_units - unit);
       for (int64_t tile = 0; tile < num_tiles; tile++) {
@@ -327,15 +327,15 @@ struct Gemm {
         float* some_sums = is_one_pass ? sums : sums + r * stride;
         const int64_t fetched = tile * units * bytes_per_step;
         const bool is_fetching = next && is_one_pass && fetched < next_bytes;
-        const Ahead ahead = is_fetching ? Ahead{next + fetched, next + next_bytes, bytes_per_step}
-                            : W < 16    ? beside.piece(group / NG, num_columns, tile - 2, num_tiles - 2, units)
-                                        : Ahead{};
-        const AheadPages pages =
-            W == 16 ? beside.share(group / NG, num_columns, tile, num_tiles, units) : AheadPages{};
+        Ahead ahead;
+        AheadPages pages;
+        if (is_fetching) ahead = {next + fetched, next + next_bytes, bytes_per_step};
+        if (unit == 0 && W == 16) pages = beside.share(group / NG, num_columns, tile, num_tiles, units);
+        if (unit == 0 && W < 16 && !is_fetching)
+          ahead = beside.piece(group / NG, num_columns, tile - num_fetching, num_tiles - num_fetching, units);
         tile_rows<T, NG, typename T::Row>(rows, units, inputs.from(row + r, unit),
                                           {weights + unit * kGroup, num_units * kGroup, kGroup},
-                                          {some_sums, stride, unit > 0}, ahead,
-                                          pages);
+                                          {some_sums, stride, unit > 0}, ahead, pages);
         if (unit + units == num_units) work.store_rows(some_sums, stride, row + r, rows, group, fused);
       }
     }
