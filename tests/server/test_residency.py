@@ -317,7 +317,7 @@ async def test_what_was_at_the_source_of_before_says_nothing_of_a_name_that_was_
         assert (await early).status_code == 404
         assert (await _card(served, "a"))["error"] is None
         await _text(served, "other")
-        assert len(_staged(served)) == 1  # it had to go, and is brought in again
+        await until(lambda: len(_staged(served)) == 1, "it had to go")
         await _text(served, "a")
 
 

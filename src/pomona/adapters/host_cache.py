@@ -39,6 +39,7 @@ class HostCache:
         self._pinned: frozenset[AdapterId] = frozenset()
         self._num_kept_bytes = 0
         self._num_reserved_bytes = 0
+        self._num_leaving_bytes = 0
         self._clock = 0.0
         self._order = 0
 
@@ -50,7 +51,12 @@ class HostCache:
     @property
     def num_reserved_bytes(self) -> int:
         """Bytes promised to loads under way, and of adapters that are being freed."""
-        return self._num_reserved_bytes
+        return self._num_reserved_bytes + self._num_leaving_bytes
+
+    @property
+    def is_over(self) -> bool:
+        """True while there is more than the budget, adapters that are being freed included."""
+        return self._num_kept_bytes + self.num_reserved_bytes > self.max_bytes
 
     @property
     def ids(self) -> tuple[AdapterId, ...]:
@@ -123,8 +129,18 @@ class HostCache:
         self._num_reserved_bytes -= num_bytes
         assert self._num_reserved_bytes >= 0, "more was given back than reserved"
 
+    def leave(self, num_bytes: int) -> None:
+        """An adapter that was discarded takes these until it is freed. Nothing else has to go because of them."""
+        self._num_leaving_bytes += num_bytes
+
+    def left(self, num_bytes: int) -> None:
+        """The counterpart of ``leave``."""
+        self._num_leaving_bytes -= num_bytes
+        assert self._num_leaving_bytes >= 0, "more was freed than was on its way out"
+
     def victims(self, num_bytes: int) -> list[AdapterId] | None:
-        """What must go so that ``num_bytes`` more fit, in order; None if that is not possible now."""
+        """What must go so that ``num_bytes`` more fit once all that leaves is freed, in order; None if that is not
+        possible now."""
         chosen, num_missing = self._choose(num_bytes)
         return None if num_missing > 0 else chosen
 

@@ -172,28 +172,32 @@ class HostTier:
             self._send_unload(victim, is_eviction=True)
 
     async def _evict(self, victims: list[AdapterId]) -> None:
-        """Have the engine free these; returns when it has."""
+        """Have the engine free these; returns when it has, and what others sent away is free too if there is no room
+        without."""
         for adapter_id in victims:
             if adapter_id in self.cache and not self.cache.num_holds(adapter_id):
                 self._on_evicted(adapter_id)
                 self._send_unload(adapter_id, is_eviction=True)
-        unloads = [self._unloads[adapter_id] for adapter_id in victims if adapter_id in self._unloads]
-        if unloads:
-            await asyncio.wait(unloads)
+        if self._unloads and self.cache.is_over:
+            await asyncio.wait(tuple(self._unloads.values()))
 
     def _send_unload(self, adapter_id: AdapterId, *, is_eviction: bool = False) -> None:
         """Have the engine free an adapter that nobody holds. From now on it is not staged."""
         assert not self.cache.num_holds(adapter_id), "what is in use is never unloaded"
         num_bytes = self.cache.evict(adapter_id) if is_eviction else self.cache.discard(adapter_id)
         self._unwanted.discard(adapter_id)
-        for sent in self._unloads_sent.values():
-            sent.add(adapter_id)
-        self.cache.reserve(num_bytes)  # until they are really free
+        self._note_unload(adapter_id)
+        self.cache.leave(num_bytes)
         before = self._unloads.get(adapter_id)
         self._unloads[adapter_id] = asyncio.create_task(self._unload(adapter_id, num_bytes, before))
         self._wake()
 
+    def _note_unload(self, adapter_id: AdapterId) -> None:
+        for sent in self._unloads_sent.values():
+            sent.add(adapter_id)
+
     async def _unload(self, adapter_id: AdapterId, num_bytes: int, before: "asyncio.Task[None] | None") -> None:
+        self._note_unload(adapter_id)  # a load may have been sent since this task was made
         try:
             await self._client.unload_adapter(adapter_id)
             if before is not None:
@@ -203,7 +207,7 @@ class HostTier:
         except PomonaError:
             _LOGGER.exception("Adapter %s could not be unloaded", adapter_id)
         finally:
-            self.cache.unreserve(num_bytes)
+            self.cache.left(num_bytes)
             if self._unloads.get(adapter_id) is asyncio.current_task():
                 del self._unloads[adapter_id]
             self._wake()
