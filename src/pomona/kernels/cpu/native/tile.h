@@ -126,10 +126,17 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
     for (int v = 0; v < NV; v++) finish(c, m, v, sums[m][v]);
 }
 
+// Loops that begin with a cache line: where a tile of four rows lies is otherwise chance, and 4 % of its pace.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
+#define ALIGN_LOOPS __attribute__((optimize("align-loops=64")))
+#else
+#define ALIGN_LOOPS
+#endif
+
 // Not inlined: eight copies of a long loop are enough; and eight more that fetch nothing, which is seen in the others.
 template <class T, class R, int NG, bool kIsFetching, class F>
-__attribute__((noinline)) void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead,
-                                         AheadPages beside, F finish) {
+__attribute__((noinline)) ALIGN_LOOPS void tile_rows(int num_rows, int64_t num_units, TileA a, TileB b, TileC c,
+                                                     Ahead ahead, AheadPages beside, F finish) {
   static_assert(kTileRows <= 8);
   switch (num_rows) {
     case 1: return tile<T, R, 1, NG, kIsFetching>(num_units, a, b, c, ahead, beside, finish);
