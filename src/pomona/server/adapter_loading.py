@@ -254,14 +254,18 @@ class AdapterLoading:
                 raise EngineUnavailableError(_STARTED_AGAIN)
             if not is_corrupt and entry.expected_id in (None, info.adapter_id):
                 return info
-            self.host.release(info.adapter_id)
-            self._tasks.spawn(self._free(info.adapter_id))
+            self.let_go(info)
             if not is_corrupt or is_last_try:
                 raise AdapterError(
                     f"its source holds other bytes ({info.adapter_id[:12]}) than those that were asked for "
                     f"({(entry.expected_id or local.cached_id or '')[:12]}): load it again to replace it"
                 )
         raise AssertionError("the last try returns or raises")
+
+    def let_go(self, info: AdapterInfo) -> None:
+        """Release an adapter that was staged for a name which will not mean it."""
+        self.host.release(info.adapter_id)
+        self._tasks.spawn(self._free(info.adapter_id))
 
     def mean(self, orphan: AdapterId | None, info: AdapterInfo) -> None:
         """A name has come to mean an adapter, and maybe left another without any."""

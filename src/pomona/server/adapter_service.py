@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from pomona.adapters.catalogue import AdapterState, Catalogue, CatalogueEntry
@@ -51,6 +51,10 @@ class Lease:
 class _HeldLock:
     lock: asyncio.Lock
     num_users: int = 0
+
+
+async def _nothing() -> None:
+    """What a name needs besides on a server without accounts."""
 
 
 class AdapterService:
@@ -225,7 +229,13 @@ class AdapterService:
                 del self._num_name_leases[name]
                 self._lease_ended.set()
 
-    async def load(self, name: str, source: str, sources: AdapterSources | None = None) -> CatalogueEntry:
+    async def load(
+        self,
+        name: str,
+        source: str,
+        sources: AdapterSources | None = None,
+        write_down: Callable[[], Awaitable[None]] = _nothing,
+    ) -> CatalogueEntry:
         """Load an adapter under ``name``, replacing what the name meant; returns when requests can use it.
 
         Requests in flight keep the version they were accepted with. A load goes on if its caller is cancelled.
@@ -234,6 +244,8 @@ class AdapterService:
             name: under which it will be served.
             source: folder, URL or hub id.
             sources: what ``source`` may be, if not what clients of the API may load.
+            write_down: awaited once the adapter can be used, before the name means it; no other load or unload of the
+                name is under way then. If it raises, everything is as it was before.
 
         Raises:
             InvalidRequestError: the name is malformed or the base model's.
@@ -241,16 +253,21 @@ class AdapterService:
             EngineUnavailableError: the engine is not there; everything is as it was before.
         """
         self._catalogue.validate_name(name)
-        return await asyncio.shield(self._tasks.spawn(self._replace(name, source, sources or self._sources)))
+        replacing = self._replace(name, source, sources or self._sources, write_down)
+        return await asyncio.shield(self._tasks.spawn(replacing))
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, strike_out: Callable[[], Awaitable[None]] = _nothing) -> None:
         """Take no new requests for ``name``, let running ones finish, free its memory; then return.
+
+        Args:
+            name: of an adapter.
+            strike_out: the counterpart of ``load``'s ``write_down``: awaited first. If it raises, nothing has changed.
 
         Raises:
             UnknownAdapterError: there is no such name.
         """
         self.get(name)
-        await asyncio.shield(self._tasks.spawn(self._unload(name)))
+        await asyncio.shield(self._tasks.spawn(self._unload(name, strike_out)))
 
     def pin(self, name: str, *, is_pinned: bool) -> None:
         """Keep a name's adapter in host memory once it is there, or let it be evicted like others.
@@ -307,7 +324,9 @@ class AdapterService:
         """True if a store may say what the name means: nobody else has, and nobody has unloaded it or just does."""
         return name not in self._removed and not self._catalogue.has(name)
 
-    async def _replace(self, name: str, source: str, sources: AdapterSources) -> CatalogueEntry:
+    async def _replace(
+        self, name: str, source: str, sources: AdapterSources, write_down: Callable[[], Awaitable[None]]
+    ) -> CatalogueEntry:
         async with self._name_lock(name):
             if not self._catalogue.has(name):
                 self._created_s[name] = int(time.time())  # noqa: TID251
@@ -316,6 +335,11 @@ class AdapterService:
             try:
                 read = CatalogueEntry(name, source, AdapterState.LOADING, 0, None)
                 info = await self._loading.fetch_and_stage(read, sources)
+                try:
+                    await write_down()
+                except BaseException:
+                    self._loading.let_go(info)
+                    raise
             except BaseException as error:
                 self._catalogue.abandon_load(name)
                 if isinstance(error, AdapterError):
@@ -335,12 +359,11 @@ class AdapterService:
             self._created_s[name] = int(time.time())  # noqa: TID251
             return self._catalogue.get(name)
 
-    async def _unload(self, name: str) -> None:
+    async def _unload(self, name: str, strike_out: Callable[[], Awaitable[None]]) -> None:
         async with self._name_lock(name):
-            try:
-                self._catalogue.begin_unload(name)
-            except ModelNotFoundError as error:
-                raise UnknownAdapterError(f"No adapter is called {name[:_MAX_SHOWN_CHARS]!r}.") from error
+            self.get(name)  # it may have been unloaded meanwhile
+            await strike_out()
+            self._catalogue.begin_unload(name)
             while self._num_name_leases[name] or self._loading.is_loading(name):
                 self._lease_ended.clear()
                 await self._lease_ended.wait()

@@ -7,6 +7,7 @@ all. On a server without accounts everybody sees everything under its own name.
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
@@ -156,8 +157,8 @@ class TenantAdapters:
         await self._accounts.database.run(self._accounts.tenants.tenant, owner)
         # What is loaded, and written down for other servers, is the folder that the source means now.
         source = await asyncio.to_thread(sources.settled, source)
-        entry = await self._service.load(catalogue_name, source, sources)
-        await self._accounts.change(self._accounts.shares.put, owner, name, source)
+        write_down = functools.partial(self._accounts.change, self._accounts.shares.put, owner, name, source)
+        entry = await self._service.load(catalogue_name, source, sources, write_down)
         return SeenAdapter(name if self._tenant_id else catalogue_name, entry, is_own=True)
 
     async def unload(self, name: str) -> None:
@@ -170,9 +171,11 @@ class TenantAdapters:
         if not adapter.is_own:
             raise UnknownAdapterError(f"No adapter is called {name[:_MAX_SHOWN_CHARS]!r}.")
         owner, _, own_name = adapter.entry.name.partition("/")
-        if self._accounts is not None and own_name:
-            await self._accounts.change(self._accounts.shares.remove, owner, own_name)
-        await self._service.unload(adapter.entry.name)
+        if self._accounts is None or not own_name:
+            await self._service.unload(adapter.entry.name)
+            return
+        strike_out = functools.partial(self._accounts.change, self._accounts.shares.remove, owner, own_name)
+        await self._service.unload(adapter.entry.name, strike_out)
 
     def _catalogue_name(self, model: str) -> str:
         """Return what the catalogue calls a model: the caller's own first, then the operator's, then what is shared."""
