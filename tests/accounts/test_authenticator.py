@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from pomona.accounts.tenants import TenantStore
 from pomona.accounts.usage_rows import Price
 from pomona.core.errors import AccountConflictError, AccountNotFoundError, DatabaseUnavailableError, InvalidRequestError
 from pomona.core.request import ServiceLevel
+from support.driver import until
 
 
 @pytest.fixture
@@ -249,3 +251,23 @@ async def test_a_key_that_was_made_is_shown_although_the_database_goes_away_just
     monkeypatch.setattr(accounts.shares, "adapters", fail)
     _, key = await new_key(accounts)
     assert await accounts.authenticator.authenticate(key.text)
+
+
+async def test_a_change_whose_maker_waits_no_more_is_known_here_too(accounts):
+    key, new = await new_key(accounts)
+    assert await accounts.authenticator.authenticate(new.text)
+    is_begun, may_end = threading.Event(), threading.Event()
+
+    def revoke(key_id):
+        is_begun.set()
+        may_end.wait(10)
+        return accounts.tenants.revoke_key(key_id)
+
+    revoking = asyncio.create_task(accounts.change(revoke, key.id))
+    await until(is_begun.is_set, "the change is under way")
+    revoking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await revoking
+    may_end.set()
+    await asyncio.sleep(10 * accounts.config.revision_poll_s)
+    assert await accounts.authenticator.authenticate(new.text) is None

@@ -105,9 +105,9 @@ class Accounts:
         self, work: Callable[_Arguments, _Result], *args: _Arguments.args, **kwargs: _Arguments.kwargs
     ) -> _Result:
         """Change identities, limits, prices or shares in the database; this process knows of it on return."""
-        result = await self.database.run(work, *args, **kwargs)
-        # Not if it failed: without the database, what is remembered is all that there is.
-        self.authenticator.forget_all()
+        change = asyncio.create_task(self.database.run(work, *args, **kwargs))
+        change.add_done_callback(self._note_change)
+        result = await asyncio.shield(change)
         with contextlib.suppress(DatabaseUnavailableError):  # it is made by now; ``_follow`` reads again
             await self.facts()
         return result
@@ -165,6 +165,14 @@ class Accounts:
             started_s=clock.now_s(),
         )
         return self.ledger.begin(start, booking.choices_per_prompt)
+
+    def _note_change(self, change: "asyncio.Task[_Result]") -> None:
+        """Also if whoever made the change waits no more: the watch does not look at changes of this process.
+
+        Not if it failed: without the database, what is remembered is all that there is.
+        """
+        if not change.cancelled() and change.exception() is None:
+            self.authenticator.forget_all()
 
     def _forget_facts(self) -> None:
         self._are_facts_stale = True
