@@ -199,7 +199,7 @@ async def test_a_name_that_drains_can_be_loaded_again_afterwards(served: Served)
 
 async def test_a_first_load_shows_as_loading(served: Served):
     loading = asyncio.create_task(_load(served, "slow", "one", seconds=0.3))
-    await until(lambda: bool(served.adapters.entries), "the load has begun")
+    await until(lambda: served.adapters.record("slow").step == "verifying", "the load has begun")
     (card,) = (await served.http.get("/v1/adapters")).json()["data"]
     assert (card["state"], card["id"], card["version"]) == ("verifying", None, 0)
     assert (await served.refused("/v1/completions", prompt="x", model="slow"))[0] == 404
