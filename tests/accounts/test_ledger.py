@@ -128,6 +128,18 @@ def test_a_group_that_is_sent_twice_changes_nothing(database):
         assert sorted(spending) == [("adapter", 5, 65, 80), ("key", 5, 65, 80), ("tenant", 5, 65, 80)]
 
 
+def test_the_highest_prices_do_not_stop_the_ledger(database):
+    for index in range(3):
+        group = [usage(start(f"r{index}-{row}"), output_tokens=2**32) for row in range(2)]
+        with database.write() as connection:
+            insert_usage(connection, group, {"": Price(output_nanos=10**9)})
+    with database.read() as connection:
+        spent = connection.execute(sqlalchemy.text("SELECT cost_nanos FROM spending")).scalars().all()
+    assert spent == [2**63 - 1] * 3
+    (sums,) = UsageStore(database).sums(UsageFilter(), ())
+    assert sums["cost_nanos"] == 6 * 2**32 * 10**9
+
+
 def test_a_group_that_is_partly_there_adds_only_the_rest(database):
     for group in (["r1", "r2"], ["r2", "r3"]):
         with database.write() as connection:

@@ -14,6 +14,7 @@ from pomona.accounts.usage_rows import Price, read_prices
 from pomona.core.errors import ConfigError, InvalidRequestError
 
 _PAGE: Final = 1000
+_NANOS: Final = 1_000_000_000
 _TABLE: Final = UsageRow.__table__
 GROUPS: Final[dict[str, ColumnElement[str]]] = {
     "tenant": _TABLE.c.tenant_id,
@@ -70,13 +71,18 @@ class UsageStore:
                 raise InvalidRequestError.out_of_range("group_by", name[:100], "one of " + ", ".join(GROUPS))
         groups: list[ColumnElement[Any]] = [GROUPS[name].label(name) for name in dict.fromkeys(group_by)]
         sums: list[ColumnElement[Any]] = [func.count().label("num_requests")]
-        sums += [func.coalesce(func.sum(getattr(UsageRow, name)), 0).label(name) for name in SUMS[1:]]
+        summed: dict[str, Any] = {name: getattr(UsageRow, name) for name in SUMS[1:]}
+        # In two parts: SQLite refuses sums of more than 64 bits, and high prices come to that.
+        summed |= {"cost_nanos": UsageRow.cost_nanos % _NANOS, "cost_units": UsageRow.cost_nanos // _NANOS}
+        sums += [func.coalesce(func.sum(column), 0).label(name) for name, column in summed.items()]
         query = _filtered(select(*groups, *sums), which)
         if groups:
             positions = [GROUPS[name] for name in dict.fromkeys(group_by)]
             query = query.group_by(*positions).order_by(*positions)
         with self._database.read(is_report=True) as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
+        for row in rows:
+            row["cost_nanos"] += _NANOS * row.pop("cost_units")
         # PostgreSQL sums integers as decimals.
         return [
             {name: int(value) if name in SUMS and name != "engine_s" else value for name, value in row.items()}

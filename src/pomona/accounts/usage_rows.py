@@ -3,15 +3,18 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import case, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from pomona.accounts.clock import day_of, month_of
 from pomona.accounts.journal import Usage
 from pomona.accounts.tables import PriceRow, SpendingRow, UsageRow
+
+_MAX_NANOS: Final = 2**63 - 1
+"""Of a column: a month that costs more, at the highest prices, is written down as this, over every budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +103,22 @@ def insert_usage(connection: Connection, rows: Sequence[Usage], prices: Prices) 
 def _add(connection: Connection, dialect: Any, key: tuple[str, str, str], added: list[int]) -> Spending:
     """One statement, so that processes that add at the same time lose nothing. In order of keys: no deadlock."""
     scope, scope_id, month = key
+    num_requests, num_tokens, cost_nanos = added[0], added[1], min(added[2], _MAX_NANOS)
     insert = dialect.insert(SpendingRow).values(
-        scope=scope, scope_id=scope_id, month=month, num_requests=added[0], num_tokens=added[1], cost_nanos=added[2]
+        scope=scope,
+        scope_id=scope_id,
+        month=month,
+        num_requests=num_requests,
+        num_tokens=num_tokens,
+        cost_nanos=cost_nanos,
     )
+    is_too_much = SpendingRow.cost_nanos > _MAX_NANOS - insert.excluded.cost_nanos
     upsert = insert.on_conflict_do_update(
         index_elements=["scope", "scope_id", "month"],
         set_={
             "num_requests": SpendingRow.num_requests + insert.excluded.num_requests,
             "num_tokens": SpendingRow.num_tokens + insert.excluded.num_tokens,
-            "cost_nanos": SpendingRow.cost_nanos + insert.excluded.cost_nanos,
+            "cost_nanos": case((is_too_much, _MAX_NANOS), else_=SpendingRow.cost_nanos + insert.excluded.cost_nanos),
         },
     ).returning(SpendingRow.num_requests, SpendingRow.num_tokens, SpendingRow.cost_nanos)
     return Spending(scope, scope_id, month, *connection.execute(upsert).one())
