@@ -265,6 +265,17 @@ def test_what_a_kill_leaves_of_a_journal_that_is_removed_hinders_nobody(tmp_path
         assert found == []
 
 
+async def test_what_kills_leave_of_journals_is_removed_when_it_is_old(config, database, new_ledger):
+    ledger = new_ledger(config)
+    young, old = (config.data_dir / "journal" / name for name in (".young", ".old"))
+    for folder in (young, old):
+        folder.mkdir()
+        (folder / "progress").touch()
+    os.utime(old, (0, 0))
+    await ledger.adopt()
+    assert (young.exists(), old.exists()) == (True, False)
+
+
 def test_the_table_of_progress_has_its_place_on_the_disk(tmp_path):
     journal = Journal(tmp_path, "p1")
     table = (tmp_path / "p1" / "progress").stat()

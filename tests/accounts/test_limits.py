@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import sqlalchemy
 
 from pomona.accounts import clock
 from pomona.accounts import database as database_module
@@ -180,6 +181,9 @@ async def test_slots_of_a_process_that_died_come_back(database, monkeypatch):
     assert not await alive.take("acme", 1)
     monkeypatch.setattr(clock, "now_s", lambda: now_s + EXPIRY_S + 0.1)
     assert await alive.take("acme", 1)
+    with database.read() as connection:
+        rows = connection.execute(sqlalchemy.text("SELECT process_id FROM slots WHERE process_id <> ''"))
+        assert rows.scalars().all() == ["alive"]
 
 
 async def test_a_request_takes_from_every_limit_or_from_none(config, database):

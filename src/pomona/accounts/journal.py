@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from pomona.accounts import clock
 from pomona.core.errors import DatabaseUnavailableError
 
 _HEADER: Final = struct.Struct("<II")
@@ -28,6 +29,8 @@ _SLOT: Final = struct.Struct("<QQIId")
 """Number of the start record it belongs to; output, cached and input tokens counted; time of the last change."""
 _NUM_SLOTS: Final = 65_536
 _MAX_RECORD_BYTES: Final = 2**20
+_LEFT_OVER_S: Final = 3600.0
+"""A hidden folder in which nothing has changed for so long is nobody's."""
 _LOCK_FILE: Final = "lock"
 _PROGRESS_FILE: Final = "progress"
 
@@ -269,6 +272,14 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def clear_left_overs(folder: Path) -> None:
+    """Remove what kills have left of journals that were being made or removed. What is younger may still be at it."""
+    for path in folder.glob(".*"):
+        with contextlib.suppress(FileNotFoundError):
+            if clock.now_s() - path.stat().st_mtime > _LEFT_OVER_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:

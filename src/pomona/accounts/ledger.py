@@ -14,7 +14,15 @@ from typing import Final
 from pomona.accounts import clock
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
-from pomona.accounts.journal import Counted, Journal, Start, Usage, dead_journals, remove_folder
+from pomona.accounts.journal import (
+    Counted,
+    Journal,
+    Start,
+    Usage,
+    clear_left_overs,
+    dead_journals,
+    remove_folder,
+)
 from pomona.accounts.usage_rows import Prices, Spending, insert_usage, read_prices
 from pomona.core.errors import DatabaseUnavailableError
 from pomona.core.output import RequestOutput
@@ -293,6 +301,7 @@ class Ledger:
 
     def _adopt(self) -> tuple[int, list[Spending]]:
         num_rows, spending = 0, []
+        clear_left_overs(self._folder)
         with dead_journals(self._folder) as found:
             for folder, rows in found:
                 if rows:

@@ -22,12 +22,13 @@ _LOCK: Final = text(
     " ON CONFLICT (name, process_id) DO UPDATE SET num_held = 0"
 )
 """Every process changes this row of a limit first, so that they come one after the other."""
+_BURY: Final = text("DELETE FROM slots WHERE name = :name AND process_id <> '' AND expires_s <= :now")
 _TAKE: Final = text(
     "INSERT INTO slots (name, process_id, num_held, expires_s)"
     " SELECT :name, :process, CAST(:wanted AS BIGINT), :expires"
-    " WHERE (SELECT COALESCE(SUM(num_held), 0) FROM slots WHERE name = :name AND expires_s > :now) + :wanted <= :limit"
+    " WHERE (SELECT COALESCE(SUM(num_held), 0) FROM slots WHERE name = :name) + :wanted <= :limit"
     " ON CONFLICT (name, process_id) DO UPDATE SET expires_s = excluded.expires_s,"
-    " num_held = excluded.num_held + CASE WHEN slots.expires_s > :now THEN slots.num_held ELSE 0 END"
+    " num_held = excluded.num_held + slots.num_held"
     " RETURNING num_held"
 )
 _KEEP: Final = text(
@@ -140,6 +141,7 @@ class Slots:
         values = {"name": name, "process": self._process_id, "wanted": wanted, "limit": limit, "now": now_s}
         with self._database.write() as connection:
             connection.execute(_LOCK, {"name": name})
+            connection.execute(_BURY, {"name": name, "now": now_s})
             row = connection.execute(_TAKE, {**values, "expires": now_s + EXPIRY_S}).first()
         return None if row is None else int(row[0])
 
