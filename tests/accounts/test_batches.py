@@ -16,7 +16,7 @@ from pomona.accounts.config import AccountsConfig
 from pomona.accounts.tables import BatchRow
 from pomona.core.errors import DatabaseUnavailableError
 from pomona.core.request import Priority
-from pomona.server.batch_files import Answer, Line, OutputFiles
+from pomona.server.batch_files import Answer, Line, OutputFiles, read_lines
 from pomona.server.batch_runner import BatchRunner, running_batches
 from support.accounts import serve_accounts
 from support.driver import until
@@ -447,6 +447,31 @@ async def test_a_batch_goes_on_where_a_dead_process_left_it(served, clients, mon
     answers = await results(client, batch.output_file_id)
     assert [answers[f"line-{n}"]["response"] == "from before" for n in range(6)] == [True, True, *[False] * 4]
     assert len(await served.usage()) == 4
+
+
+@pytest.mark.parametrize("slow", ["read_lines", "OutputFiles.open"])
+async def test_a_batch_stays_its_owners_while_large_files_are_read(served, clients, monkeypatch, slow):
+    for module in ("accounts.batches", "server.batch_runner"):
+        monkeypatch.setattr(f"pomona.{module}.LEASE_S", 0.3)
+    real = read_lines if slow == "read_lines" else OutputFiles.open
+    is_begun, go_on, readers = threading.Event(), threading.Event(), set()
+
+    def read(*args):
+        readers.add(threading.current_thread())
+        is_begun.set()
+        go_on.wait(2)
+        return real(*args)
+
+    monkeypatch.setattr(f"pomona.server.batch_runner.{slow}", read)
+    async with working(served):
+        batch = await start(clients["acme"], lines(body()))
+        await until(is_begun.is_set, "the files are read")
+        await asyncio.sleep(0.8)
+        claimed = served.accounts.batches.claim("other")
+        go_on.set()
+        assert claimed is None
+        assert (await until_ended(clients["acme"], batch)).status == "completed"
+    assert threading.main_thread() not in readers
 
 
 async def test_a_process_whose_lease_has_run_out_writes_nothing_until_it_knows_that_the_batch_is_its(

@@ -105,12 +105,15 @@ class BatchRunner:
             self._wake.set()
 
     async def _carry_out(self, batch: Batch) -> None:
-        files = OutputFiles.open(self._store.path_of, batch, self._store.new_file_id)
+        run_long = self._accounts.database.run_long
+        async with self._leased(batch):
+            files = await run_long(OutputFiles.open, self._store.path_of, batch, self._store.new_file_id)
         problems: Problems = []
         try:
             ended = _end_of(batch)
             if ended is None:
-                lines, problems = await self._lines_of(batch)
+                async with self._leased(batch):
+                    lines, problems = await self._lines_of(batch)
                 ended = "failed" if problems else await self._ask_all(batch, lines, files)
         except (DatabaseUnavailableError, OSError):
             raise
@@ -122,6 +125,23 @@ class BatchRunner:
             files.close()
         if ended is not None:
             await self._finish(batch, ended, files, problems)
+
+    @contextlib.asynccontextmanager
+    async def _leased(self, batch: Batch) -> AsyncIterator[None]:
+        """Keep the lease for the length of the block, however large the files are and however many wait before them."""
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(LEASE_S / 4)
+                with contextlib.suppress(DatabaseUnavailableError):
+                    await self._update(batch)
+
+        renewal = asyncio.create_task(renew())
+        try:
+            yield
+        finally:
+            renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
 
     async def _lines_of(self, batch: Batch) -> tuple[list[Line], Problems]:
         try:
