@@ -122,6 +122,27 @@ def test_a_cached_hub_adapter_is_found_and_read_offline(roots: Path, hub_cache: 
     assert read_files(folder).weights_bytes == b"weights"
 
 
+@pytest.mark.parametrize("has_safetensors", [True, False])
+def test_of_weights_in_two_formats_one_is_downloaded(
+    has_safetensors: bool, roots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = {"adapter_config.json", "adapter_model.bin"} | (
+        {"adapter_model.safetensors"} if has_safetensors else set()
+    )
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        for name in repository.intersection(allow_patterns):
+            (folder / name).touch()
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    sources(roots, allow_hub=True).fetch("org/name")
+    wanted = "adapter_model.safetensors" if has_safetensors else "adapter_model.bin"
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", wanted]
+
+
 def test_a_link_from_the_hub_cache_to_elsewhere_is_forbidden(hub_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_bytes(b"secret")
     folder = Path(huggingface_hub.snapshot_download("org/name", cache_dir=hub_cache))

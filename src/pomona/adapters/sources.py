@@ -219,14 +219,15 @@ def _read(folder: str, name: str, roots: Sequence[str], max_bytes: int) -> bytes
 
 
 def _fetch(source: str) -> str:
-    """Download an adapter's files into the hub's cache, or find them there."""
+    """Download an adapter's files into the hub's cache, or find them there: of its weights the first only."""
     repo_id, _, revision = source.partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(
-            repo_id,
-            revision=revision or None,
-            allow_patterns=[CONFIG_FILE, *(name for name, _ in WEIGHTS_FILES)],
-        )
+        for name, _ in WEIGHTS_FILES:
+            folder = huggingface_hub.snapshot_download(
+                repo_id, revision=revision or None, allow_patterns=[CONFIG_FILE, name]
+            )
+            if os.path.exists(os.path.join(folder, name)):
+                break
     except GatedRepoError as error:
         raise AdapterForbiddenError(
             f"source {source!r}: the repository is gated; accept its terms and set HF_TOKEN"
