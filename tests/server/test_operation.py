@@ -66,6 +66,16 @@ async def test_health_follows_the_engine(tmp_path):
             assert response.json() == {"status": "unavailable", "engine": "restarting: it died"}
 
 
+async def test_strangers_do_not_learn_why_an_engine_failed(tmp_path):
+    client = ScriptedClient([])
+    client.is_ready = False
+    app = scripted_app(client, tmp_path, ServerConfig(api_key="sk"))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
+        for path in ("/health", "/ready"):
+            response = await http.get(path)
+            assert (response.status_code, response.json()) == (503, {"status": "unavailable", "engine": "restarting"})
+
+
 def _value(text: str, series: str) -> float:
     found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
     assert found is not None, series

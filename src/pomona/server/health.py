@@ -10,9 +10,15 @@ from pomona.server.responses import Health
 
 
 async def health(request: Request) -> Response:
-    """Tell whether the engine answers: 200, or 503 while it starts, restarts or has failed for good."""
-    client = context_of(request).client
-    answer = Health("ok" if client.is_ready else "unavailable", client.state)
+    """Tell whether the engine answers: 200, or 503 while it starts, restarts or has failed for good.
+
+    Why is in the server's log. Where keys are asked for it is not in the answer: this route is open, and what failed
+    may name files.
+    """
+    context = context_of(request)
+    client, has_keys = context.client, context.accounts is not None or context.config.api_key is not None
+    state = client.state.partition(":")[0] if has_keys else client.state
+    answer = Health("ok" if client.is_ready else "unavailable", state)
     return Response(msgspec.json.encode(answer), 200 if client.is_ready else 503, media_type="application/json")
 
 

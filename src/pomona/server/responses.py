@@ -211,7 +211,7 @@ class Health(msgspec.Struct, frozen=True):
     status: str
     """ok or unavailable."""
     engine: str
-    """The engine's state: ready, or what keeps it from that."""
+    """The engine's state: ready, or what keeps it from that; without the reason on a server that asks for keys."""
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
