@@ -147,6 +147,19 @@ async def test_a_shared_adapter_is_there_for_whom_it_is_shared_with_until_it_is_
     assert refused.status_code == 404
 
 
+async def test_sharing_does_not_tell_a_tenant_which_others_there_are(served):
+    await load(served, "acme", "legal")
+    answers = []
+    for tenant in ("bolt", "nobody"):
+        answers.append(await served.call("acme", "PUT", "/v1/shares", {"name": "legal", "tenants": [tenant]}))
+        expected = {"bolt"} if tenant == "bolt" else set()
+        assert served.accounts.adapters["acme/legal"].shared_with == expected
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].text.replace("bolt", "nobody") == answers[1].text
+    by_staff = {"name": "acme/legal", "tenants": ["nobody"]}
+    assert (await served.call("admin", "PUT", "/v1/shares", by_staff)).status_code == 404
+
+
 async def test_the_operators_adapters_are_for_all_and_only_the_operators_to_change(served):
     source = make_adapter(served.served.folder / "common", "common")
     loaded = await served.call("operator", "POST", "/v1/adapters", {"name": "common", "source": source})

@@ -82,8 +82,17 @@ class ShareStore:
             session.execute(delete(ShareRow).where(ShareRow.owner_id == owner, ShareRow.name == name))
             session.execute(delete(AdapterRow).where(AdapterRow.tenant_id == owner, AdapterRow.name == name))
 
-    def share(self, owner: str, name: str, tenants: frozenset[str], *, is_public: bool) -> None:
+    def share(
+        self, owner: str, name: str, tenants: frozenset[str], *, is_public: bool, ignores_unknown: bool = False
+    ) -> None:
         """Replace whom an adapter is shared with.
+
+        Args:
+            owner: of the adapter.
+            name: of the adapter.
+            tenants: who may use it.
+            is_public: all may.
+            ignores_unknown: leave out tenants that there are not, for callers who must not learn of others.
 
         Raises:
             AccountNotFoundError: there is no such adapter, or no such tenant.
@@ -96,5 +105,7 @@ class ShareStore:
             session.execute(delete(ShareRow).where(ShareRow.owner_id == owner, ShareRow.name == name))
             for tenant_id in sorted(tenants):
                 if session.get(TenantRow, tenant_id) is None:
+                    if ignores_unknown:
+                        continue
                     raise AccountNotFoundError(f"There is no tenant {tenant_id[:200]!r}.")
                 session.add(ShareRow(owner_id=owner, name=name, tenant_id=tenant_id))

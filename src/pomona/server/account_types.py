@@ -93,6 +93,7 @@ class ShareRequest(Wire):
     name: str
     """Of the caller's adapter; an administrator writes ``tenant/name``."""
     tenants: list[str] = Field(default_factory=list, max_length=1000, fail_fast=True)
+    """Of a tenant's request, those that do not exist are passed over; an administrator's is refused."""
     public: bool = False
     """Shared with all tenants."""
 

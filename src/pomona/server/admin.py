@@ -163,7 +163,7 @@ async def set_price(request: Request) -> Response:
 
 
 async def share_adapter(request: Request) -> Response:
-    """Say with whom an adapter is shared."""
+    """Say with whom an adapter is shared. A tenant is not told which other tenants there are."""
     body = await read_model(request, wire.ShareRequest, _max_body_bytes(request))
     accounts = accounts_of(request)
     principal = principal_of(request)
@@ -172,7 +172,14 @@ async def share_adapter(request: Request) -> Response:
     if f"{owner}/{name}" not in accounts.adapters:
         raise UnknownAdapterError(f"No adapter is called {body.name[:200]!r}.")
     assert owner is not None, "found above"
-    await accounts.change(accounts.shares.share, owner, name, frozenset(body.tenants), is_public=body.public)
+    await accounts.change(
+        accounts.shares.share,
+        owner,
+        name,
+        frozenset(body.tenants),
+        is_public=body.public,
+        ignores_unknown=principal.tenant_id is not None,
+    )
     return json_answer(wire.ShareCard(owner, name, sorted(set(body.tenants)), body.public))
 
 
