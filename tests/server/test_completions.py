@@ -1,9 +1,10 @@
 import asyncio
+import threading
 
 import pytest
 
 from pomona.server.config import ServerConfig
-from support.server import MAX_MODEL_LEN, Served, serve
+from support.server import BASE, MAX_MODEL_LEN, Served, serve
 
 
 async def test_a_text_is_continued(served: Served):
@@ -250,6 +251,21 @@ async def test_a_huge_text_does_not_keep_others_waiting(served: Served):
     status, error = huge.result()
     assert (status, error["code"]) == (400, "context_length_exceeded")
     assert num_answers > 1
+
+
+async def test_many_texts_together_are_tokenized_beside_the_event_loop(served: Served, monkeypatch):
+    tokenizer = served.app.state.context.tokenizer
+    encode, threads = tokenizer.encode, set()
+
+    def noted(*args, **kwargs):
+        threads.add(threading.current_thread())
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "encode", noted)
+    response = await served.http.post("/v1/completions", json={"model": BASE, "prompt": ["one two " * 100] * 16})
+    assert response.status_code == 200
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 async def test_one_choice_past_the_limit_is_too_many(tmp_path):

@@ -58,18 +58,23 @@ async def completion_prompts(
     Raises:
         InvalidRequestError: one is empty, or holds a token that the model does not have.
     """
-    checked = []
-    for position, prompt in enumerate(prompts):
-        field = "prompt" if len(prompts) == 1 else f"prompt[{position}]"
-        if isinstance(prompt, str):
-            token_ids = tuple(await encode(context, field, prompt, add_special_tokens=add_special_tokens))
-        else:
-            token_ids = prompt
-            check_token_id(field, max(prompt, default=0), context.model.vocab_size)
-        if not token_ids:
-            raise InvalidRequestError(field, f"{field} is empty: at least one token is needed")
-        checked.append(Prompt(token_ids, prompt if isinstance(prompt, str) else None))
-    return checked
+
+    def check() -> list[Prompt]:
+        checked = []
+        for position, prompt in enumerate(prompts):
+            field = "prompt" if len(prompts) == 1 else f"prompt[{position}]"
+            if isinstance(prompt, str):
+                token_ids = tuple(_encode(context, field, prompt, add_special_tokens=add_special_tokens))
+            else:
+                token_ids = prompt
+                check_token_id(field, max(prompt, default=0), context.model.vocab_size)
+            if not token_ids:
+                raise InvalidRequestError(field, f"{field} is empty: at least one token is needed")
+            checked.append(Prompt(token_ids, prompt if isinstance(prompt, str) else None))
+        return checked
+
+    num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    return check() if num_chars <= _MAX_INLINE_CHARS else await asyncio.to_thread(check)
 
 
 async def chat_token_ids(
