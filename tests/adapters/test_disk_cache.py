@@ -83,3 +83,20 @@ def test_what_has_rotted_is_dropped(tmp_path: Path):
     cache.drop(AdapterId("a"))
     assert not path.exists()
     assert cache.num_bytes == 0
+
+
+def test_what_was_fetched_anew_is_not_dropped_for_what_was_there_before(tmp_path: Path):
+    cache, a = DiskCache(tmp_path, 1000), AdapterId("a")
+    path = put(cache, "a")
+    for _ in range(2):
+        cache.take(a)
+    cache.drop(a)
+    cache.release(a)
+    put(cache, "a")
+    cache.drop(a)  # by the other, who had the same rotten files
+    cache.release(a)
+    assert path.exists()
+    cache.take(a)
+    cache.drop(a)
+    assert not path.exists()
+    cache.release(a)

@@ -47,6 +47,8 @@ class DiskCache:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._num_uses: Counter[AdapterId] = Counter()
+        self._num_late: Counter[AdapterId] = Counter()
+        """Uses of files that were dropped: those who have them may yet drop them too."""
         try:
             for folder in ("adapters", "sources", "partial"):
                 (root / folder).mkdir(parents=True, exist_ok=True)
@@ -107,6 +109,7 @@ class DiskCache:
             assert self._num_uses[adapter_id] >= 0, "released more often than taken"
             if not self._num_uses[adapter_id]:
                 del self._num_uses[adapter_id]
+                self._num_late.pop(adapter_id, None)
         self._shrink(0)
 
     def put(self, source: str, tag: str, num_bytes: int, write: Callable[[Path], AdapterId]) -> tuple[AdapterId, Path]:
@@ -147,8 +150,16 @@ class DiskCache:
         return adapter_id, final
 
     def drop(self, adapter_id: AdapterId) -> None:
-        """Remove an adapter whose files are not what they were; taken or not."""
+        """Remove an adapter whose files are not what they were; taken or not.
+
+        What was fetched since another user of the same files dropped them stays.
+        """
         with self._lock:
+            if self._num_late[adapter_id]:
+                self._num_late[adapter_id] -= 1
+                return
+            if self._num_uses[adapter_id] > 1:
+                self._num_late[adapter_id] = self._num_uses[adapter_id] - 1
             self._sizes.pop(adapter_id, None)
             self._remove(adapter_id)
 
