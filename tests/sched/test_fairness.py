@@ -12,6 +12,7 @@ from pomona.sched.account import Account
 from pomona.sched.fair_queue import FairQueue
 from pomona.sched.fairness import FairnessConfig, Policy, ServicePrices
 from pomona.sched.pace import Pace
+from pomona.sched.sequence import Sequence
 from support.engine import EngineHarness, make_request
 
 POLICIES: list[Policy] = ["fcfs", "lcf", "vtc", "wvtc", "drr"]
@@ -118,6 +119,23 @@ def test_deficit_round_robin_passes_the_turn_on_when_a_tenant_leaves_in_the_midd
         add(harness, f"z{index}")
     assert all(harness.tokens(f"y{index}") for index in range(10)), "one quantum, before x and z had two turns each"
     harness.run()
+
+
+def test_with_deficit_round_robin_a_turn_s_credit_alone_preempts_nobody():
+    lead = {"max_lead": 5.0, "quantum": 1000.0, "has_seats": True}
+    harness = make_harness("drr", **lead, max_num_seqs=3, num_kv_blocks=18, max_prefill_chunk=1)
+    for name in ("p1", "p2", "p3", "q1", "q2", "q3"):
+        add(harness, name, prompt=3, max_tokens=8)
+    harness.run()
+
+
+def test_with_deficit_round_robin_a_tenant_too_far_ahead_does_not_hide_those_behind_it():
+    queue = FairQueue(FairnessConfig(policy="drr", quantum=1.0), max_lead=5.0)
+    for tenant, counter in (("p", -1.0), ("q", 10.0), ("r", 2.0)):
+        seq = Sequence(make_request(tenant, tenant=tenant), 64)
+        queue.push(seq)
+        seq.account.counter = counter
+    assert [seq.request_id for seq in queue.candidates()] == ["p", "r"]
 
 
 @pytest.mark.parametrize("policy, share", [("vtc", 1.0), ("wvtc", 3.0), ("drr", 3.0)])

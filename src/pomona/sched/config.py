@@ -88,16 +88,16 @@ class SchedulerConfig:
     @property
     def max_lead(self) -> float:
         """Service that a tenant may be ahead of one that waits: as set, or what the KV cache can hold (M of the VTC
-        paper), at the price of its dearest tokens."""
+        paper), at the price of its dearest tokens. With ``drr`` at least the quantum: with less, whoever's turn began
+        would preempt those before it, for ever."""
         fairness = self.fairness
-        if fairness.max_lead is not None:
-            return fairness.max_lead
         num_slots = self.num_kv_blocks * self.block_size
         prices = fairness.prices
         per_token = max(
             prices.per_input_token, prices.outputs(self.max_model_len, self.max_model_len - 1, self.max_model_len)
         )
-        return per_token * num_slots
+        max_lead = per_token * num_slots if fairness.max_lead is None else fairness.max_lead
+        return max(max_lead, fairness.quantum) if fairness.policy == "drr" else max_lead
 
     @property
     def service_bound(self) -> float:

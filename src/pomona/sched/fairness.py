@@ -81,7 +81,8 @@ class FairnessConfig:
     """With ``drr``: service a tenant of weight 1 gains per round."""
     max_lead: float | None = None
     """With ``vtc``, ``wvtc`` and ``drr``: service, divided by weight, that a tenant may be ahead of one that waits.
-    Beyond, its running requests give way, first computing, then their memory. None: what the KV cache can hold."""
+    Beyond, its running requests give way, first computing, then their memory. None: what the KV cache can hold. With
+    ``drr`` at least the quantum, which a turn brings at once."""
     has_seats: bool = True
     """With the same: a tenant that waits and has nothing running may take the place of others' latest requests, up to
     an equal share of the memory."""

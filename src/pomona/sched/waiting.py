@@ -127,7 +127,7 @@ class TenantOrder:
         num_passed: dict[Account, int] = {}
         for account in self._ranking.ranked():
             if account.counter - least_passed_over > self._max_lead:
-                break
+                continue  # not the end: the next may be less far ahead, turns do not go by counters
             waiting = self._waiting[account]
             num_waiting = len(waiting)
             for seq in islice(waiting.values(), num_passed.get(account, 0), None):
