@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pomona.core.request import Priority, ServiceLevel
 from pomona.sched.account import Account
 from pomona.sched.fairness import FairnessConfig, ServicePrices
+from pomona.sched.scheduler import Scheduler
+from pomona.sched.sequence import Sequence, SequenceState
 from support.engine import EngineHarness, check_integrity, make_request
 
 MAX_PROMPT, MAX_OUTPUT = 12, 10
@@ -159,16 +161,18 @@ class FairRun:
         if not (is_spent or is_barred or preempted or is_loading or scheduler._turn.is_barred(seq)):
             assert not scheduler._fits(seq, []), "who is next and fits is admitted"
 
-    def play(self, events: list[Burst]) -> None:
+    def play(self, events: list[Burst], after_step: Callable[[], None] = lambda: None) -> None:
         for burst in events:
             for _ in range(burst.after_steps):
                 if self.harness.engine.has_work:
                     self.step()
+                    after_step()
             self.add(burst)
-        for _ in range(100_000):
+        for _ in range(10_000):
             if not self.harness.engine.has_work:
                 break
             self.step()
+            after_step()
         self.harness.run()
 
     def bound(self) -> float:
@@ -213,3 +217,37 @@ def test_the_gap_between_two_backlogged_tenants_is_bounded_for_any_arrivals(conf
     run = FairRun(config, fairness)
     run.play(data.draw(bursts(st.sampled_from([None, "x", "y", "wide"]), st.sampled_from(Priority))))
     assert run.ledger.largest <= run.bound() + 1e-6
+
+
+def noting_who_gets_pages(scheduler: Scheduler) -> list[Sequence]:
+    """Note for whom sequences are preempted so that its adapter can be loaded, in the step planned last."""
+    noted: list[Sequence] = []
+    make_pages, choose = scheduler._make_pages, scheduler._choose
+
+    def make_and_note(seq: Sequence, chosen: list[Sequence]) -> bool:
+        is_made = make_pages(seq, chosen)
+        noted.extend([seq] if is_made else [])
+        return is_made
+
+    def choose_anew(now_s: float) -> list[Sequence]:
+        noted.clear()
+        return choose(now_s)
+
+    scheduler._make_pages, scheduler._choose = make_and_note, choose_anew  # type: ignore[method-assign]
+    return noted
+
+
+@given(config=CONFIGS, policy=st.sampled_from(["vtc", "wvtc", "drr"]), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_nobody_is_preempted_for_pages_in_vain_and_all_requests_end(config, policy, data):
+    lead, quantum = data.draw(st.none() | st.sampled_from([5.0, 30.0])), data.draw(st.sampled_from([1.0, 1000.0]))
+    run = FairRun(
+        config, FairnessConfig(policy=policy, max_lead=lead, quantum=quantum, has_seats=data.draw(st.booleans()))
+    )
+    noted = noting_who_gets_pages(run.scheduler)
+
+    def check():
+        for seq in noted:
+            assert seq.state is not SequenceState.WAITING or run.scheduler._arrivals.is_joining(seq)
+
+    run.play(data.draw(bursts(st.sampled_from([None, "x", "y", "wide"]), st.sampled_from(Priority))), check)

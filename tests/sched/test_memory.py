@@ -356,6 +356,18 @@ def test_nobody_is_preempted_for_a_page_that_somebody_else_goes_on_using():
     harness.run()
 
 
+def test_nobody_is_preempted_for_pages_while_there_are_no_blocks_for_who_needs_them():
+    harness = make_harness(num_kv_blocks=6, num_adapter_pages=1, blocks_per_page=0, enable_prefix_cache=False)
+    batch, urgent = (ServiceLevel(priority=one) for one in (Priority.BATCH, Priority.INTERACTIVE))
+    add(harness, "goes on", blocks=4, max_tokens=4, level=urgent, tenant="q")
+    add(harness, "batch", "y", max_tokens=4, level=batch, tenant="p")
+    harness.step()
+    add(harness, "urgent", "x", blocks=3, level=urgent, tenant="q")
+    harness.step()
+    assert ("batch" in harness.scheduled(), stats(harness).num_preemptions) == (True, 0)
+    harness.run()
+
+
 def test_no_adapter_is_closed_while_the_pages_that_kv_gives_back_will_do():
     harness = make_harness(num_kv_blocks=6, blocks_per_page=1, adapter_wait_limit_s=0.0, enable_prefix_cache=False)
     add(harness, "fill", blocks=4, max_tokens=4)

@@ -84,24 +84,14 @@ class Claims:
     ) -> list[Sequence]:
         """Running sequences to preempt, one by one, until the waiting one has a place, and blocks beside those that it
         found. None if all of them together would not do."""
-        config, memory, pool = self._config, self._memory, self._pool
-        num_blocks = -(-len(seq.token_ids) // config.block_size)
-        debtors = self._debtors(seq, running, chosen, has_seat=num_blocks <= self._share(config.num_kv_blocks))
-        going = list(self._that_go(debtors, seq.account))
-        num_free = memory.num_free_blocks_beside(memory.num_pages_to_pin(seq.request.adapter_id))
-        num_missing = num_blocks - len(found) - (num_free - pool.num_idle(found))
-        num_missing += config.num_reserved_blocks(len(running) - len(going))
-        if not pool.is_confined:
-            unpinned = (one for one in self._adapters_held(going) if one != seq.request.adapter_id)
-            num_missing -= pool.blocks_per_page * sum(map(self._adapters.num_pages_of, unpinned))
-        tables = [one.block_ids for one in going]
-        # The sum is cheap, and at least as much: it counts what they share several times.
-        if num_missing > sum(map(len, tables)) or num_missing > memory.num_blocks_held(tables, found):
-            return []
-        return going
+        going = list(self._that_go(self._debtors_of_blocks(seq, running, chosen), seq.account))
+        return going if self._leave_room(going, seq, found, running) else []
 
-    def for_pages(self, seq: Sequence, running: list[Sequence], chosen: list[Sequence]) -> list[Sequence]:
-        """Running sequences to preempt so that the waiting one's adapter can be loaded; none if that cannot be had."""
+    def for_pages(
+        self, seq: Sequence, found: list[BlockId], running: list[Sequence], chosen: list[Sequence]
+    ) -> list[Sequence]:
+        """Running sequences to preempt so that the waiting one's adapter can be loaded; none if that cannot be had, or
+        if there would not be blocks for it even after all others that make way had gone as well."""
         adapters, adapter_id = self._adapters, seq.request.adapter_id
         assert adapter_id is not None
         num_missing = adapters.num_pages_of(adapter_id) - self._memory.num_loadable_pages
@@ -123,7 +113,24 @@ class Claims:
             victims.update(dict.fromkeys(going))
             num_gone = with_these
             num_missing -= num_pages
-        return list(victims) if num_missing <= 0 else []
+        if num_missing > 0:
+            return []
+        others = [one for one in self._debtors_of_blocks(seq, running, chosen) if one not in victims]
+        going = [*victims, *self._that_go(others, seq.account, num_gone)]
+        return list(victims) if self._leave_room(going, seq, found, running) else []
+
+    def _leave_room(self, going: list[Sequence], seq: Sequence, found: list[BlockId], running: list[Sequence]) -> bool:
+        """True if a waiting sequence has blocks beside those that it found once these running ones are gone."""
+        config, memory, pool = self._config, self._memory, self._pool
+        num_free = memory.num_free_blocks_beside(memory.num_pages_to_pin(seq.request.adapter_id))
+        num_missing = self._num_blocks(seq) - len(found) - (num_free - pool.num_idle(found))
+        num_missing += config.num_reserved_blocks(len(running) - len(going))
+        if not pool.is_confined:
+            unpinned = (one for one in self._adapters_held(going) if one != seq.request.adapter_id)
+            num_missing -= pool.blocks_per_page * sum(map(self._adapters.num_pages_of, unpinned))
+        tables = [one.block_ids for one in going]
+        # The sum is cheap, and at least as much: it counts what they share several times.
+        return num_missing <= sum(map(len, tables)) and num_missing <= memory.num_blocks_held(tables, found)
 
     def _holds(self, debtors: list[Sequence]) -> list[tuple[list[Sequence], int]]:
         """What comes back once some of the debtors go: those who hold it, and how many pages it is. An adapter, or a
@@ -150,6 +157,11 @@ class Claims:
         num_pins_of = self._adapters.num_pins_of
         return {adapter_id: mine for adapter_id, mine in users.items() if len(mine) == num_pins_of(adapter_id)}
 
+    def _debtors_of_blocks(self, seq: Sequence, running: list[Sequence], chosen: list[Sequence]) -> list[Sequence]:
+        """Those that make way for all the blocks of a waiting one."""
+        has_seat = self._num_blocks(seq) <= self._share(self._config.num_kv_blocks)
+        return self._debtors(seq, running, chosen, has_seat=has_seat)
+
     def _debtors(
         self, seq: Sequence, running: list[Sequence], chosen: list[Sequence], *, has_seat: bool
     ) -> list[Sequence]:
@@ -168,9 +180,11 @@ class Claims:
         ]
         return sorted(found, key=queue.preemption_key, reverse=True)
 
-    def _that_go(self, debtors: list[Sequence], waiting: Account) -> Iterator[Sequence]:
+    def _that_go(
+        self, debtors: Iterable[Sequence], waiting: Account, num_gone_before: Counter[Account] | None = None
+    ) -> Iterator[Sequence]:
         """Those of the debtors that make way if all have to: a tenant that only gives a seat keeps one itself."""
-        num_gone: Counter[Account] = Counter()
+        num_gone = Counter(num_gone_before)
         for one in debtors:
             account = one.account
             if self._queue.must_yield(account, waiting) or num_gone[account] + 1 < account.num_running:
@@ -179,6 +193,10 @@ class Claims:
 
     def _must_yield_to_any(self, account: Account, waiting: list[Account]) -> bool:
         return any(self._queue.must_yield(account, one) for one in waiting)
+
+    def _num_blocks(self, seq: Sequence) -> int:
+        """Blocks for all its known tokens."""
+        return -(-len(seq.token_ids) // self._config.block_size)
 
     def _share(self, num_in_all: int) -> int:
         return num_in_all // (len(self._queue.running) + 1)

@@ -413,7 +413,7 @@ class Scheduler:
         if self._in_flight:
             self._has_open_claim = True
             return False
-        victims = self._claims.for_pages(seq, self._running, chosen)
+        victims = self._claims.for_pages(seq, self._find(seq), self._running, chosen)
         for victim in victims:
             self._preempt(victim)
         return bool(victims)
