@@ -1,5 +1,7 @@
 """The engine: one step after another, adapters coming and going, and an executor that fails."""
 
+from contextlib import suppress
+
 import pytest
 
 from pomona.core.errors import AdapterError, InvalidRequestError
@@ -121,6 +123,33 @@ def test_when_the_executor_raises_every_request_fails_once_and_the_error_is_pass
         "waiting": FinishReason.FAIL,
     }
     assert {output.error for output in outputs} == {"the model failed: BrokenError"}
+    harness.run()
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+def test_what_a_plan_that_never_reached_the_executor_forgets_is_forgotten_with_the_next(overlap_steps, monkeypatch):
+    harness = EngineHarness(overlap_steps=overlap_steps, num_adapter_pages=1)
+    for name in "xy":
+        harness.register(name)
+    harness.add(make_request("r", adapter="x", max_tokens=8))
+    harness.step()
+    harness.abort("r")
+    harness.add(make_request("s", adapter="y"))
+
+    def interrupted(plan):
+        harness.executor.plans.append(plan)
+        harness.executor.abandon()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.executor, "execute", interrupted)
+        with suppress(KeyboardInterrupt):
+            harness.run()
+    assert (harness.executor.num_held, harness.executor.resident_ids) == (1, {"x"})
+    harness.note(harness.engine.fail_all("interrupted"))
+    harness.add(make_request("t"))
+    harness.step()
+    assert (set(harness.executor._held), harness.executor.resident_ids) == ({"t"}, set())
     harness.run()
 
 

@@ -200,7 +200,7 @@ class FakeExecutor:
 
     def reset(self) -> None:
         """Become a new executor, as after a restart."""
-        self._doubtful.update(self._held)
+        self._doubt()
         self._is_doubtful = True
         self._forget()
 
@@ -213,9 +213,14 @@ class FakeExecutor:
 
     def abandon(self) -> None:
         """Be in the middle of a step that raised."""
-        self._doubtful.update(self._held)
+        self._doubt()
         self._is_doubtful = True
         self.under_way.clear()
+
+    def _doubt(self) -> None:
+        self._doubtful.update(self._held)
+        for plan in self.plans[-2:]:
+            self._doubtful.update(plan.released, (entry.request_id for entry in plan.seqs))
 
     def execute(self, plan: StepPlan) -> StepResult:
         assert plan.step_id > (self.plans[-1].step_id if self.plans else 0), "steps come in order"

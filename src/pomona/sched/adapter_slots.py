@@ -318,6 +318,10 @@ class AdapterSlots:
         self._evictions.clear()
         return evictions
 
+    def evict_again(self, adapter_ids: Iterable[AdapterId]) -> None:
+        """Put evictions into the next plan once more: the executor may not have carried out the plan they were in."""
+        self._evictions.extend(adapter_ids)
+
     def forget_all(self) -> None:
         """No adapter is resident any more, because the executor may have lost its state. Nothing may be pinned.
         Registered adapters stay registered and are loaded again when needed. The next plan evicts all that the executor

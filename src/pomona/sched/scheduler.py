@@ -72,8 +72,8 @@ class Scheduler:
         self._turn = AdapterTurn(
             self._memory, self._arrivals, self._queue, config.adapter_wait_limit_s, lambda: self._running
         )
-        # The plans whose results are outstanding, oldest first: their steps and sequences, in plan order.
-        self._in_flight: deque[tuple[int, list[Sequence]]] = deque()
+        # The plans whose results are outstanding, oldest first, and their sequences, in plan order.
+        self._in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()
         self._now_s = 0.0
         self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
         self._rows_per_seq = 0
@@ -215,16 +215,17 @@ class Scheduler:
             self._queue.note_sampled(chosen)
         # A stable sort: rows of one adapter stand together, base rows first, and in order of admission otherwise.
         chosen.sort(key=_adapter_order)
-        released, self._released = tuple(self._released), []
         self._num_steps += 1
-        self._in_flight.append((self._num_steps, chosen))
-        return StepPlan(
+        plan = StepPlan(
             step_id=self._num_steps,
             seqs=tuple([seq.scheduled for seq in chosen]),
-            released=released,
+            released=tuple(self._released),
             adapter_evictions=self.adapters.take_evictions(),
             adapter_loads=self.adapters.take_loads() if self.adapters.untold_loads else (),
         )
+        self._in_flight.append((plan, chosen))
+        self._released.clear()
+        return plan
 
     def update(self, plan: StepPlan, result: StepResult, now_s: float) -> list[RequestOutput]:
         """Take in a plan's result.
@@ -237,8 +238,8 @@ class Scheduler:
         Returns:
             News of every sequence that has some, in plan order.
         """
-        step_id, seqs = self._in_flight.popleft()
-        assert plan.step_id == result.step_id == step_id, "plans and results come in order"
+        oldest, seqs = self._in_flight.popleft()
+        assert plan.step_id == result.step_id == oldest.step_id, "plans and results come in order"
         if self.adapters.num_loading:
             self.adapters.settle_loads(plan.adapter_loads, result.loading)
         outputs: list[RequestOutput] = []
@@ -272,6 +273,9 @@ class Scheduler:
         """
         outputs = [self._end(seq, FinishReason.FAIL, reason) for seq in list(self._seqs.values())]
         self._running.clear()
+        for plan, _ in self._in_flight:  # the executor may not have come to what it was to forget
+            self._released.extend(plan.released)
+            self.adapters.evict_again(plan.adapter_evictions)
         self._in_flight.clear()
         self._memory.forget_all()
         return outputs
