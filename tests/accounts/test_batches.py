@@ -165,18 +165,15 @@ async def test_files_and_batches_do_not_exist_for_others(served, clients):
     assert [file.id for file in (await clients["acme"].files.list()).data] == [batch.input_file_id]
 
 
-async def test_lists_do_not_tell_when_others_files_and_batches_were_made(served, clients):
-    """After what is another's, a list is that after a name nobody has."""
+async def test_lists_after_what_is_gone_or_another_s_are_refused_and_do_not_begin_anew(served, clients):
     theirs = await start(clients["acme"], lines(body()))
-    mine = await start(clients["bolt"], lines(body()))
-    await asyncio.sleep(0.01)
-    newest = await start(clients["acme"], lines(body()))
-    for other in (theirs, newest):
-        for listed, after in ((clients["bolt"].files, other.input_file_id), (clients["bolt"].batches, other.id)):
-            absent = after[:-32] + "0" * 32
-            found = [[one.id for one in (await listed.list(after=name)).data] for name in (after, absent)]
-            assert found[0] == found[1]
-    assert [one.id for one in (await clients["bolt"].batches.list(after=theirs.id)).data] == [mine.id]
+    mine = clients["bolt"]
+    await start(mine, lines(body()))
+    gone = await mine.files.create(file=("in.jsonl", lines(body())), purpose="batch")
+    await mine.files.delete(gone.id)
+    for listed, after in ((mine.files, theirs.input_file_id), (mine.files, gone.id), (mine.batches, theirs.id)):
+        with pytest.raises(openai.NotFoundError, match=after):
+            await listed.list(after=after)
 
 
 async def start_with(client, file_id):

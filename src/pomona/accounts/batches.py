@@ -132,16 +132,20 @@ class BatchStore:
     def files(
         self, tenant_id: str, purpose: str | None, after: str | None, limit: int, *, is_oldest_first: bool = False
     ) -> list[StoredFile]:
-        """A tenant's files, the newest or the oldest first; those after the one called ``after``, at most ``limit``."""
+        """A tenant's files, the newest or the oldest first; those after the one with id ``after``, at most ``limit``.
+
+        Raises:
+            AccountNotFoundError: the tenant has none of that id: who pages would begin anew.
+        """
         query = select(FileRow).where(FileRow.tenant_id == tenant_id)
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         place = tuple_(FileRow.created_s, FileRow.id)
+        if after is not None:
+            last = self.file(after, tenant_id)
+            seen = tuple_(last.created_s, last.id)
+            query = query.where(place > seen if is_oldest_first else place < seen)
         with self._database.session() as session:
-            last = None if after is None else session.get(FileRow, after)
-            if last is not None and last.tenant_id == tenant_id:
-                seen = tuple_(last.created_s, last.id)
-                query = query.where(place > seen if is_oldest_first else place < seen)
             columns = (FileRow.created_s, FileRow.id)
             query = query.order_by(*(column if is_oldest_first else column.desc() for column in columns))
             return [_file(row) for row in session.scalars(query.limit(limit))]
@@ -210,13 +214,16 @@ class BatchStore:
             return _batch(row)
 
     def batches(self, tenant_id: str, after: str | None, limit: int) -> list[Batch]:
-        """A tenant's batches, the newest first; those after the one with id ``after``, at most ``limit``."""
+        """A tenant's batches, the newest first; those after the one with id ``after``, at most ``limit``.
+
+        Raises:
+            AccountNotFoundError: the tenant has none of that id: who pages would begin anew.
+        """
         query = select(BatchRow).where(BatchRow.tenant_id == tenant_id)
+        if after is not None:
+            last = self.batch(after, tenant_id)
+            query = query.where(tuple_(BatchRow.created_s, BatchRow.id) < tuple_(last.created_s, last.id))
         with self._database.session() as session:
-            last = None if after is None else session.get(BatchRow, after)
-            if last is not None and last.tenant_id == tenant_id:
-                is_older = (BatchRow.created_s == last.created_s) & (BatchRow.id < last.id)
-                query = query.where((BatchRow.created_s < last.created_s) | is_older)
             rows = session.scalars(query.order_by(BatchRow.created_s.desc(), BatchRow.id.desc()).limit(limit))
             return [_batch(row) for row in rows]
 
