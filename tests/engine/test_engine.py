@@ -5,7 +5,7 @@ from contextlib import suppress
 import pytest
 
 from pomona.core.errors import AdapterError, InvalidRequestError
-from pomona.core.request import FinishReason
+from pomona.core.request import FinishReason, Priority, ServiceLevel
 from support.engine import EngineHarness, make_adapter, make_request
 
 
@@ -151,6 +151,25 @@ def test_what_a_plan_that_never_reached_the_executor_forgets_is_forgotten_with_t
     harness.step()
     assert (set(harness.executor._held), harness.executor.resident_ids) == ({"t"}, set())
     harness.run()
+
+
+def test_planning_that_was_interrupted_after_a_preemption_leaves_an_engine_that_goes_on(monkeypatch):
+    harness = EngineHarness(max_num_seqs=1)
+    harness.add(make_request("batch", max_tokens=8, level=ServiceLevel(priority=Priority.BATCH)))
+    harness.step()
+    harness.add(make_request("urgent", tenant="q", level=ServiceLevel(priority=Priority.INTERACTIVE)))
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness.engine._scheduler, "_start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            harness.step()
+    assert harness.engine.stats().num_preemptions == 1
+    harness.add(make_request("next"))
+    harness.run()
+    assert [harness.endings[name].finish_reason for name in ("batch", "urgent")] == [FinishReason.FAIL] * 2
 
 
 def test_a_step_that_was_interrupted_leaves_an_engine_that_goes_on():

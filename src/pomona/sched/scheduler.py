@@ -185,10 +185,12 @@ class Scheduler:
         if budget <= 0 and self._is_limited:
             taken = set(chosen)
             self._running.sort(key=taken.__contains__)
-        for seq in self._preempted:
-            self._queue.requeue(seq)
-        self._preempted.clear()
+        self._requeue_preempted()
         return chosen
+
+    def _requeue_preempted(self) -> None:
+        while self._preempted:
+            self._queue.requeue(self._preempted.pop(0))
 
     def _settle(self, now_s: float) -> None:
         """Charge for what is held, up to now."""
@@ -271,6 +273,7 @@ class Scheduler:
         Nothing the executor held is relied on afterwards: no prefix is cached, no adapter is resident (registered ones
         stay registered and are loaded again when needed), and the next plan releases every sequence it may still hold.
         """
+        self._requeue_preempted()  # planning may have been interrupted
         outputs = [self._end(seq, FinishReason.FAIL, reason) for seq in list(self._seqs.values())]
         self._running.clear()
         for plan, _ in self._in_flight:  # the executor may not have come to what it was to forget
