@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -85,8 +86,8 @@ def hardware() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line, without where this checkout and home happen to be."""
-    words = " ".join(["python", *sys.orig_argv[1:]])
+    """The command line as a shell takes it, without where this checkout and home happen to be."""
+    words = shlex.join(["python", *sys.orig_argv[1:]])
     return words.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
 
 
