@@ -4,9 +4,10 @@
     python -m benchmarks.report --check    # fails if they are not what the results say
     python -m benchmarks.report --quick    # the same pages from rows of --quick runs, beside them: to see that it works
 
-Of each kind of results the newest file counts, and in it the program that was measured last. Marked parts
-stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Results of another machine are in a folder of their
-own, ``benchmarks/results/MACHINE``; their pages are in ``docs/benchmarks/MACHINE``.
+Of each kind of results the newest file counts, and in it the program that was measured last, with the settings and on
+the machine that it had then. Marked parts stand between ``<!-- generated: NAME -->`` and ``<!-- end -->``. Results of
+another machine are in a folder of their own, ``benchmarks/results/MACHINE``; their pages are in
+``docs/benchmarks/MACHINE``.
 """
 
 import argparse
@@ -97,7 +98,7 @@ class Report:
                 yield f"\n### {shape}: {title}\n\n![{title}]({_chart_name('peers', shape, batch)})\n"
                 for field, title, form in _PEER_METRICS:
                     yield f"\n{title}:\n\n{tables.peer_metric(of_batch, field, form)}"
-        found = self._rows("peers", "agreement")
+        found = tables.of_one_program(self._rows("peers", "agreement"))
         if found:
             yield "\n## Same work?\n\nGreedy tokens against those of transformers. Rounding differs between systems,\n"
             yield "and random weights have near-ties, after which outputs go separate ways.\n\n"

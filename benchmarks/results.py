@@ -23,6 +23,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
 
+_SAME = ("program", "hardware", "settings", "dtype", "threads", "isa")
+"""What has to be the same in rows that are repetitions of each other."""
+
 
 def today() -> str:
     """UTC date, ISO 8601."""
@@ -109,6 +112,18 @@ def quick_folder() -> Path:
     return Path(tempfile.gettempdir()) / "pomona-bench-quick"
 
 
+def positive(text: str) -> int:
+    """An option's number, 1 or larger.
+
+    Raises:
+        ValueError: it is not; argparse says so.
+    """
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser, what: str, *, repeats: int | None = 5) -> None:
     """The options that all measuring commands share.
 
@@ -118,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser, what: str, *, repeats: int | 
         repeats: default; None if the command has no repetitions.
     """
     if repeats is not None:
-        parser.add_argument("--repeats", type=int, default=repeats, help=f"default: {repeats}")
+        parser.add_argument("--repeats", type=positive, default=repeats, help=f"default: {repeats}")
     parser.add_argument("--output", type=Path, help=f"default: today's benchmarks/results/DATE-{what}.jsonl")
     parser.add_argument("--accept-noise", action="store_true", help="do not wait for a quiet machine, repeat nothing")
     parser.add_argument(
@@ -153,8 +168,11 @@ def read(path: Path) -> list[Row]:
 
 
 def of_last_program(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the program that was measured last; a file may hold several."""
-    return [row for row in rows if row.get("program") == rows[-1].get("program")]
+    """The rows of the program that was measured last, on the same machine and with the same settings; a file may hold
+    several. A row that does not say what another one says, being of another kind, counts."""
+    return [
+        row for row in rows if all(row.get(key, rows[-1].get(key)) == rows[-1].get(key, row.get(key)) for key in _SAME)
+    ]
 
 
 def latest(what: str, folder: Path = RESULTS) -> Path | None:

@@ -63,9 +63,11 @@ def median_of(rows: Sequence[Row], field: str) -> float:
 
 
 def of_one_program(rows: Sequence[Row]) -> list[Row]:
-    """Without our own system's rows of earlier programs than the last one's: a file may hold several."""
-    ours = [row.get("program") for row in rows if row["system"] == POMONA]
-    return [row for row in rows if row["system"] != POMONA or row.get("program") == ours[-1]]
+    """Of the machine that was measured last, without our own system's rows of earlier programs than the last one's: a
+    file may hold several."""
+    here = [row for row in rows if row.get("hardware") == rows[-1].get("hardware")]
+    ours = [row.get("program") for row in here if row["system"] == POMONA]
+    return [row for row in here if row["system"] != POMONA or row.get("program") == ours[-1]]
 
 
 def ordered(values: Iterable[str], order: Sequence[str]) -> list[str]:
@@ -289,8 +291,8 @@ def job_table(rows: Sequence[Row]) -> str:
 def server_table(rows: Sequence[Row]) -> str:
     """Streams through the server: what the client saw beside what the engine did."""
     lines = []
-    for popularity in ordered((row["popularity"] for row in rows), POPULARITIES):
-        here = counted(rows, popularity=popularity)
+    for num_streams, popularity in dict.fromkeys((row["num_streams"], row["popularity"]) for row in rows):
+        here = counted(rows, num_streams=num_streams, popularity=popularity)
         mark = "" if here[0]["is_clean"] else "~"
 
         def median(value: Callable[[Row], float], here: Sequence[Row] = here) -> float:
@@ -298,7 +300,7 @@ def server_table(rows: Sequence[Row]) -> str:
 
         lines.append(
             [
-                f"{mark}{here[0]['num_streams']} streams, {popularity}",
+                f"{mark}{num_streams} streams, {popularity}",
                 f"{median(lambda row: row['output_tokens_per_s']):.0f}",
                 f"{median(lambda row: row['engine_itl_ms']['p50']):.1f}",
                 f"{median(lambda row: row['client_itl_ms']['p50']):.1f}",
