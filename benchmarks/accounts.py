@@ -55,21 +55,24 @@ def servers(folder: Path) -> Iterator[dict[str, tuple[str, dict[str, str]]]]:
         yield {"bare": (bare_url, {}), "full": (full_url, {"authorization": f"Bearer {key.text}"})}
 
 
-async def load(url: str, headers: dict[str, str], models: list[str], seed: int) -> float:
+def bodies(models: list[str], number: int) -> list[dict[str, Any]]:
+    """Requests of a round, of prompts that no other round has: none is found in a prefix cache."""
+    rng = random.Random(f"round {number}")  # of an integer the sign would not count
+    return [
+        {
+            "model": models[index % len(models)],
+            "prompt": [rng.randrange(3, 200) for _ in range(NUM_PROMPT_TOKENS)],
+            "max_tokens": NUM_OUTPUT_TOKENS,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        for index in range(NUM_REQUESTS)
+    ]
+
+
+async def load(url: str, headers: dict[str, str], models: list[str], number: int) -> float:
     """One round; returns output tokens per second."""
-    rng = random.Random(seed)
-    todo = iter(
-        [
-            {
-                "model": models[index % len(models)],
-                "prompt": [rng.randrange(3, 200) for _ in range(NUM_PROMPT_TOKENS)],
-                "max_tokens": NUM_OUTPUT_TOKENS,
-                "ignore_eos": True,
-                "stream": True,
-            }
-            for index in range(NUM_REQUESTS)
-        ]
-    )
+    todo = iter(bodies(models, number))
 
     async def client(session: aiohttp.ClientSession) -> None:
         for body in todo:
@@ -139,7 +142,7 @@ def main() -> None:
     """Measure, or only report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only write the page from the newest row")
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=results.positive, default=24)
     options = parser.parse_args()
     if not options.report:
         row = measure(options.rounds)
