@@ -5,8 +5,8 @@
     python -m benchmarks.scale_sim --profile           # and where the time of one process goes
 
 The simulator runs one scheduler per replica, the real one, so its work is that of the schedulers: some microseconds for
-every token of every request. The rate is steady after the first half second, so the time for ten simulated minutes
-follows by proportion; the row says that it was extrapolated.
+every token of every request. The first simulated second does not count: requests come, and few end. After it the load
+is steady, and the time for ten simulated minutes follows by proportion; the row says that it was extrapolated.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import json
 import pstats
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 from benchmarks import results
 from benchmarks.shard_processes import ProcessShard
@@ -38,6 +39,8 @@ from pomona.workload.popularity import ZipfPopularity
 from pomona.workload.spec import WorkloadRequest, WorkloadSpec, iter_requests
 
 GOAL_S = 600.0
+STEADY_S = 1.0
+"""The cluster is in its steady state from then on."""
 SCHEDULER = SchedulerConfig(
     num_kv_blocks=6000,
     max_model_len=2048,
@@ -78,33 +81,53 @@ def workload(num_adapters: int, rate_rps: float, duration_s: float) -> WorkloadS
     )
 
 
+class Mark(NamedTuple):
+    """How far a simulation is."""
+
+    wall_s: float
+    num_requests: int
+    num_tokens: int
+    num_steps: int
+
+
+def _rates(begin: Mark, end: Mark, simulated_s: float) -> results.Row:
+    """What was simulated between two marks."""
+    wall_s = end.wall_s - begin.wall_s
+    return {
+        "simulated_s": simulated_s,
+        "wall_s": wall_s,
+        "num_requests": end.num_requests - begin.num_requests,
+        "requests_per_wall_s": (end.num_requests - begin.num_requests) / wall_s,
+        "tokens_per_wall_s": (end.num_tokens - begin.num_tokens) / wall_s,
+        "steps_per_wall_s": (end.num_steps - begin.num_steps) / wall_s,
+        "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
+    }
+
+
 def measure(
     num_replicas: int, num_adapters: int, rate_rps: float, duration_s: float, policy: PolicyName
 ) -> results.Row:
-    """Simulate to ``duration_s``; wall time is taken from half a second on, when the cluster is in its steady state."""
+    """Simulate to ``duration_s``; what is counted begins at ``STEADY_S``."""
     sim = ClusterSim(make_config(num_replicas, policy), make_adapters())
-    marks: list[tuple[float, int]] = []
-    sim.heap.at(0.5, lambda: marks.append((time.perf_counter(), len(sim.ledger))))
+
+    def mark() -> Mark:
+        wall_s, stats = time.perf_counter(), [member.replica.stats for member in sim._members.values()]
+        tokens, steps = sum(one.num_output_tokens for one in stats), sum(one.num_steps for one in stats)
+        return Mark(wall_s, len(sim.ledger), tokens, steps)
+
+    marks: list[Mark] = []
+    sim.heap.at(STEADY_S, lambda: marks.append(mark()))
     sim.run(iter_requests(workload(num_adapters, rate_rps, duration_s)), duration_s)
-    wall_s = time.perf_counter() - marks[0][0]
-    num_requests = len(sim.ledger) - marks[0][1]
-    simulated_s = duration_s - 0.5
-    records = sim.replicas.values()
+    marks.append(mark())
     return {
         "num_replicas": num_replicas,
         "num_adapters": num_adapters,
         "num_processes": 1,
         "rate_rps": rate_rps,
         "policy": policy,
-        "simulated_s": simulated_s,
-        "wall_s": wall_s,
-        "num_requests": num_requests,
-        "requests_per_wall_s": num_requests / wall_s,
-        "tokens_per_wall_s": sum(record.num_output_tokens for record in records) / duration_s * simulated_s / wall_s,
-        "steps_per_wall_s": sum(record.num_steps for record in records) / duration_s * simulated_s / wall_s,
+        **_rates(marks[0], marks[-1], duration_s - STEADY_S),
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "busy_share": sum(record.busy_s for record in records) / (num_replicas * duration_s),
-        "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
+        "busy_share": sum(record.busy_s for record in sim.replicas.values()) / (num_replicas * duration_s),
     }
 
 
@@ -120,14 +143,21 @@ def measure_sharded(
     shards = [ProcessShard(context, config, RANKS, ROWS_PER_PAGE, share) for share in shares]
     try:
         sim = ShardedSim(config, make_adapters(), shards)
-        marks: list[tuple[float, int]] = []
-        sim.run(_marked(workload(num_adapters, rate_rps, duration_s), marks), duration_s)
-        wall_s = time.perf_counter() - marks[0][0]
+
+        def mark(num_requests: int) -> Mark:
+            wall_s, figures = time.perf_counter(), [shard.figures() for shard in shards]
+            tokens, steps = sum(one.num_output_tokens for one in figures), sum(one.num_steps for one in figures)
+            return Mark(wall_s, num_requests, tokens, steps)
+
+        marks: list[Mark] = []
+        sim.run(
+            _marked(workload(num_adapters, rate_rps, duration_s), lambda number: marks.append(mark(number))), duration_s
+        )
+        marks.append(mark(len(sim.ledger)))
         figures = [shard.figures() for shard in shards]
     finally:
         for shard in shards:
             shard.close()
-    num_requests, simulated_s = len(sim.ledger) - marks[0][1], duration_s - 0.5
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "num_replicas": num_replicas,
@@ -135,24 +165,20 @@ def measure_sharded(
         "num_processes": num_processes,
         "rate_rps": rate_rps,
         "policy": policy,
-        "simulated_s": simulated_s,
-        "wall_s": wall_s,
-        "num_requests": num_requests,
-        "requests_per_wall_s": num_requests / wall_s,
-        "tokens_per_wall_s": sum(one.num_output_tokens for one in figures) / duration_s * simulated_s / wall_s,
-        "steps_per_wall_s": sum(one.num_steps for one in figures) / duration_s * simulated_s / wall_s,
+        **_rates(marks[0], marks[-1], duration_s - STEADY_S),
         "peak_rss_gib": own + sum(one.peak_rss_bytes for one in figures) / 2**30,
         "busy_share": sum(one.busy_s for one in figures) / (num_replicas * duration_s),
-        "extrapolated_hours_for_ten_minutes": wall_s / simulated_s * GOAL_S / 3600,
     }
 
 
-def _marked(spec: WorkloadSpec, marks: list[tuple[float, int]]) -> Iterator[WorkloadRequest]:
-    """The spec's requests; the first after half a second leaves a mark."""
+def _marked(spec: WorkloadSpec, mark: Callable[[int], None]) -> Iterator[WorkloadRequest]:
+    """The spec's requests; ``mark`` is called with how many come before ``STEADY_S``, once all shards are there."""
+    is_steady = False
     for number, request in enumerate(iter_requests(spec)):
-        if not marks and request.arrival_s >= 0.5:
-            marks.append((time.perf_counter(), number))
         yield request
+        if not is_steady and request.arrival_s >= STEADY_S:  # has been routed: its interval has begun
+            is_steady = True
+            mark(number)
 
 
 PARTS = {
@@ -170,7 +196,7 @@ def profile(
 ) -> results.Row:
     """Share of the time in each part, built-in functions counted where they are called."""
     sim = ClusterSim(make_config(num_replicas, policy), make_adapters())
-    requests = list(iter_requests(workload(num_adapters, rate_rps, duration_s)))
+    requests = iter_requests(workload(num_adapters, rate_rps, duration_s))
     profiler = cProfile.Profile()
     profiler.enable()
     sim.run(requests, duration_s)
@@ -193,15 +219,19 @@ def profile(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1000])
-    parser.add_argument("--adapters", type=int, default=1_000_000)
+    parser.add_argument("--replicas", type=results.positive, nargs="+", default=[1000])
+    parser.add_argument("--adapters", type=results.positive, default=1_000_000)
     parser.add_argument("--rate-per-replica", type=float, default=50.0)
     parser.add_argument("--duration", type=float, default=2.0, help="simulated seconds")
-    parser.add_argument("--policy", default="affinity")
-    parser.add_argument("--processes", type=int, default=1, help="1 simulates in this process, on one heap")
+    parser.add_argument("--policy", choices=get_args(PolicyName), default="affinity")
+    parser.add_argument(
+        "--processes", type=results.positive, default=1, help="1 simulates in this process, on one heap"
+    )
     parser.add_argument("--profile", action="store_true", help="a second, shorter run under a profiler")
     parser.add_argument("--output", type=Path, help="default: today's benchmarks/results/DATE-scale.jsonl")
     options = parser.parse_args()
+    if not options.duration > STEADY_S:
+        parser.error(f"--duration {options.duration:g}: must be more than {STEADY_S:g}, when what is counted begins")
     output = options.output or results.RESULTS / f"{results.today()}-scale.jsonl"
     setup = results.setup()
     # Nothing the simulator makes is cyclic garbage; the collector would visit every live request again and again.
