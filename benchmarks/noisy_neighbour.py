@@ -50,6 +50,8 @@ class Tally:
 
     ttfts_s: list[float] = field(default_factory=list)
     num_flood_tokens: int = 0
+    flood_s: float = 0.0
+    """In which these came."""
 
 
 def make_adapters(folder: Path) -> list[Path]:
@@ -122,11 +124,14 @@ class Load:
         for _ in range(3):
             await self.short()
         self.tally = Tally()
+        start_s = time.monotonic()
         shorts = []
         for _ in range(int(duration_s)):
             shorts.append(asyncio.create_task(self.short()))
             await asyncio.sleep(0.95 + 0.1 * self._rng.random())
-        tally = replace(self.tally)  # the flood's tokens so far; times of short requests that wait still come in
+        tally = replace(
+            self.tally, flood_s=time.monotonic() - start_s
+        )  # the flood's tokens so far; times of short requests that wait still come in
         await asyncio.gather(*shorts)
         for task in floods:
             task.cancel()
@@ -154,7 +159,7 @@ async def measure(case: str, duration_s: float, adapters: list[Path]) -> dict[st
         "settings": used,
         "num_short": len(ordered),
         "ttft_s": {f"p{round(100 * share)}": percentile(ordered, share) for share in (0.5, 0.9, 0.99)},
-        "flood_tokens_per_s": tally.num_flood_tokens / duration_s,
+        "flood_tokens_per_s": tally.num_flood_tokens / tally.flood_s,
         "num_preemptions": stats.num_preemptions,
     }
 
@@ -165,6 +170,8 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="only this one; repeatable")
     parser.add_argument("--output", type=Path, default=results.RESULTS / f"{results.today()}-fairness.jsonl")
     options = parser.parse_args()
+    if not options.duration >= 1.0:
+        parser.error(f"--duration {options.duration:g}: must be at least 1, for one short request")
     setup = results.setup(mode="live")
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         adapters = make_adapters(Path(folder))

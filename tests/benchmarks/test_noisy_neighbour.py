@@ -38,3 +38,12 @@ async def test_short_requests_that_wait_at_the_end_are_served_beside_the_flood_a
     tally = await asyncio.wait_for(load.run(3.0, has_flood=True), 20.0)
     assert len(tally.ttfts_s) == 3
     assert 0 < tally.num_flood_tokens < client.num_flood_tokens - 50
+
+
+async def test_the_floods_rate_is_over_the_time_in_which_its_tokens_came(monkeypatch):
+    monkeypatch.setattr(noisy_neighbour, "NUM_FLOOD", 1)
+    load = noisy_neighbour.Load(SlowClient(), [AdapterId("a")])  # type: ignore[arg-type]
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: real_sleep(seconds / 20))
+    tally = await asyncio.wait_for(load.run(2.9, has_flood=True), 20.0)
+    assert tally.flood_s >= 2 * 0.95 / 20  # of two short requests, not of 2.9
+    assert 0 < tally.num_flood_tokens / tally.flood_s <= 1000
