@@ -41,6 +41,7 @@ def test_the_api_key_is_not_shown():
         ({"base_url": "http://"}, "base_url"),
         ({"popularities": ()}, "popularities"),
         ({"popularities": expand_popularities("base,zipf")}, "popularity"),
+        ({"popularities": expand_popularities("base,distinct,base")}, "popularities"),
         ({"group_size": 0}, "group_size"),
         ({"num_requests": 0}, "num_requests"),
         ({"request_rate_per_s": 0.0}, "request_rate_per_s"),

@@ -90,6 +90,9 @@ class ServeBenchConfig:
             raise ConfigError(f"popularities is empty: must be some of {', '.join(ALL_POPULARITIES)}")
         for name in self.popularities:
             require("popularity", name, f"one of all, {', '.join(ALL_POPULARITIES)}", ok=name in ALL_POPULARITIES)
+        if len(set(self.popularities)) != len(self.popularities):
+            # The second run would find the first one's prompts in a prefix cache.
+            raise ConfigError(f"popularities is {', '.join(self.popularities)}: must name each once")
         require_count("group_size", self.group_size)
         require_count("num_requests", self.num_requests)
         require("request_rate_per_s", self.request_rate_per_s, "positive, or inf", ok=self.request_rate_per_s > 0)
