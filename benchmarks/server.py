@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks.served import BUNDLED, CpuMark, ServedFiles, Server, running_ser
 from benchmarks.shapes import SHAPES
 from benchmarks.stream_client import LoadRecord, StreamRecord
 from pomona.bench.percentiles import Percentiles
+from pomona.workload.popularity import GROUP_COUNTS
 
 WARM_UP_TOKENS = 8
 STAMPS_LIMIT_S = 60.0
@@ -63,9 +65,11 @@ class EngineStamps:
         return self.tokens[f"cmpl-{stream.request_id}-0"]
 
     def host_cpu_s(self, first_s: float, last_s: float) -> float:
-        """CPU seconds of the loop's thread, model apart, in a span of time."""
-        inside = [cpu_s for end_s, cpu_s in self.steps if first_s < end_s <= last_s]
-        return inside[-1] - inside[0] if inside else 0.0
+        """CPU seconds of the loop's thread, model apart, of the steps that ended in a span of time."""
+        ends, cpu_s = zip(*self.steps, strict=True)
+        num_before, num_until = bisect_right(ends, first_s), bisect_right(ends, last_s)
+        assert num_before, "a stream that has begun has had a step"
+        return float(cpu_s[num_until - 1] - cpu_s[num_before - 1])
 
 
 def gaps(times_s: Sequence[float], num_tokens: int) -> Iterator[float]:
@@ -164,11 +168,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shape", choices=[BUNDLED, *SHAPES], action="append", help="repeatable; default: bundled and smollm2-135m"
     )
-    parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--output-tokens", type=int, default=48)
-    parser.add_argument("--popularity", action="append", help="repeatable; default: base and zipf-1.5")
-    parser.add_argument("--num-threads", type=int, default=None, help="of the engine; default: all cores")
+    parser.add_argument("--streams", type=results.positive, default=256)
+    parser.add_argument("--prompt-tokens", type=results.positive, default=16)
+    parser.add_argument("--output-tokens", type=results.positive, default=48)
+    parser.add_argument(
+        "--popularity", choices=("base", *GROUP_COUNTS), action="append", help="repeatable; default: base and zipf-1.5"
+    )
+    parser.add_argument("--num-threads", type=results.positive, default=None, help="of the engine; default: all cores")
     parser.add_argument("--seed", type=int, default=0)
     results.add_arguments(parser, "server", repeats=3)
     arguments = results.parse(parser, "server", words)
