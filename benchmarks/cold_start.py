@@ -236,7 +236,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--shape", dest="model", choices=SHAPES, default=BUNDLED_MODEL, help="of random weights; default: %(default)s"
     )
-    parser.add_argument("--requests", type=int, default=60, help="of one run")
+    parser.add_argument("--requests", type=results.positive, default=60, help="of one run")
     parser.add_argument("--copy-prefills", type=float, default=1.0, help="copies of rank 64 take so many prompts' time")
     parser.add_argument("--report", action="store_true", help="only write the page")
     results.add_arguments(parser, "cold-start", repeats=3)

@@ -30,6 +30,7 @@ from benchmarks.workload import Cell
 from pomona.cli.build import engine_builder
 from pomona.cli.config import load_config
 from pomona.core.adapter import AdapterInfo
+from pomona.core.errors import ConfigError
 from pomona.core.ids import RequestId
 from pomona.core.request import Request, SamplingParams
 from pomona.driver.loop import EngineParts
@@ -227,11 +228,27 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, limits: Ceilings
                 progress.advance(task)
 
 
+def _settings(parser: argparse.ArgumentParser, text: str) -> dict[str, Any]:
+    """The engine's settings; exits with a message if they are none."""
+    try:
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ConfigError("must be a JSON object")
+        load_config(settings)
+        for name in ("dtype", "quantization"):
+            if name in settings:
+                raise ConfigError(f"{name} is not to be set: floors are of bfloat16 and, for `base int8`, of int8")
+    except (ValueError, ConfigError) as error:
+        parser.error(f"--settings {text}: {error}")
+    return settings
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
-    parser.add_argument("--batch", default="b32-128-64", help="which batch of the workload; default b32-128-64")
-    parser.add_argument("--popularity", action="append", help="only these, such as zipf-1.5; repeatable")
+    batches = dict.fromkeys(cell.name.partition("/")[0] for cell in workload.cells())
+    parser.add_argument("--batch", choices=batches, default="b32-128-64", help="of the workload; default b32-128-64")
+    parser.add_argument("--popularity", choices=workload.POPULARITIES, action="append", help="only these; repeatable")
     parser.add_argument("--settings", default="{}", help="JSON object of the engine's settings")
     parser.add_argument("--graphs", choices=("on", "off"), help="replay decode steps (CUDA); default: its own choice")
     parser.add_argument("--overlap", choices=("on", "off"), help="overlap steps (CUDA); default: its own choice")
@@ -239,7 +256,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = results.parse(parser, "engine", words)
     switches = {"decode_graphs": arguments.graphs, "overlap_steps": arguments.overlap}
     chosen = {name: choice == "on" for name, choice in switches.items() if choice is not None}
-    arguments.settings = json.dumps(json.loads(arguments.settings) | chosen)
+    arguments.settings = json.dumps(_settings(parser, arguments.settings) | chosen)
     console = Console(soft_wrap=True)
     limits = ceilings.current(console, is_quick=arguments.quick)
     for name in arguments.shape or ("smollm2-135m", "qwen2.5-0.5b"):

@@ -90,7 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--live", action="store_true", help="in real time on the bundled model")
     parser.add_argument("--report", action="store_true", help="only write the page")
-    parser.add_argument("--workload", action="append", default=[], help="only this one; repeatable")
+    names = [*(one.name for one in SYNTHETIC), "arena"]
+    parser.add_argument("--workload", choices=names, action="append", default=[], help="only this one; repeatable")
     parser.add_argument("--output", type=Path, default=results.RESULTS / f"{results.today()}-fairness.jsonl")
     options = parser.parse_args()
     if options.live:

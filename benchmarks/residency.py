@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks import results, tables
 from benchmarks.results import Row, of_kind
+from pomona.bench.percentiles import percentile
 
 RANKS = (4, 8, 16, 32, 64, 128)
 EXPONENT = 0.92
@@ -217,7 +218,7 @@ def measure(num_adapters: int, num_requests: int, budget_bytes: int, concurrency
         "load_ms": 1000 * found["pomona_adapter_staging_seconds_total"] / found["pomona_adapter_stagings_total"],
         "answer_ms": {
             "p50": statistics.median(times_ms),
-            "p99": times_ms[int(0.99 * len(times_ms))],
+            "p99": percentile(times_ms, 0.99),
             "max": times_ms[-1],
         },
     }
@@ -290,9 +291,9 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure and write one row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     results.add_arguments(parser, "residency", repeats=None)
-    parser.add_argument("--adapters", type=int, default=10_000)
-    parser.add_argument("--requests", type=int, default=2_000)
-    parser.add_argument("--budget-mib", type=int, default=128)
+    parser.add_argument("--adapters", type=results.positive, default=10_000)
+    parser.add_argument("--requests", type=results.positive, default=2_000)
+    parser.add_argument("--budget-mib", type=results.positive, default=128)
     arguments = results.parse(parser, "residency", words)
     if arguments.quick:
         arguments.adapters, arguments.requests, arguments.budget_mib = 300, 60, 16

@@ -97,8 +97,8 @@ def scan(num_replicas: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="default: today's benchmarks/results/DATE-router.jsonl")
-    parser.add_argument("--decisions", type=int, default=4000, help="decisions per run")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--decisions", type=results.positive, default=4000, help="decisions per run")
+    parser.add_argument("--sizes", type=results.positive, nargs="+", default=SIZES)
     options = parser.parse_args()
     output = options.output or results.RESULTS / f"{results.today()}-router.jsonl"
     setup = results.setup()

@@ -277,9 +277,13 @@ def run_shape(shape: ModelShape, arguments: argparse.Namespace, console: Console
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: the two of the comparison")
-    parser.add_argument("--batch", type=int, action="append", help="repeatable; default: 1, 8, 32")
+    sizes = range(1, max(BATCHES) + 1)
+    parser.add_argument(
+        "--batch", type=int, choices=sizes, metavar="N", action="append", help="up to 32; repeatable; default: 1, 8, 32"
+    )
     parser.add_argument("--phase", choices=("decode", "prefill"), help="default: both")
-    parser.add_argument("--mix", action="append", help="repeatable, such as base; default: all")
+    names = [mix.name for mix in mixes(max(BATCHES))]
+    parser.add_argument("--mix", choices=names, action="append", help="repeatable; default: all")
     results.add_arguments(parser, "step")
     parser.add_argument("--profile", action="store_true", help="also where decode steps of 32 spend their time")
     arguments = results.parse(parser, "step", words)

@@ -56,6 +56,7 @@ MIXES = {
     "chunk 512 of 4096": [(512, 4096)],
 }
 
+OPS = ("lora", "adapted", "attention", "linear", "rows")
 MIN_RUNS = 3
 MAX_ATTEMPTS = 3
 """A measurement that others disturbed is made again, so often at most; the last one counts."""
@@ -105,6 +106,19 @@ def all_cases(ops: set[str], shape: ModelShape, dtype: torch.dtype) -> Iterator[
 def default_backends() -> list[str]:
     """Those for CPUs, where the cases' tensors are."""
     return [name for name in backends_of("lora") if name != "triton"]
+
+
+def check_names(parser: argparse.ArgumentParser, option: str, given: str, known: Sequence[str]) -> None:
+    """Exit with a message if an option's comma-separated names are not all known."""
+    for name in given.split(",") if given else ():
+        if name not in known:
+            parser.error(f"{option} {name}: must be some of {', '.join(known)}")
+
+
+def check_isa(parser: argparse.ArgumentParser, isa: str | None) -> None:
+    """Exit with a message if this machine does not have an instruction set."""
+    if isa is not None and isa not in binding.available_isas():
+        parser.error(f"--isa {isa}: this machine has {', '.join(binding.available_isas())}")
 
 
 def runs_of(case: Case, backends: Sequence[str]) -> dict[str, Callable[[], None]]:
@@ -182,11 +196,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--ops", default="lora,attention,linear,rows", help="of these, and adapted: products with LoRA")
     parser.add_argument("--backends", default="", help="comma-separated; default: all that run here")
     parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--threads", type=int, default=results.hardware()["cores"], help="default: all")
+    parser.add_argument("--threads", type=results.positive, default=results.hardware()["cores"], help="default: all")
     parser.add_argument("--isa", choices=binding.ISAS, default=None, help="instruction set of the cpu backend")
     parser.add_argument("--seconds", type=float, default=0.3, help="per measurement; default: 0.3")
     results.add_arguments(parser, "ops", repeats=None)
     arguments = results.parse(parser, "ops", words)
+    check_names(parser, "--ops", arguments.ops, OPS)
+    check_names(parser, "--backends", arguments.backends, default_backends())
+    check_isa(parser, arguments.isa)
     if arguments.quick:
         arguments.seconds, arguments.backends = 0.001, arguments.backends or "cpu,reference"
     before = torch.get_num_threads()

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import results
-from benchmarks.kernels.bench_ops import DTYPES, MIN_RUNS, all_cases
+from benchmarks.kernels.bench_ops import DTYPES, MIN_RUNS, OPS, all_cases, check_isa, check_names
 from benchmarks.kernels.cases import Case
 from benchmarks.shapes import SHAPES
 from pomona.kernels.cpu import binding
@@ -60,15 +60,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--ops", default="lora,adapted,attention,linear,rows", help="some of these")
     parser.add_argument("--only", default="", help="part of a case's name")
-    parser.add_argument("--threads", type=int, default=results.hardware()["cores"], help="default: all")
+    parser.add_argument("--threads", type=results.positive, default=results.hardware()["cores"], help="default: all")
     parser.add_argument("--isa", choices=binding.ISAS, default=None, help="instruction set; default: the best")
     parser.add_argument("--seconds", type=float, default=5.0, help="per case; default: 5")
     arguments = parser.parse_args(words)
     console = Console(soft_wrap=True)
-    builds = (binding.load(arguments.other), binding.library())
+    check_names(parser, "--ops", arguments.ops, OPS)
+    check_isa(parser, arguments.isa)
+    try:
+        builds = (binding.load(arguments.other), binding.library())
+    except OSError as error:
+        parser.error(str(error))
     isa = arguments.isa or binding.available_isas()[-1]
-    if isa not in binding.available_isas():
-        parser.error(f"--isa {isa}: this machine has {', '.join(binding.available_isas())}")
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     for build in builds:
