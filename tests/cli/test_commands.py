@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from pomona import __version__
 from pomona.accounts.accounts import Accounts
 from pomona.accounts.config import AccountsConfig
+from pomona.adapters.digest import adapter_digest
+from pomona.adapters.sources import read_files
 from pomona.cli import bench, demo, main, serve
 from pomona.cli.ceilings import CeilingsConfig, measure
 from pomona.cli.config import load_config
@@ -202,8 +204,7 @@ def test_without_affinity_as_on_macos_all_cores_are_used(monkeypatch):
     assert asked == [os.cpu_count()] * 2
 
 
-def test_tables_show_what_others_wrote_as_it_is(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_tables_show_what_others_wrote_as_it_is(server, tmp_path):
     words = "layers.[qv]_proj [/x] :apple:"
     folder = shutil.copytree(bundled_dir() / "adapters" / "reverse", tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -216,6 +217,23 @@ def test_tables_show_what_others_wrote_as_it_is(server, tmp_path, monkeypatch):
     tenant = {"id": "acme", "weight": 1.0, "priority": "standard", "prefix_group": words, "is_disabled": False}
     server.answer = json.dumps({"data": [tenant]}).encode()
     assert words in pomona("tenants", "list", "--url", server.url)
+
+
+def test_tables_cut_nothing_short_however_narrow_the_terminal(server, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = bundled_dir() / "adapters" / "leet"  # it saves a module, which makes the first column wider
+    assert adapter_digest(read_files(str(folder))) in pomona("adapters", "inspect", folder)
+    key = {"prefix": "pk-a1b2c3d4e5f6", "tenant": "acme", "role": None, "name": "the-website", "created_at": 1.0}
+    server.answer = json.dumps({"data": [key | {"expires_at": 2.0, "revoked_at": 3.0}]}).encode()
+    (line,) = (line for line in pomona("keys", "list", "--url", server.url).splitlines() if key["prefix"] in line)
+    assert "the-website" in line
+    counts = dict.fromkeys(("version", "num_requests", "num_waiting", "num_hits", "num_loads", "num_evictions"), 0)
+    card = CARD | counts | {"name": "legal-contracts-v2", "state": "registered", "pinned": False}
+    card |= {"num_host_bytes": None, "last_used": None, "error": "adapter_config.json: r: is 0"}
+    server.answer = json.dumps({"data": [card], "has_more": False}).encode()
+    line = pomona("adapters", "list", "--url", server.url).splitlines()[-1]
+    assert line.split()[:2] == ["legal-contracts-v2", "registered"]
+    assert line.endswith("adapter_config.json: r: is 0")
 
 
 def test_a_port_in_an_error_is_no_emojis_code(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from pomona.adapters.digest import adapter_digest
 from pomona.adapters.peft_config import parse_config
 from pomona.adapters.sources import read_files
 from pomona.cli.api import Api
-from pomona.cli.options import plain_console
+from pomona.cli.options import plain_console, print_table
 from pomona.core.adapter import AdapterFiles, AdapterSpec
 
 _COLUMNS = (
@@ -39,8 +39,10 @@ def list_adapters(url: str, api_key: str | None) -> None:
             "" if adapter["last_used"] is None else time.strftime("%d %b %H:%M", time.localtime(adapter["last_used"])),
             _text(adapter["error"]),
         )
-    console = plain_console()
-    console.print(table if table.row_count else "No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
+    if not table.row_count:
+        plain_console().print("No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
+        return
+    print_table(table)
 
 
 def _all_adapters(api: Api) -> Iterator[dict[str, Any]]:
@@ -88,7 +90,7 @@ def inspect_adapter(folder: Path, model: str | None) -> None:
     if model is not None:
         for name, value in _checked_facts(folder, model).items():
             table.add_row(name, value)
-    plain_console().print(table)
+    print_table(table)
 
 
 def _facts(files: AdapterFiles, spec: AdapterSpec) -> dict[str, str]:

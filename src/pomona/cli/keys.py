@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.principal import Role
-from pomona.cli.options import DEFAULT_URL, ApiKey, Url, plain_console
+from pomona.cli.options import DEFAULT_URL, ApiKey, Url, print_table
 from pomona.core.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ def show(
     for key in _api(url, api_key).call("GET", path)["data"]:
         dates = (_date(key[name]) for name in ("created_at", "expires_at", "revoked_at"))
         table.add_row(key["prefix"], key["tenant"] or "", key["role"] or "", key["name"], *dates)
-    plain_console().print(table if table.row_count else "There are no keys. Make one: pomona keys create TENANT")
+    if not table.row_count:
+        typer.echo("There are no keys. Make one: pomona keys create TENANT")
+        return
+    print_table(table)
 
 
 def rotate(

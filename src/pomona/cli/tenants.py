@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 import typer
 from rich.table import Table
 
-from pomona.cli.options import DEFAULT_URL, ApiKey, Url, plain_console
+from pomona.cli.options import DEFAULT_URL, ApiKey, Url, print_table
 from pomona.core.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def show(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     for tenant in _api(url, api_key).call("GET", "/v1/admin/tenants")["data"]:
         state = "disabled" if tenant["is_disabled"] else ""
         table.add_row(tenant["id"], f"{tenant['weight']:g}", tenant["priority"], tenant["prefix_group"] or "", state)
-    plain_console().print(table if table.row_count else "There are no tenants. Add one: pomona tenants create NAME")
+    if not table.row_count:
+        typer.echo("There are no tenants. Add one: pomona tenants create NAME")
+        return
+    print_table(table)
 
 
 def update(
@@ -206,4 +209,4 @@ def usage(
         table.add_row(
             *(row["group"][name] for name in groups), *tokens, f"{row['engine_seconds']:.1f}", f"{row['cost']:.6f}"
         )
-    plain_console().print(table)
+    print_table(table)
