@@ -7,7 +7,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from pomona.cli.hub import checkpoint_dir
+from pomona.cli.hub import bundled_dir, checkpoint_dir
+from pomona.core.errors import CheckpointError
 
 COMMON = ("config.json", "tokenizer.json")
 
@@ -58,3 +59,11 @@ def test_weights_are_downloaded_once(hub: Path, there: tuple[str, ...], download
     folder = checkpoint_dir("org/base@v1")
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     assert sorted(names) == sorted((*COMMON, *downloaded))
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_with_what_to_pass_instead(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json: pass the folder of a Hugging Face checkpoint"):
+        checkpoint_dir(str(tmp_path))
+    adapter = bundled_dir() / "adapters" / "upper"
+    with pytest.raises(CheckpointError, match=rf"is an adapter: pass its base model, and --adapter NAME={adapter}"):
+        checkpoint_dir(str(adapter))

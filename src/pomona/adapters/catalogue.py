@@ -63,7 +63,7 @@ class Catalogue:
         if not _NAME.fullmatch(name):
             shown = name if len(name) <= MAX_NAME_CHARS else name[:MAX_NAME_CHARS] + "..."
             raise InvalidRequestError.out_of_range(
-                "name", shown, f"1 to {MAX_NAME_CHARS} letters, digits, '.', '_', '-' or '/'"
+                "name", shown, f"1 to {MAX_NAME_CHARS} of a to z, A to Z, 0 to 9, '.', '_', '-' and '/'"
             )
         if any(part in ("", ".", "..") for part in name.split("/")):
             # Clients rewrite such parts of an address, so the name could never be asked for.

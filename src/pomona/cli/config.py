@@ -231,6 +231,8 @@ def load_config(flags: dict[str, Any], config_file: Path | None = None) -> AppCo
         )
         shown = "" if is_secret else f" (got {first['input']!r})"
         where = _origin(str(first["loc"][0]), flags, config_file)
+        if first["type"] == "extra_forbidden":  # its value is not shown: it may be a misspelt secret's
+            raise ConfigError(f"{name}{where} is not a setting; see `pomona serve --help`") from error
         what = first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{name}{where}: {what}{shown}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ import importlib.resources
 from functools import partial
 from pathlib import Path
 
+from pomona.adapters.layout import CONFIG_FILE
 from pomona.cli.config import BUNDLED_MODEL
 from pomona.core.errors import CheckpointError
 
@@ -24,8 +25,17 @@ def checkpoint_dir(model: str) -> Path:
     """The local folder of a base model; downloads from the hub if needed.
 
     Raises:
-        CheckpointError: it is nowhere, with what to try next.
+        CheckpointError: it is nowhere, or no checkpoint, with what to try next.
     """
+    folder = _folder_of(model)
+    if not (folder / "config.json").is_file():
+        if (folder / CONFIG_FILE).is_file():
+            raise CheckpointError(f"model {model!r} is an adapter: pass its base model, and --adapter NAME={model}")
+        raise CheckpointError(f"model {model!r} has no config.json: pass the folder of a Hugging Face checkpoint")
+    return folder
+
+
+def _folder_of(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
