@@ -266,3 +266,10 @@ class TestKey:
         headers = {"authorization": "Bearer sk-right"}
         assert (await http.get("/v1/models", headers=headers)).status_code == 200
         assert (await http.post(COMPLETIONS, json=GOOD, headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/admin/tenants", "/v1/files", "/v1/usage?group_by=day"])
+async def test_what_only_servers_with_accounts_have_says_how_to_get_it(served: Served, path):
+    error = (await served.http.get(path)).json()["error"]
+    assert error["message"].endswith(" here. It needs a server with accounts: pomona serve --accounts.")
+    assert "accounts" not in (await served.http.get("/v1/embeddings")).json()["error"]["message"]

@@ -93,6 +93,8 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     RequestAbortedError: _Row(503, _SERVER, "request_aborted", retry_after_s=1),
 }
 _INTERNAL: Final = _Row(500, _SERVER, "internal_error")
+_OF_ACCOUNTS: Final = ("/v1/admin/", "/v1/usage", "/v1/shares", "/v1/files", "/v1/batches")
+"""What a server without accounts does not have."""
 _HTTP_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -143,7 +145,10 @@ async def handle_http_error(request: Request, error: Exception) -> Response:
     """Exception handler of the application for the framework's own 404 and 405."""
     assert isinstance(error, HTTPException)
     shown = request.url.path
-    message = {404: f"There is no {shown} here.", 405: f"{request.method} is not allowed on {shown}."}.get(
+    hint = ""
+    if shown.startswith(_OF_ACCOUNTS) and request.app.state.context.accounts is None:
+        hint = " It needs a server with accounts: pomona serve --accounts."
+    message = {404: f"There is no {shown} here.{hint}", 405: f"{request.method} is not allowed on {shown}."}.get(
         error.status_code, str(error.detail)
     )
     body = _encode(message, _INVALID, None, _HTTP_CODES.get(error.status_code))
