@@ -88,6 +88,15 @@ async def test_keys_open_what_the_table_says_and_nothing_else(served):
                 assert response.status_code == 403, (method, path, who)
 
 
+async def test_a_key_of_the_wrong_kind_is_told_which_one_to_send_and_how_to_make_it(served):
+    for who, path, needed in (
+        ("admin", "/v1/chat/completions", "of kind admin; this takes one of kind tenant (pomona keys create TENANT)."),
+        ("acme", "/v1/admin/keys", "of kind tenant; this takes one of kind admin (pomona keys admin --role ROLE)."),
+    ):
+        error = (await served.call(who, "POST", path, {})).json()["error"]
+        assert error["message"] == f"This API key is {needed}"
+
+
 def test_no_rule_lets_tenants_administrate():
     for method, path, who in RULES:
         if path.startswith(("/v1/admin", "/metrics")):

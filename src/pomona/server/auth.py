@@ -84,6 +84,12 @@ def _kind_of(principal: Principal) -> Who:
     return Who.TENANT if principal.role is None else _OF_ROLE[principal.role]
 
 
+def _wrong_kind(own: Who, needed: Who) -> str:
+    own_kind, *kinds = (str(kind.name).lower() for kind in (own, *needed))
+    command = "keys create TENANT" if Who.TENANT in needed else "keys admin --role ROLE"
+    return f"This API key is of kind {own_kind}; this takes one of kind {' or '.join(kinds)} (pomona {command})."
+
+
 class AccountCheck:
     """Lets a request in if its key is valid and opens the route; notes whose key it was.
 
@@ -107,8 +113,8 @@ class AccountCheck:
             who = who_may(scope.get("method", ""), scope["path"])
             if who is None:
                 raise NoSuchRouteError(f"There is no {scope['path'][:_MAX_KEY_CHARS]} here.")
-            if not who & _kind_of(principal):
-                raise ForbiddenError("This API key is not for this.")
+            if not who & (own := _kind_of(principal)):
+                raise ForbiddenError(_wrong_kind(own, who))
         except PomonaError as error:
             await error_response(error)(scope, receive, send)
             return
