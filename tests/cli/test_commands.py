@@ -1,7 +1,9 @@
 """Commands that talk to a server, against one that writes down what it was asked."""
 
 import asyncio
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from rich.text import Text
 from typer.testing import CliRunner
 
@@ -234,6 +237,17 @@ def test_tables_cut_nothing_short_however_narrow_the_terminal(server, monkeypatc
     line = pomona("adapters", "list", "--url", server.url).splitlines()[-1]
     assert line.split()[:2] == ["legal-contracts-v2", "registered"]
     assert line.endswith("adapter_config.json: r: is 0")
+
+
+def test_a_log_that_is_no_terminal_has_a_line_for_each_message():
+    words = (
+        "Adapter legal cannot be brought in: " + "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight " * 3
+    )
+    log = io.StringIO()
+    handler = serve.log_handler(Console(file=log, width=40))
+    handler.handle(logging.LogRecord("pomona", logging.WARNING, "adapter_loading.py", 1, words, None, None))
+    (line,) = log.getvalue().splitlines()
+    assert line.endswith(f" WARNING {words}")
 
 
 def test_a_port_in_an_error_is_no_emojis_code(monkeypatch, capsys):

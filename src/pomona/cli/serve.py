@@ -65,13 +65,22 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
     """
     console = Console(stderr=True, emoji=False)
     logging.basicConfig(
-        level=config.log_level.upper(), format="%(message)s", datefmt="[%X]", handlers=[RichHandler(console=console)]
+        level=config.log_level.upper(), format="%(message)s", datefmt="[%X]", handlers=[log_handler(console)]
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # The loop that uvicorn would choose: uvloop where there is one.
     make_loop = uvicorn.Config("").get_loop_factory()
     with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=make_loop) as runner:
         runner.run(_serve(config, console, when_ready))
+
+
+def log_handler(console: Console) -> logging.Handler:
+    """What prints the log: columns for a terminal; elsewhere a line for each message, which can be searched."""
+    if console.is_terminal:
+        return RichHandler(console=console)
+    handler = logging.StreamHandler(console.file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
 
 
 async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | None) -> None:
@@ -96,7 +105,7 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.01)
-            console.print(ready_line(running))
+            console.print(ready_line(running), soft_wrap=True)
             beside = asyncio.create_task(_run_beside(when_ready, running)) if when_ready is not None else None
             await serving
             if beside is not None:
@@ -195,7 +204,7 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
             await client.close()
             exits.close()
             raise
-    console.print(_summary(base_name, info), markup=False)
+    console.print(_summary(base_name, info), markup=False, soft_wrap=True)
     try:
         model = ServedModel(base_name, info.max_model_len, info.vocab_size, info.eos_token_ids)
         template = ChatTemplate.load(folder, tokenizer)
