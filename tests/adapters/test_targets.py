@@ -203,6 +203,8 @@ def test_a_saved_name_that_matches_nothing_is_ignored_as_in_peft() -> None:
         ({"trainable_token_indices": {"q_proj": [1]}}, "trainable_token_indices"),
         ({"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}, "modules_to_save"),
         ({"trainable_token_indices": [1], "target_modules": ["embed_tokens"]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [1]}, "target_modules": ["lm_head"]},
+         "trainable_token_indices"),
         ({"lora_bias": True, "target_modules": ["embed_tokens"]}, "lora_bias"),
         ({"target_modules": ["embed_tokens"], "exclude_modules": ["embed_tokens"], "ensure_weight_tying": True},
          "ensure_weight_tying"),

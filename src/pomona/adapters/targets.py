@@ -52,8 +52,10 @@ def resolve(spec: AdapterSpec, base: BaseModules) -> ResolvedAdapter:
             "ensure_weight_tying", "cannot be kept with different trainable_token_indices for tied modules"
         )
     if tokens_are_tied:
-        # PEFT puts a tied head's token rows under its low-rank part; it cannot put them under anything else
-        _check_disjoint(matched if spec.use_dora else set(), saved, {HEAD_NAME})
+        # PEFT puts a tied head's token rows under its low-rank part, unless the head is named for them beside the
+        # embedding; it cannot put them under anything else
+        is_named = any(name == HEAD_NAME for name, _ in spec.trainable_token_indices)
+        _check_disjoint(matched if spec.use_dora or is_named else set(), saved, {HEAD_NAME})
     loras = _ranks(spec, tuple(name for name in base.names if name in matched))
     if request.tie == "lora" and loras[HEAD_NAME].lora_rank != loras[EMBEDDING_NAME].lora_rank:
         raise AdapterConfigError("rank_pattern", "gives the tied embed_tokens and lm_head different ranks")

@@ -152,8 +152,8 @@ class ProcessClient:
         return await self._session().resident_adapters()
 
     def _session(self) -> EngineSession:
-        if self._life is None or not self.is_ready:
-            raise EngineUnavailableError(f"the engine is not ready: {self._state}")
+        if self._life is None or not self.is_ready:  # why not may name files, and is in the log
+            raise EngineUnavailableError(f"the engine is not ready: {self._state.partition(':')[0]}")
         return self._life.session
 
     def _set_state(self, state: str) -> None:

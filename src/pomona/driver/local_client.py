@@ -120,8 +120,8 @@ class LocalClient:
         return await self._session().resident_adapters()
 
     def _session(self) -> EngineSession:
-        if self._open_session is None or not self.is_ready:
-            raise EngineUnavailableError(f"the engine is not ready: {self._state}")
+        if self._open_session is None or not self.is_ready:  # why not may name files, and is in `state`
+            raise EngineUnavailableError(f"the engine is not ready: {self._state.partition(':')[0]}")
         return self._open_session
 
     def _run(self, channel: EngineChannel) -> None:

@@ -185,7 +185,8 @@ class Scheduler:
         if budget <= 0 and self._is_limited:
             taken = set(chosen)
             self._running.sort(key=taken.__contains__)
-        self._requeue_preempted()
+        if self._preempted:
+            self._requeue_preempted()
         return chosen
 
     def _requeue_preempted(self) -> None:

@@ -142,7 +142,7 @@ def _add_batches(app: FastAPI) -> None:
         "/v1/files",
         tags=["batch"],
         openapi_extra=openapi.query_parameters({"purpose": "Only files of this purpose.", "order": order, **paging}),
-        responses=openapi.answers(wire.FileList, 400, 403, 503),
+        responses=openapi.answers(wire.FileList, 400, 403, 404, 503),
     )(files.list_files)
     found = openapi.answers(wire.FileCard, 403, 404, 503)
     app.get("/v1/files/{file_id}", tags=["batch"], openapi_extra=file_id, responses=found)(files.get_file)
@@ -166,7 +166,7 @@ def _add_batches(app: FastAPI) -> None:
         "/v1/batches",
         tags=["batch"],
         openapi_extra=openapi.query_parameters(paging),
-        responses=openapi.answers(wire.BatchList, 400, 403, 503),
+        responses=openapi.answers(wire.BatchList, 400, 403, 404, 503),
     )(batches.list_batches)
     batch_id = openapi.path_parameter("batch_id", "The batch's id.")
     card = openapi.answers(wire.BatchCard, 403, 404, 503)
