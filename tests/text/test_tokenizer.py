@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pomona.core.errors import CheckpointError
 from pomona.text.tokenizer import Tokenizer
-from support.tokenizers import CORPUS, make_tokenizer_files
+from support.tokenizers import CORPUS, SPECIALS, make_tokenizer_files
 
 texts = st.text(st.characters(codec="utf-8"), max_size=60)
 
@@ -28,8 +28,9 @@ def test_byte_level_round_trip_loses_nothing(byte_level, text):
 
 @given(text=texts)
 def test_byte_fallback_round_trip_loses_nothing(sentencepiece, text):
-    # "▁" itself is how sentencepiece writes a space.
+    # "▁" itself is how sentencepiece writes a space; special tokens are left out of what is decoded.
     text = text.replace("▁", "")
+    assume(not any(token in text for token in ("<unk>", "<s>", *SPECIALS)))
     assert sentencepiece.decode(sentencepiece.encode(text)) == text
 
 
