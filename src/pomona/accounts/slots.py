@@ -138,7 +138,7 @@ class Slots:
 
     def _take(self, name: str, limit: int, wanted: int) -> int | None:
         now_s = clock.now_s()
-        values = {"name": name, "process": self._process_id, "wanted": wanted, "limit": limit, "now": now_s}
+        values = {"name": name, "process": self._process_id, "wanted": wanted, "limit": limit}
         with self._database.write() as connection:
             connection.execute(_LOCK, {"name": name})
             connection.execute(_BURY, {"name": name, "now": now_s})

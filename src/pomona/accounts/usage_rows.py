@@ -103,15 +103,9 @@ def insert_usage(connection: Connection, rows: Sequence[Usage], prices: Prices) 
 def _add(connection: Connection, dialect: Any, key: tuple[str, str, str], added: list[int]) -> Spending:
     """One statement, so that processes that add at the same time lose nothing. In order of keys: no deadlock."""
     scope, scope_id, month = key
-    num_requests, num_tokens, cost_nanos = added[0], added[1], min(added[2], _MAX_NANOS)
-    insert = dialect.insert(SpendingRow).values(
-        scope=scope,
-        scope_id=scope_id,
-        month=month,
-        num_requests=num_requests,
-        num_tokens=num_tokens,
-        cost_nanos=cost_nanos,
-    )
+    sums = dict(zip(("num_requests", "num_tokens", "cost_nanos"), added, strict=True))
+    sums["cost_nanos"] = min(sums["cost_nanos"], _MAX_NANOS)
+    insert = dialect.insert(SpendingRow).values(scope=scope, scope_id=scope_id, month=month, **sums)
     is_too_much = SpendingRow.cost_nanos > _MAX_NANOS - insert.excluded.cost_nanos
     upsert = insert.on_conflict_do_update(
         index_elements=["scope", "scope_id", "month"],

@@ -39,10 +39,7 @@ def list_adapters(url: str, api_key: str | None) -> None:
             "" if adapter["last_used"] is None else time.strftime("%d %b %H:%M", time.localtime(adapter["last_used"])),
             _text(adapter["error"]),
         )
-    if not table.row_count:
-        plain_console().print("No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
-        return
-    print_table(table)
+    print_table(table, if_empty="No adapters are loaded. Add one: pomona adapters add NAME FOLDER")
 
 
 def _all_adapters(api: Api) -> Iterator[dict[str, Any]]:

@@ -99,10 +99,7 @@ def show(
     for key in _api(url, api_key).call("GET", path)["data"]:
         dates = (_date(key[name]) for name in ("created_at", "expires_at", "revoked_at"))
         table.add_row(key["prefix"], key["tenant"] or "", key["role"] or "", key["name"], *dates)
-    if not table.row_count:
-        typer.echo("There are no keys. Make one: pomona keys create TENANT")
-        return
-    print_table(table)
+    print_table(table, if_empty="There are no keys. Make one: pomona keys create TENANT")
 
 
 def rotate(

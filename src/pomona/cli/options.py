@@ -20,8 +20,11 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False)
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, *, if_empty: str = "") -> None:
     """Prints words of others in columns, none cut short: a line too long for a terminal goes on in its next one."""
+    if if_empty and not table.row_count:
+        typer.echo(if_empty)
+        return
     console = plain_console()
     console.width = _ANY_WIDTH
     with console.capture() as shown:

@@ -60,10 +60,7 @@ def show(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     for tenant in _api(url, api_key).call("GET", "/v1/admin/tenants")["data"]:
         state = "disabled" if tenant["is_disabled"] else ""
         table.add_row(tenant["id"], f"{tenant['weight']:g}", tenant["priority"], tenant["prefix_group"] or "", state)
-    if not table.row_count:
-        typer.echo("There are no tenants. Add one: pomona tenants create NAME")
-        return
-    print_table(table)
+    print_table(table, if_empty="There are no tenants. Add one: pomona tenants create NAME")
 
 
 def update(
