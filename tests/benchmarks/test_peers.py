@@ -11,14 +11,15 @@ import pytest
 from rich.console import Console
 
 from benchmarks import results, workload
+from benchmarks.peers import run as peers_run
 from benchmarks.peers import setup
 from benchmarks.peers.plan import Task, by_cell, done_runs, expected_s, expected_text, is_repeated, plan
 from benchmarks.peers.process import SystemFailedError, SystemProcess, key_of
 from benchmarks.peers.run import Comparison, agreement, execute, main, summarize
 from benchmarks.peers.session import Request, by_adapter
 from benchmarks.peers.systems import SYSTEMS, Environment, System
-from benchmarks.shapes import TINY
-from benchmarks.workload import Cell, cells
+from benchmarks.shapes import TINY, ModelShape
+from benchmarks.workload import Cell, Popularity, cells
 
 CELL = Cell(batch=2, num_prompt_tokens=8, num_output_tokens=4, popularity="identical")
 BASE = dataclasses.replace(CELL, popularity="base")
@@ -172,8 +173,15 @@ def test_a_system_that_cannot_start_is_recorded_and_the_others_go_on(small_work,
     assert "no_such_module" in results.read(output)[0]["message"]
 
 
-def test_every_repetition_is_a_new_process_and_systems_agreement_is_written(small_work, tmp_path):
+def test_every_repetition_is_a_new_process_and_systems_agreement_is_written(small_work, tmp_path, monkeypatch):
     output = tmp_path / "rows.jsonl"
+    started = []
+
+    def start(system: System, shape: ModelShape, popularity: Popularity) -> SystemProcess:
+        started.append((system.name, popularity))
+        return SystemProcess(system, shape, popularity)
+
+    monkeypatch.setattr(peers_run, "SystemProcess", start)
     systems = [echo(name="transformers"), echo()]
     execute(
         plan([TINY], [BASE, CELL], systems, repeats=2),
@@ -188,7 +196,8 @@ def test_every_repetition_is_a_new_process_and_systems_agreement_is_written(smal
         for cell in (BASE.name, CELL.name)
         for system in ("transformers", "echo")
     ]
-    assert len({row["load_s"] for row in peers}) == 2 * 2 * 2  # base and adapters are different processes too
+    one_repetition = [(system, cell.popularity) for cell in (BASE, CELL) for system in ("transformers", "echo")]
+    assert started == one_repetition * 2, "base and adapters are different processes too"
     assert {row["mean_common_prefix"] for row in results.of_kind(rows, "agreement")} == {4.0}
     assert {row["commit"] for row in rows} == {"abc"}
 
