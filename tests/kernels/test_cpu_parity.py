@@ -149,6 +149,24 @@ def test_values_that_are_not_numbers_stay_so_and_reach_no_other_row(isa: str) ->
 
 
 @pytest.mark.parametrize("isa", binding.available_isas())
+def test_no_bfloat16_that_is_not_a_number_becomes_one_by_rounding(isa: str) -> None:
+    """Rounding adds to a float's bits, which must not carry a NaN's over to a zero's."""
+    bits = torch.cat((torch.arange(0x7F81, 0x8000), torch.arange(0xFF81, 0x10000)))
+    nans = bits.to(torch.int16).view(torch.bfloat16)[:, None].expand(-1, 16)
+    assert nans.isnan().all()
+    ones = torch.ones_like(nans)
+    packed = pack(torch.eye(16, dtype=torch.bfloat16))
+    with _setup(isa, 1):
+        for with_nans, other in ((nans, ones), (ones, nans)):
+            for result in add_rms_norm(with_nans.clone(), other.clone(), ones[0], 1e-5):
+                assert result.isnan().all()
+            assert silu_mul(torch.cat((with_nans, other), dim=1)).isnan().all()
+        for num_rows in (1, 8, len(nans)):
+            assert packed_linear(nans[:num_rows].contiguous(), packed).isnan().all()
+            assert packed_linear(ones[:num_rows].contiguous(), packed, nans[-1].contiguous()).isnan().all()
+
+
+@pytest.mark.parametrize("isa", binding.available_isas())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", [5, 70])
 def test_an_adapter_reads_no_further_than_its_rows(num_rows: int, dtype: torch.dtype, isa: str) -> None:

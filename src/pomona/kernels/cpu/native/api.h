@@ -163,7 +163,7 @@ using Body = void (*)(void* state, int thread);
 void run_threads(int num_threads, Body body, void* state);
 enum Purpose : int32_t {
   kSums, kRows, kPanel, kParts, kPages, kShrunk, kSegments, kAdapterPanel, kFixedRows, kSplitRows, kWideRows,
-  kLaterSums, kNumPurposes
+  kLaterSums, kShrinkInputs, kNumPurposes
 };
 // Memory of the calling thread that lives until its next call with the same purpose.
 void* scratch(Purpose purpose, int64_t num_bytes);

@@ -6,22 +6,23 @@
 #pragma once
 #include "amx.h"
 #include "lora_pages.h"
+#include "shrink.h"
 #include "transpose.h"
 #include "work.h"
 
 namespace {
 
-constexpr int kRankTile = 8, kRankPart = W == 16 ? 16 : 8;  // ranks that are summed at once, and in one item
+constexpr int kRankPart = W == 16 ? 16 : 8;  // ranks in one item
 constexpr int64_t kMaxRank = 1024;
 // Blocks of up to so many rows are short runs (lora_short.h).
 template <class T>
 constexpr int kFewRows = kUsesTiles<T> ? 16 : 8;
 #if defined(__AVX512F__)
-constexpr int kShrinkRows = 3, kExpandRows = 6, kExpandVectors = 4;
+constexpr int kExpandRows = 6, kExpandVectors = 4;
 #elif defined(__AVX2__)
-constexpr int kShrinkRows = 3, kExpandRows = 2, kExpandVectors = 4;
+constexpr int kExpandRows = 2, kExpandVectors = 4;
 #else
-constexpr int kShrinkRows = 1, kExpandRows = 1, kExpandVectors = 4;
+constexpr int kExpandRows = 1, kExpandVectors = 4;
 #endif
 
 constexpr int64_t kColumnStep = kExpandVectors * W;  // columns that are summed at once
@@ -58,64 +59,6 @@ INLINE void put_rank_tile(float* v, int64_t num_ranks, uint32_t* units) {
   memcpy(units, rounded, kRankTile * sizeof *rounded);
 }
 
-// MR rows by NJ rank rows, summed over the input features, each lane for itself; and at every step, so many bytes from
-// the rows' beginnings, beside(bytes).
-template <class T, int MR, int NJ, class F>
-INLINE void shrink_lanes(int64_t num_bytes, const typename T::Elem* x, int64_t x_stride, const char* const* rank_rows,
-                         vf (*totals)[kRankTile], int first, const F& beside) {
-  constexpr int64_t kBytes = W * 4;
-  vf sums[MR][NJ] = {};
-  const auto row_at = [&](int m, int64_t at) { return reinterpret_cast<const char*>(x + m * x_stride) + at; };
-  int64_t at = 0;
-  for (; at + kBytes <= num_bytes; at += kBytes) {
-    beside(at);
-#pragma GCC unroll 2
-    for (int half = 0; half < T::kHalves; half++) {
-      typename T::Factor weights[NJ];
-#pragma GCC unroll 8
-      for (int j = 0; j < NJ; j++) weights[j] = T::half(load_units(rank_rows[j] + at), half);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++) {
-        const auto row = T::half(load_units(row_at(m, at)), half);
-#pragma GCC unroll 8
-        for (int j = 0; j < NJ; j++) T::add(sums[m][j], row, weights[j]);
-      }
-    }
-  }
-  if (at < num_bytes)
-#pragma GCC unroll 8
-    for (int j = 0; j < NJ; j++) {
-      const vu weights = load_units_part(rank_rows[j] + at, num_bytes - at);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; m++)
-        sums[m][j] = T::mul_add(sums[m][j], load_units_part(row_at(m, at), num_bytes - at), weights);
-    }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; m++)
-#pragma GCC unroll 8
-    for (int j = 0; j < NJ; j++) totals[m][first + j] = sums[m][j];
-}
-
-// MR rows by 8 rank rows, summed over the input features. Meanwhile the rows after them are fetched: rows are short, so
-// the processor's own prefetching begins anew with each of them.
-template <class T, int MR>
-INLINE void shrink_tile(int64_t in_features, const typename T::Elem* x, int64_t x_stride, const char* const* rank_rows,
-                        float (*sums)[kRankTile]) {
-  constexpr int NJ = W != 8 || MR == 1 ? 8 : MR == 2 ? 4 : 2;  // their sums stay in registers
-  vf totals[MR][kRankTile];
-#pragma GCC unroll 4
-  for (int j = 0; j < kRankTile; j += NJ)
-    shrink_lanes<T, MR, NJ>(in_features * sizeof(typename T::Elem), x, x_stride, rank_rows + j, totals, j,
-                            [&](int64_t at) {
-                              if (W < 16) return;  // a step takes long: the processor is fast enough by itself
-#pragma GCC unroll 8
-                              for (int m = 0; m < MR; m++)
-                                prefetch_near(reinterpret_cast<const char*>(x + (MR + m) * x_stride) + at);
-                            });
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; m++) fold_sum8(totals[m], sums[m]);
-}
-
 // out[MR rows, kColumnStep columns] += scaling * v * B, over units of two rank rows (or one: float32). v is of T::Row,
 // whose units v_stride counts. B's units are those of pair_two, so its columns and the sums stand in the order of
 // load_two.
@@ -129,7 +72,7 @@ INLINE void expand_tile(int64_t num_units, const uint32_t* v, int64_t v_stride, 
       typename T::Factor weights[kExpandVectors];
 #pragma GCC unroll 8
       for (int n = 0; n < kExpandVectors; n++)
-        weights[n] = T::half(load_units(b + (k * kExpandVectors + n) * W), half);
+        weights[n] = T::half_lean(load_units(b + (k * kExpandVectors + n) * W), half);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; m++) {
         const auto row = (typename T::Factor)splat_unit(v + m * v_stride + k * T::kHalves + half);
@@ -177,10 +120,11 @@ void find_rows(const pomona::LoraSite& site, const pomona::LoraStep& step, const
                int64_t width, int64_t segment, int64_t first, int64_t n, const char** rows) {
   using Elem = typename T::Elem;
   int64_t page = segment * step.max_pages + first / site.rows_per_page, within = first % site.rows_per_page;
-  for (int64_t j = 0; j < n; j++) {
+  for (int64_t j = 0; j < n; page++, within = 0) {
     const Elem* start = static_cast<const Elem*>(pool) + step.page_tables[page] * page_stride;
-    rows[j] = shifted(step, page, reinterpret_cast<const char*>(start + within * width));
-    if (++within == site.rows_per_page) within = 0, page++;
+    const char* row = shifted(step, page, reinterpret_cast<const char*>(start + within * width));
+    for (const int64_t end = min64(n, j + site.rows_per_page - within); j < end; j++, row += width * sizeof(Elem))
+      rows[j] = row;
   }
 }
 
@@ -236,15 +180,17 @@ struct Lora {
   bool has_whole_blocks() const { return num_long >= 2 * threads; }
   int64_t num_shrinks() const { return has_whole_blocks() ? num_long : num_pairs * rank_parts; }
   void shrink(int64_t item) const {
-    if (!has_whole_blocks()) return shrink_part(item);
-    const int64_t parts = site.num_slices * rank_parts, first = side_by_side(item, num_long, threads) * parts;
-    for (int64_t part = first; part < first + parts; part++) shrink_part(part);
+    const int64_t parts_of_block = site.num_slices * rank_parts, parts = has_whole_blocks() ? parts_of_block : 1;
+    const int64_t first = has_whole_blocks() ? side_by_side(item, num_long, threads) * parts : item;
+    const pomona::RowBlock& block = step.blocks[first / parts_of_block];
+    ShrinkInputs<T> inputs(static_cast<const Elem*>(call.x) + block.start * call.x_stride, call.x_stride,
+                           site.in_features);
+    for (int64_t part = first; part < first + parts; part++)
+      shrink_part(block, part / rank_parts % site.num_slices, part % rank_parts * kRankPart, inputs);
   }
 
   // Some ranks of one slice for a block's rows.
-  void shrink_part(int64_t item) const {
-    const int64_t pair = item / rank_parts, first_rank = item % rank_parts * kRankPart, slice = pair % site.num_slices;
-    const pomona::RowBlock& block = step.blocks[pair / site.num_slices];
+  void shrink_part(const pomona::RowBlock& block, int64_t slice, int64_t first_rank, ShrinkInputs<T>& inputs) const {
     const int64_t num_ranks = min64(kRankPart, rank_of(slice, block.segment) - first_rank);
     if (num_ranks <= 0) return;
     const char* rows[kRankPart];
@@ -254,6 +200,7 @@ struct Lora {
     if constexpr (kUsesTiles<T>) return shrink_tiles(block, slice, first_rank, num_ranks, rows);
 #endif
     for (int64_t j = num_ranks; j < kRankPart; j++) rows[j] = rows[0];  // computed and not kept
+    inputs.prepare(block.num_rows);
     const int64_t num_tiles = ceil_div(block.num_rows, kShrinkRows);
     for (int64_t tile = 0; tile < num_tiles; tile++) {
       const int64_t r = tile * block.num_rows / num_tiles, row = block.start + r;
@@ -261,7 +208,7 @@ struct Lora {
       for (int64_t j = 0; j < num_ranks; j += kRankTile) {
         const int64_t n = min64(kRankTile, num_ranks - j);
         float sums[kShrinkRows + W / kRankTile][kRankTile] = {};  // and what put_rank_tile reads past the last
-        shrink_rows(num_rows, static_cast<const Elem*>(call.x) + row * call.x_stride, rows + j, sums);
+        inputs.shrink(r, num_rows, rows + j, sums);
         for (int m = 0; m < num_rows; m++) {
           const int64_t at = slice * step.num_tokens + row + m;
           if (v_units)
@@ -304,17 +251,6 @@ struct Lora {
     }
   }
 #endif
-
-  void shrink_rows(int num_rows, const Elem* x, const char* const* rank_rows, float (*sums)[kRankTile]) const {
-    static_assert(kShrinkRows <= 3);
-    switch (num_rows) {
-      case 1: return shrink_tile<T, 1>(site.in_features, x, call.x_stride, rank_rows, sums);
-#if defined(__AVX2__)
-      case 2: return shrink_tile<T, 2>(site.in_features, x, call.x_stride, rank_rows, sums);
-      case 3: return shrink_tile<T, 3>(site.in_features, x, call.x_stride, rank_rows, sums);
-#endif
-    }
-  }
 
   // Columns [column, end) of one slice for a block's rows. B's columns are put side by side once, for all rows.
   void expand(int64_t item) const {

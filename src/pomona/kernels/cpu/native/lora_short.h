@@ -68,19 +68,19 @@ INLINE void expand_blocks(int64_t i, int n, const Chunk& chunk, const uint32_t (
   const auto b_at = [&](int64_t j, int block) { return reinterpret_cast<const Elem*>(chunk.b[j]) + i + block * 2 * W; };
   constexpr int kRanks = T::Row::kPerUnit;  // that are multiplied at once
   for (int64_t j = 0; j < chunk.num_ranks; j += kRanks) {
-    typename T::Factor weights[2 * NB];
 #pragma GCC unroll 4
     for (int block = 0; block < NB; block++) {
+      typename T::Factor weights[2];
       if constexpr (kRanks == 1)
-        load_some<T>(b_at(j, block), n, weights + 2 * block);
+        load_some<T>(b_at(j, block), n, weights);
       else
-        pair_some<T>(b_at(j, block), b_at(j + 1, block), n, weights + 2 * block);
-    }
+        pair_some<T>(b_at(j, block), b_at(j + 1, block), n, weights);
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; m++) {
-      const auto row = (typename T::Factor)splat_unit(v[m] + j / kRanks);
-#pragma GCC unroll 8
-      for (int c = 0; c < 2 * NB; c++) T::add(sums[m][c], row, weights[c]);
+      for (int m = 0; m < MR; m++) {
+        const auto row = (typename T::Factor)splat_unit(v[m] + j / kRanks);
+        T::add(sums[m][2 * block], row, weights[0]);
+        T::add(sums[m][2 * block + 1], row, weights[1]);
+      }
     }
   }
 #pragma GCC unroll 8

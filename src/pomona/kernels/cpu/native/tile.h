@@ -104,7 +104,7 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
 #pragma GCC unroll 16
       for (int v = 0; v < NV; v++) {
         const uint32_t* units = b.units + v / kGroupVectors * b.group_stride + v % kGroupVectors * W + k * b.step;
-        columns[v] = kIsFetching ? T::half_at(units, half) : T::half(load_units(units), half);
+        columns[v] = kIsFetching ? T::half_at(units, half) : T::half_lean(load_units(units), half);
       }
       if (kIsFetching && half == 0) {
         W == 16 ? ahead.step() : ahead.step_on();
@@ -114,7 +114,7 @@ INLINE void tile(int64_t num_units, TileA a, TileB b, TileC c, Ahead ahead, Ahea
       for (int m = 0; m < MR; m++) {
         const int64_t unit = R::kPerUnit < T::kPerUnit ? k * T::kHalves + half : k;
         const vu units = splat_unit(a.rows + m * a.stride_bytes + unit * 4);
-        const auto row = R::kPerUnit < T::kPerUnit ? (typename T::Factor)units : T::half(units, half);
+        const auto row = R::kPerUnit < T::kPerUnit ? (typename T::Factor)units : T::half_lean(units, half);
 #pragma GCC unroll 16
         for (int v = 0; v < NV; v++) T::add(sums[m][v], row, columns[v]);
       }

@@ -231,10 +231,11 @@ INLINE __m512i interleave_halves(__m512i x) {
 }
 #endif
 INLINE vf widen(vh bits) { return (vf)(__builtin_convertvector(bits, vu) << 16); }
-// In the upper half of each, rounded to nearest even, as torch does; NaN stays NaN. The lower half is what it may be.
+// In the upper half of each, rounded to nearest even, as torch does. The lower half is what it may be. A NaN that
+// arithmetic makes, or takes from a bfloat16, has zeros in its lower half, so it stays one.
 INLINE vu round_upper(vf x) {
-  const vu bits = (vu)x, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return x != x ? bits | 0x400000u : rounded;
+  const vu bits = (vu)x;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 INLINE vh narrow(vf x) {
 #if defined(__AVX512BF16__)
@@ -255,6 +256,7 @@ struct Float32 {
   using Factor = vf;
   static constexpr int kHalves = 1;
   static INLINE vf half(vu units, int) { return (vf)units; }
+  static INLINE vf half_lean(vu units, int) { return (vf)units; }
   static INLINE vf half_at(const void* units, int) { return (vf)load_units(units); }
   static INLINE void add(vf& sum, vf a, vf b) { add_product(sum, a, b); }
   static INLINE vf load(const Elem* p) { return load_floats(p); }
@@ -282,13 +284,17 @@ struct BFloat16 {
   using Factor = vu;
   static constexpr int kHalves = 1;
   static INLINE vu half(vu units, int) { return units; }
+  static INLINE vu half_lean(vu units, int) { return units; }
   static INLINE vu half_at(const void* units, int) { return load_units(units); }
   static INLINE void add(vf& sum, vu a, vu b) { sum = mul_add(sum, a, b); }
 #else
   using Row = Float32;
   using Factor = vf;
   static constexpr int kHalves = 2;
-  static INLINE vf half(vu units, int i) { return i == 0 ? (vf)(units << 16) : (vf)upper_half(units); }
+  static INLINE vf half(vu units, int i) { return (vf)(i == 0 ? units << 16 : units & 0xffff0000u); }
+  // The same without a register for the mask, which is read each time.
+  static INLINE vf half_lean(vu units, int i) { return i == 0 ? (vf)(units << 16) : (vf)upper_half(units); }
+  // The same, and units are read each time too.
   static INLINE vf half_at(const void* units, int i) {
     return i == 0 ? (vf)(load_units(units) << 16) : (vf)upper_half_at(units);
   }
