@@ -201,23 +201,20 @@ struct Lora {
 #endif
     for (int64_t j = num_ranks; j < kRankPart; j++) rows[j] = rows[0];  // computed and not kept
     inputs.prepare(block.num_rows);
-    const int64_t num_tiles = ceil_div(block.num_rows, kShrinkRows);
-    for (int64_t tile = 0; tile < num_tiles; tile++) {
-      const int64_t r = tile * block.num_rows / num_tiles, row = block.start + r;
-      const int num_rows = static_cast<int>((tile + 1) * block.num_rows / num_tiles - r);
+    for_shrink_tiles(block.num_rows, [&](int64_t row, int num_rows) {
       for (int64_t j = 0; j < num_ranks; j += kRankTile) {
         const int64_t n = min64(kRankTile, num_ranks - j);
         float sums[kShrinkRows + W / kRankTile][kRankTile] = {};  // and what put_rank_tile reads past the last
-        inputs.shrink(r, num_rows, rows + j, sums);
+        inputs.shrink(row, num_rows, rows + j, sums);
         for (int m = 0; m < num_rows; m++) {
-          const int64_t at = slice * step.num_tokens + row + m;
+          const int64_t at = slice * step.num_tokens + block.start + row + m;
           if (v_units)
             put_rank_tile<T>(sums[m], n, v_units + at * row_units() + (first_rank + j) / T::Row::kPerUnit);
           else
             memcpy(call.v + at * step.max_rank + first_rank + j, sums[m], n * 4);
         }
       }
-    }
+    });
   }
 
 #if defined(__AMX_BF16__)

@@ -73,6 +73,16 @@ INLINE void shrink_lanes(int64_t num_bytes, const typename T::Elem* x, int64_t x
     for (int j = 0; j < NJ; j++) totals[m][first + j] = sums[m][j];
 }
 
+// f(first row, number of rows) for each tile of a block, of nearly equal numbers of rows.
+template <class F>
+INLINE void for_shrink_tiles(int64_t num_rows, const F& f) {
+  const int64_t num_tiles = ceil_div(num_rows, kShrinkRows);
+  for (int64_t tile = 0; tile < num_tiles; tile++) {
+    const int64_t row = tile * num_rows / num_tiles;
+    f(row, static_cast<int>((tile + 1) * num_rows / num_tiles - row));
+  }
+}
+
 // A block's rows, for all its ranks. Where vectors are narrow they are widened once, and in the order of their use:
 // those of a tile side by side, W units of each after the other.
 template <class T>
@@ -91,18 +101,14 @@ struct ShrinkInputs {
 
   int64_t wide_stride() const { return ceil_div(num_bytes, kStepBytes) * kStepFloats; }
 
-  // To be called before anything is shrunk. Tiles are those of shrink.
+  // To be called before anything is shrunk.
   void prepare(int64_t num_rows) {
     if (!kIsWide || wide) return;
     wide = static_cast<float*>(pomona::scratch(pomona::kShrinkInputs, num_rows * wide_stride() * 4));
-    const int64_t num_tiles = ceil_div(num_rows, kShrinkRows);
-    for (int64_t tile = 0; tile < num_tiles; tile++) {
-      const int64_t r = tile * num_rows / num_tiles;
-      widen(r, (tile + 1) * num_rows / num_tiles - r);
-    }
+    for_shrink_tiles(num_rows, [&](int64_t row, int rows) { widen(row, rows); });
   }
-  void widen(int64_t row, int64_t num_rows) const {
-    for (int64_t m = 0; m < num_rows; m++) {
+  void widen(int64_t row, int num_rows) const {
+    for (int m = 0; m < num_rows; m++) {
       const char* from = reinterpret_cast<const char*>(x + (row + m) * x_stride);
       float* to = wide + row * wide_stride() + m * kStepFloats;
       for (int64_t at = 0; at < num_bytes; at += kStepBytes, to += num_rows * kStepFloats) {
@@ -114,7 +120,7 @@ struct ShrinkInputs {
     }
   }
 
-  // A tile of rows by 8 rank rows.
+  // One of for_shrink_tiles by 8 rank rows.
   void shrink(int64_t row, int num_rows, const char* const* rank_rows, float (*sums)[kRankTile]) const {
     static_assert(kShrinkRows <= 6);
     switch (num_rows) {
