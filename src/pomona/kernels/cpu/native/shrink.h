@@ -9,13 +9,7 @@
 namespace {
 
 constexpr int kRankTile = 8;  // ranks that are summed at once
-#if defined(__AVX512F__)
-constexpr int kShrinkRows = 3;
-#elif defined(__AVX2__)
-constexpr int kShrinkRows = 6;
-#else
-constexpr int kShrinkRows = 1;
-#endif
+constexpr int kShrinkRows = W == 16 ? 3 : W == 8 ? 6 : 1;
 
 // MR rows by NJ rank rows, summed over the input features, each lane for itself; and at every step, so many bytes from
 // the rows' beginnings, beside(bytes).
