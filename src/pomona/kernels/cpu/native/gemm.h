@@ -3,6 +3,9 @@
 // Packed weights stand in groups of 16 outputs: [groups][units][16 outputs], zero-filled past the last output and the
 // last input. A thread takes a few groups for a run of rows, so weights are read from memory once per run of rows, and
 // while the sums of one item run the next item's weights are fetched.
+//
+// With narrow vectors a thread's items stand side by side: it reads weights on from one to the next, and two threads do
+// not store into one cache line, which an item of 16 outputs fills half of.
 #pragma once
 #include "fused.h"
 #include "lora_pages.h"
@@ -61,12 +64,13 @@ struct PageFetch {
   // Narrow vectors have no time to look for the next page, and fetch enough with a step or nothing.
   Ahead piece(int64_t column, int64_t num_columns, int64_t slot, int64_t num_slots, int64_t num_steps) const {
     if (pages == nullptr || slot < 0) return {};
-    const int64_t thread = column % num_threads, num_pages = first_page[thread + 1] - first_page[thread];
+    const int64_t turn = turn_of(column, num_columns, num_threads), thread = turn % num_threads;
+    const int64_t num_pages = first_page[thread + 1] - first_page[thread];
     if (num_pages == 0) return {};
     const int64_t all_slots = ceil_div(num_columns - thread, num_threads) * num_slots;
     const int64_t most_pieces = num_lines * 64 / (num_steps * kFewestBytesPerStep);
     const int64_t pieces = max64(1, min64(all_slots / num_pages, most_pieces));
-    const int64_t index = column / num_threads * num_slots + slot;
+    const int64_t index = turn / num_threads * num_slots + slot;
     const int64_t lines = ceil_div(num_lines, pieces), first = index % pieces * lines;
     if (index >= num_pages * pieces || first >= num_lines) return {};
     const int64_t bytes = min64(lines, num_lines - first) * 64;
@@ -207,15 +211,16 @@ struct GemmWork {
     const int64_t num_columns = ceil_div(num_groups, NG);
     const int64_t num_runs = ceil_div(call.num_rows, kRowsPerItem);
     share(num_columns * num_runs, num_threads, [&](int64_t item) {
-      const int64_t row = item / num_columns * kRowsPerItem, group = item % num_columns * NG;
+      const int64_t row = item / num_columns * kRowsPerItem, column = item % num_columns;
+      const int64_t group = (W < 16 ? side_by_side(column, num_columns, num_threads) : column) * NG;
       const int64_t num_rows = min64(kRowsPerItem, call.num_rows - row);
-      const int64_t ahead = group + NG * num_threads;
+      const int64_t groups_ahead = W < 16 ? NG : NG * num_threads, ahead = group + groups_ahead;
       // One row alone streams as fast without: the processor foresees a few long runs by itself, but not short ones.
       const bool is_foreseen = num_rows == 1 && group_bytes > kFewBytes;
-      const char* next = ahead + NG <= num_groups && row == 0 && !is_foreseen
+      const char* next = item + num_threads < num_columns && ahead + NG <= num_groups && !is_foreseen
                              ? static_cast<const char*>(call.packed) + ahead * group_bytes
                              : nullptr;
-      if (group + NG <= num_groups) return run_columns<NG>(f, row, num_rows, group, NG * num_threads, next);
+      if (group + NG <= num_groups) return run_columns<NG>(f, row, num_rows, group, groups_ahead, next);
       for (int64_t last = group; last < num_groups; last++) run_columns<1>(f, row, num_rows, last, 0, nullptr);
     });
   }

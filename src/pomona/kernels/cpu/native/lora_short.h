@@ -67,7 +67,12 @@ INLINE void expand_blocks(int64_t i, int n, const Chunk& chunk, const uint32_t (
       sums[m][c] = to.is_first ? vf{} : load_floats(to.sums + m * to.sums_stride + i + c * W);
   const auto b_at = [&](int64_t j, int block) { return reinterpret_cast<const Elem*>(chunk.b[j]) + i + block * 2 * W; };
   constexpr int kRanks = T::Row::kPerUnit;  // that are multiplied at once
+  constexpr int kBytes = NB * 2 * W * sizeof(Elem);
   for (int64_t j = 0; j < chunk.num_ranks; j += kRanks) {
+    if (W == 8)  // rank rows are far apart, too many to foresee: the next columns go to the nearest cache
+#pragma GCC unroll 4
+      for (int line = 0; line < kBytes; line += 64)
+        prefetch_near(reinterpret_cast<const char*>(b_at(j, max64(2, NB))) + line);
 #pragma GCC unroll 4
     for (int block = 0; block < NB; block++) {
       typename T::Factor weights[2];

@@ -124,6 +124,14 @@ INLINE int64_t side_by_side(int64_t item, int64_t num_items, int threads) {
   return thread * (num_items / threads) + min64(thread, num_items % threads) + item / threads;
 }
 
+// The inverse: whose turn a place is.
+INLINE int64_t turn_of(int64_t place, int64_t num_items, int64_t threads) {
+  const int64_t longest = num_items / threads + 1, num_longest = num_items % threads;
+  if (place < longest * num_longest) return place % longest * threads + place / longest;
+  const int64_t rest = place - longest * num_longest;
+  return rest % (longest - 1) * threads + num_longest + rest / (longest - 1);
+}
+
 // Small work is done by the caller alone: waking another thread costs about as much as this many cycles.
 constexpr int64_t kThreadCycles = 8000;
 INLINE int threads_for(int num_threads, int64_t cycles) { return cycles < kThreadCycles ? 1 : num_threads; }
