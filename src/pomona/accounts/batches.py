@@ -159,7 +159,11 @@ class BatchStore:
         """
         self.file(file_id, tenant_id)
         with self._database.session(is_write=True) as session:
-            users = select(BatchRow.id).where(BatchRow.input_file_id == file_id, BatchRow.status.in_(ACTIVE))
+            # What it has written too: whoever takes it over would do everything again.
+            is_used = (BatchRow.input_file_id, BatchRow.output_file_id, BatchRow.error_file_id)
+            users = select(BatchRow.id).where(
+                or_(*(column == file_id for column in is_used)), BatchRow.status.in_(ACTIVE)
+            )
             if session.scalars(users.limit(1)).first() is not None:
                 raise AccountConflictError(f"A batch still works on the file {file_id}.")
             session.execute(delete(FileRow).where(FileRow.id == file_id))
@@ -259,12 +263,14 @@ class BatchStore:
             **values: columns; ``is_released`` gives up the lease.
 
         Returns:
-            How it is now; None, and nothing has changed, if it is no longer this process's, or if it was to begin or to
-            be complete and has been cancelled meanwhile.
+            How it is now; None, and nothing has changed, if it has ended, or is no longer this process's, or if it was
+            to begin or to be complete and has been cancelled meanwhile.
         """
         values["leased_until_s"] = 0.0 if values.pop("is_released", False) else now_s() + LEASE_S
         with self._database.session(is_write=True) as session:
-            mine = update(BatchRow).where(BatchRow.id == batch_id, BatchRow.process_id == process_id)
+            mine = update(BatchRow).where(
+                BatchRow.id == batch_id, BatchRow.process_id == process_id, BatchRow.status.in_(ACTIVE)
+            )
             if values.get("status") in ("in_progress", "completed"):
                 mine = mine.where(BatchRow.status != "cancelling")
             if session.execute(mine.values(**values).returning(BatchRow.id)).first() is None:
