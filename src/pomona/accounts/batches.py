@@ -16,10 +16,14 @@ from sqlalchemy.orm import Session
 from pomona.accounts.clock import now_s
 from pomona.accounts.database import Database
 from pomona.accounts.tables import BatchRow, FileRow, TenantRow
-from pomona.core.errors import AccountConflictError, AccountNotFoundError
+from pomona.core.errors import AccountConflictError, AccountNotFoundError, InvalidRequestError
 
 LEASE_S: Final = 30.0
 ACTIVE: Final = ("validating", "in_progress", "finalizing", "cancelling")
+_MAX_UNENDED: Final = 1000
+"""Batches of a tenant."""
+_FILE_OVERHEAD_BYTES: Final = 4096
+"""What a file takes beside its content: empty ones would be without number."""
 _FILE_ID: Final = re.compile(r"file-[0-9a-f]{32}")
 
 
@@ -177,8 +181,12 @@ class BatchStore:
 
         Raises:
             AccountNotFoundError: the tenant has no such file.
+            InvalidRequestError: the file is not for this.
+            AccountConflictError: too many batches of the tenant have not ended.
         """
-        self.file(input_file_id, tenant_id)
+        purpose = self.file(input_file_id, tenant_id).purpose
+        if purpose != "batch":
+            raise InvalidRequestError("input_file_id", f"input_file_id: its purpose is {purpose!r}: must be 'batch'")
         now = now_s()
         row = BatchRow(
             id=f"batch_{secrets.token_hex(16)}",
@@ -202,6 +210,10 @@ class BatchStore:
             leased_until_s=0.0,
         )
         with self._database.session(is_write=True) as session:
+            session.get(TenantRow, tenant_id, with_for_update=True)  # one of its batches after the other
+            unended = select(func.count()).where(BatchRow.tenant_id == tenant_id, BatchRow.status.in_(ACTIVE))
+            if session.scalars(unended).one() >= _MAX_UNENDED:
+                raise AccountConflictError(f"You have {_MAX_UNENDED} batches that have not ended, the limit.")
             session.add(row)
         return _batch(row)
 
@@ -246,8 +258,10 @@ class BatchStore:
             batch_id = session.scalars(free.order_by(BatchRow.created_s).limit(1)).first()
             if batch_id is None:
                 return None
-            take = update(BatchRow).where(BatchRow.id == batch_id, BatchRow.leased_until_s < now)
-            # Another process may have taken it since it was found: then no row fits.
+            take = update(BatchRow).where(
+                BatchRow.id == batch_id, BatchRow.leased_until_s < now, BatchRow.status.in_(ACTIVE)
+            )
+            # Another process may have taken it since it was found, or its owner cancelled it: then no row fits.
             taken = session.execute(
                 take.values(process_id=process_id, leased_until_s=now + LEASE_S).returning(BatchRow.id)
             ).first()
@@ -280,20 +294,24 @@ class BatchStore:
             return _batch(row)
 
     def cancel(self, batch_id: str, tenant_id: str) -> Batch:
-        """Ask for the end of a batch; one that has ended stays as it is.
+        """End a batch that nobody has begun with, ask for the end of one that is under way; others stay as they are.
 
         Raises:
             AccountNotFoundError: there is none.
         """
         self.batch(batch_id, tenant_id)
         with self._database.session(is_write=True) as session:
+            cancel, now = update(BatchRow).where(BatchRow.id == batch_id), now_s()
+            # It may be a day before anybody looks at it: after the tenant's other batches.
+            is_waiting = (BatchRow.status == "validating") & (BatchRow.leased_until_s < now)
+            session.execute(cancel.where(is_waiting).values(status="cancelled", ended_s=now))
             is_running = or_(BatchRow.status == "validating", BatchRow.status == "in_progress")
-            session.execute(update(BatchRow).where(BatchRow.id == batch_id, is_running).values(status="cancelling"))
+            session.execute(cancel.where(is_running).values(status="cancelling"))
         return self.batch(batch_id)
 
 
 def _check_room(session: Session, tenant_id: str, max_bytes: int) -> None:
-    query = select(func.coalesce(func.sum(FileRow.num_bytes), 0)).where(FileRow.tenant_id == tenant_id)
+    query = select(func.sum(FileRow.num_bytes + _FILE_OVERHEAD_BYTES)).where(FileRow.tenant_id == tenant_id)
     if int(session.scalar(query) or 0) >= max_bytes:
         raise AccountConflictError(f"Your files have reached the limit of {max_bytes} bytes: delete some first.")
 

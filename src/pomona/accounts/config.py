@@ -34,7 +34,7 @@ class AccountsConfig:
     max_file_bytes: int = 200 * 2**20
     """Largest file that a tenant may upload."""
     max_tenant_file_bytes: int = 10 * 2**30
-    """All files of a tenant together, those that its batches have written included."""
+    """All files of a tenant together, those that its batches have written included; each counts 4 KiB more."""
     batch_concurrency: int = 16
     """Requests of one batch in flight at once."""
     max_journal_bytes: int = 2**30

@@ -160,7 +160,7 @@ def _add_batches(app: FastAPI) -> None:
         "/v1/batches",
         tags=["batch"],
         openapi_extra=openapi.request_body(wire.BatchCreateRequest, example),
-        responses=openapi.answers(wire.BatchCard, 400, 403, 404, 413, 503),
+        responses=openapi.answers(wire.BatchCard, 400, 403, 404, 409, 413, 503),
     )(batches.create_batch)
     app.get(
         "/v1/batches",
