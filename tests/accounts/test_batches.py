@@ -46,7 +46,7 @@ async def clients(served):
 async def working(served):
     """Let the server work on batches."""
     context = served.served.app.state.context
-    async with running_batches(served.served.app, served.accounts, context.wake_batches):
+    async with running_batches(served.served.app, served.accounts, context.wake_batches, context.config.max_body_bytes):
         yield
 
 
@@ -109,7 +109,7 @@ async def test_work_ends_when_it_is_told_to_as_it_wakes(served):
     context = served.served.app.state.context
     async with asyncio.timeout(10):
         for _ in range(3):
-            async with running_batches(served.served.app, served.accounts, context.wake_batches):
+            async with working(served):
                 await asyncio.sleep(0.2)  # it has looked, and waits
                 context.wake_batches.set()
                 await asyncio.sleep(0)  # it is about to wake
@@ -145,6 +145,17 @@ async def test_what_is_wrong_with_a_file_is_said_by_line(served, clients):
     ]
     assert empty.errors.data[0].code == "empty_file"
     assert await served.usage() == []
+
+
+async def test_lines_that_no_request_could_be_are_refused_and_hold_up_nobody(served, clients):
+    client = clients["acme"]
+    config = served.served.app.state.context.config
+    wide = lines(body(prompt=[[]] * 100_001))
+    long = lines(body("x" * config.max_body_bytes))
+    async with working(served):
+        batch = await until_ended(client, await start(client, lines(body()) + wide + long))
+    assert [(error.line, error.code) for error in batch.errors.data] == [(2, "line_too_large"), (3, "line_too_large")]
+    assert f"{config.max_body_bytes} bytes" in batch.errors.data[1].message
 
 
 async def test_files_and_batches_do_not_exist_for_others(served, clients):
@@ -201,6 +212,14 @@ async def test_files_are_stored_read_paged_and_deleted(served, clients):
     batch = await start_with(client, files[1].id)
     with pytest.raises(openai.ConflictError):
         await client.files.delete(batch.input_file_id)
+
+
+async def test_a_file_whose_content_is_gone_is_not_there(served, clients):
+    client = clients["acme"]
+    file = await client.files.create(file=("in.jsonl", lines(body())), purpose="batch")
+    served.accounts.batches.path_of(file.id).unlink()
+    with pytest.raises(openai.NotFoundError, match=file.id):
+        await client.files.content(file.id)
 
 
 async def test_forms_that_are_wrong_are_refused(served, clients):

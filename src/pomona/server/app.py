@@ -69,7 +69,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running_batches(app, accounts, wake_batches):
+        async with running_batches(app, accounts, wake_batches, config.max_body_bytes):
             yield
         await adapter_service.close()
 

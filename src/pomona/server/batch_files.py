@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pomona.accounts.batches import Batch
+from pomona.server.body import MAX_CONTAINERS
 
 _MAX_LINES: Final = 50_000
 _MAX_ERRORS: Final = 20
@@ -111,7 +112,7 @@ def _recover(path: Path, done: set[str]) -> int:
     return count
 
 
-def read_lines(path: Path, endpoint: str) -> tuple[list[Line], Problems]:
+def read_lines(path: Path, endpoint: str, max_line_bytes: int) -> tuple[list[Line], Problems]:
     """Check a batch's input file; returns its lines, or what is wrong with the first few bad ones."""
     lines: list[Line] = []
     errors: Problems = []
@@ -122,7 +123,9 @@ def read_lines(path: Path, endpoint: str) -> tuple[list[Line], Problems]:
             start, end = end, end + len(text)
             if not text.strip():
                 continue
-            problem, custom_id = _check_line(text, endpoint, seen)
+            problem, custom_id = _check_size(text, max_line_bytes), None
+            if problem is None:
+                problem, custom_id = _check_line(text, endpoint, seen)
             if custom_id is not None:
                 seen.add(custom_id)
                 lines.append(Line(custom_id, start, len(text)))
@@ -135,6 +138,15 @@ def read_lines(path: Path, endpoint: str) -> tuple[list[Line], Problems]:
     if not lines and not errors:
         errors.append({"code": "empty_file", "message": "The file has no requests.", "line": None})
     return lines, errors
+
+
+def _check_size(text: bytes, max_bytes: int) -> tuple[str, str] | None:
+    """Refuse what no request could be, before it is parsed: all requests of the server would wait for it."""
+    if len(text) > max_bytes:
+        return "line_too_large", f"This line is larger than the limit of {max_bytes} bytes."
+    if text.count(b"[") + text.count(b"{") > MAX_CONTAINERS:
+        return "line_too_large", f"This line has more than {MAX_CONTAINERS} lists and objects."
+    return None
 
 
 def _check_line(text: bytes, endpoint: str, seen: set[str]) -> tuple[tuple[str, str] | None, str | None]:

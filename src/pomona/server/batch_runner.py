@@ -45,13 +45,15 @@ class BatchRunner:
         app: the whole application.
         accounts: of the server.
         wake: set when there may be a new batch.
+        max_line_bytes: of an input file.
     """
 
-    def __init__(self, app: ASGIApp, accounts: Accounts, wake: asyncio.Event) -> None:
+    def __init__(self, app: ASGIApp, accounts: Accounts, wake: asyncio.Event, max_line_bytes: int) -> None:
         self._app = app
         self._accounts = accounts
         self._store = accounts.batches
         self._wake = wake
+        self._max_line_bytes = max_line_bytes
         self._working: dict[str, asyncio.Task[None]] = {}
         """Tenant -> work on a batch of it."""
         self._leased_until_s: dict[str, float] = {}
@@ -145,7 +147,8 @@ class BatchRunner:
 
     async def _lines_of(self, batch: Batch) -> tuple[list[Line], Problems]:
         try:
-            return await self._accounts.database.run_long(read_lines, self._input_path(batch), batch.endpoint)
+            path, max_bytes = self._input_path(batch), self._max_line_bytes
+            return await self._accounts.database.run_long(read_lines, path, batch.endpoint, max_bytes)
         except (AccountNotFoundError, FileNotFoundError):
             return [], [{"code": "file_not_found", "message": "The input file is gone.", "line": None}]
 
@@ -301,12 +304,14 @@ def _scope(principal: Principal, path: str) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def running_batches(app: ASGIApp, accounts: Accounts | None, wake: asyncio.Event) -> AsyncIterator[None]:
+async def running_batches(
+    app: ASGIApp, accounts: Accounts | None, wake: asyncio.Event, max_line_bytes: int
+) -> AsyncIterator[None]:
     """Work on batches beside the block, if there are accounts."""
     if accounts is None:
         yield
         return
-    task = asyncio.create_task(BatchRunner(app, accounts, wake).run())
+    task = asyncio.create_task(BatchRunner(app, accounts, wake, max_line_bytes).run())
     try:
         yield
     finally:

@@ -15,7 +15,8 @@ _Model = TypeVar("_Model", bound=pydantic.BaseModel)
 _DISCARD_FACTOR = 16
 """A body this many times the limit is read to its end (and dropped), so that its sender gets to see the 413."""
 _MAX_VALUE_CHARS = 100
-_MAX_CONTAINERS = 100_000
+MAX_CONTAINERS = 100_000
+"""Lists and objects in a body."""
 
 _REASONS = {
     "missing": "is missing",
@@ -64,8 +65,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
     Raises:
         BodyError: it is not UTF-8, not JSON, or not an object.
     """
-    if body.count(b"[") + body.count(b"{") > _MAX_CONTAINERS:
-        raise BodyError(f"The request body has more than {_MAX_CONTAINERS} lists and objects.")
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise BodyError(f"The request body has more than {MAX_CONTAINERS} lists and objects.")
     try:
         content = pydantic_core.from_json(body)
     except ValueError as error:

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
 from pomona.accounts.batches import StoredFile
-from pomona.core.errors import InvalidRequestError
+from pomona.core.errors import AccountNotFoundError, InvalidRequestError
 from pomona.server import account_types as wire
 from pomona.server.admin import accounts_of, json_answer
 from pomona.server.errors import BodyError, BodyTooLargeError
@@ -82,9 +82,14 @@ async def get_file(request: Request) -> Response:
 
 async def get_content(request: Request) -> Response:
     """Send a file's content."""
-    file = await _file(request)
-    path = accounts_of(request).batches.path_of(file.id)
-    return FileResponse(path, media_type="application/octet-stream", headers={"cache-control": "no-store"})
+    file, accounts = await _file(request), accounts_of(request)
+    path = accounts.batches.path_of(file.id)
+    try:
+        found = await accounts.database.run(path.stat)
+    except FileNotFoundError as error:
+        raise AccountNotFoundError(f"The content of the file {file.id} is gone.") from error
+    headers = {"cache-control": "no-store"}
+    return FileResponse(path, headers=headers, media_type="application/octet-stream", stat_result=found)
 
 
 async def delete_file(request: Request) -> Response:
