@@ -1,6 +1,7 @@
 """/tokenize, /detokenize, /health, /ready, /metrics, and the OpenAPI document."""
 
 import re
+import threading
 import time
 
 import httpx
@@ -32,6 +33,20 @@ async def test_a_conversation_can_be_tokenized(served: Served):
     await served.chat("hi")
     assert tuple(answer["tokens"]) == served.executor.seen[0].token_ids
     assert answer["token_strs"] is None
+
+
+async def test_many_token_texts_are_made_beside_the_event_loop(served: Served, monkeypatch) -> None:
+    text_of, makers = served.tokenizer.token_text, set()
+
+    def noted(_, token_id: int) -> str:
+        makers.add(threading.current_thread())
+        return text_of(token_id)
+
+    monkeypatch.setattr(type(served.tokenizer), "token_text", noted)
+    body = {"prompt": "one " * 5000, "return_token_strs": True}
+    answer = (await served.http.post("/tokenize", json=body)).json()
+    assert len(answer["token_strs"]) == answer["count"] > 4096
+    assert threading.main_thread() not in makers
 
 
 @pytest.mark.parametrize(

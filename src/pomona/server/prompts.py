@@ -10,7 +10,7 @@ from pomona.server.context import ServerContext
 from pomona.server.protocol import ChatMessage
 from pomona.server.sampling import check_token_id
 
-_MAX_INLINE_CHARS: Final = 4096
+MAX_INLINE_CHARS: Final = 4096
 """Texts up to this length are tokenized at once (about a millisecond); a thread would cost more."""
 _MAX_SHOWN_CHARS: Final = 100
 
@@ -34,7 +34,7 @@ async def encode(context: ServerContext, field: str, text: str, *, add_special_t
     def tokenize() -> list[int]:
         return _encode(context, field, text, add_special_tokens=add_special_tokens)
 
-    return tokenize() if len(text) <= _MAX_INLINE_CHARS else await asyncio.to_thread(tokenize)
+    return tokenize() if len(text) <= MAX_INLINE_CHARS else await asyncio.to_thread(tokenize)
 
 
 def _encode(context: ServerContext, field: str, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -74,7 +74,7 @@ async def completion_prompts(
         return checked
 
     num_chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-    return check() if num_chars <= _MAX_INLINE_CHARS else await asyncio.to_thread(check)
+    return check() if num_chars <= MAX_INLINE_CHARS else await asyncio.to_thread(check)
 
 
 async def chat_token_ids(
@@ -107,7 +107,7 @@ async def chat_token_ids(
         text = template.render(plain, add_generation_prompt=add_generation_prompt, variables=variables)
         return _encode(context, "messages", text, add_special_tokens=add_special_tokens)
 
-    is_short = num_chars <= _MAX_INLINE_CHARS and len(plain) <= 64
+    is_short = num_chars <= MAX_INLINE_CHARS and len(plain) <= 64
     token_ids = render() if is_short else await asyncio.to_thread(render)
     if not token_ids:
         raise InvalidRequestError("messages", "messages: the chat template renders them to an empty prompt")

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from pomona.core.errors import InvalidRequestError
 from pomona.server.body import read_model
 from pomona.server.context import context_of
-from pomona.server.prompts import chat_token_ids, encode
+from pomona.server.prompts import MAX_INLINE_CHARS, chat_token_ids, encode
 from pomona.server.protocol import DetokenizeRequest, TokenizeRequest
 from pomona.server.responses import Detokenized, Tokenized
 from pomona.server.sampling import check_token_id
@@ -38,9 +38,14 @@ async def tokenize(request: Request) -> Response:
             variables=body.chat_template_kwargs,
         )
         token_ids = list(rendered)
-    texts = [context.tokenizer.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None
-    answer = Tokenized(len(token_ids), context.model.max_model_len, token_ids, texts)
-    return Response(msgspec.json.encode(answer), media_type="application/json")
+
+    def answer() -> bytes:
+        texts = [context.tokenizer.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None
+        return msgspec.json.encode(Tokenized(len(token_ids), context.model.max_model_len, token_ids, texts))
+
+    is_short = len(token_ids) <= MAX_INLINE_CHARS
+    content = answer() if is_short else await asyncio.to_thread(answer)
+    return Response(content, media_type="application/json")
 
 
 async def detokenize(request: Request) -> Response:
