@@ -10,6 +10,7 @@ import sqlalchemy
 
 from pomona.accounts import clock
 from pomona.accounts import database as database_module
+from pomona.accounts.accounts import Accounts
 from pomona.accounts.buckets import Buckets, RateLimit
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
@@ -184,6 +185,15 @@ async def test_slots_of_a_process_that_died_come_back(database, monkeypatch):
     with database.read() as connection:
         rows = connection.execute(sqlalchemy.text("SELECT process_id FROM slots WHERE process_id <> ''"))
         assert rows.scalars().all() == ["alive"]
+
+
+async def test_a_process_that_ends_keeps_nothing_from_the_next(config, database):
+    limits = scope(max_concurrency=1, requests_per_minute=64)
+    async with Accounts(config) as accounts:
+        (await accounts.limiter.admit([limits], 0)).settle(0)
+    after = Limiter(database, config, "after")
+    await after.admit([limits], 0)
+    assert await num_taken(after.buckets, limits.requests(), 70) >= 62  # of 64: two were used
 
 
 async def test_a_request_takes_from_every_limit_or_from_none(config, database):

@@ -95,7 +95,7 @@ class Accounts:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
-            await self.limiter.maintain()
+            await self.limiter.maintain(is_last=True)
         except DatabaseUnavailableError as error:
             _LOGGER.warning("%s", error)
         await self.ledger.close()

@@ -166,15 +166,20 @@ class Buckets:
         remaining = max(0, int(limit.per_minute - used))
         return BucketState(limit.per_minute, remaining, used / limit.rate_per_s if limit.per_minute else 60.0)
 
-    async def settle(self) -> None:
+    async def settle(self, *, is_last: bool = False) -> None:
         """Give back what was leased and is no longer fresh, and write down what is owed. Called every second.
+
+        Args:
+            is_last: this process ends: what is fresh is given back, too.
 
         Raises:
             DatabaseUnavailableError: it does not answer; everything is kept for the next time.
         """
         now_s = time.monotonic()
         stale = [
-            (name, lease) for name, lease in self._leases.items() if lease.available < 0 or now_s >= lease.expires_s
+            (name, lease)
+            for name, lease in self._leases.items()
+            if is_last or lease.available < 0 or now_s >= lease.expires_s
         ]
         for name, lease in stale:
             async with lease.lock:

@@ -128,14 +128,14 @@ class Limiter:
         tokens = [self.buckets.state(limit) for scope in scopes if (limit := scope.tokens()) is not None]
         return RateLimitStates(_tightest(requests), _tightest(tokens))
 
-    async def maintain(self) -> None:
-        """Give back, renew, read again. Called every second.
+    async def maintain(self, *, is_last: bool = False) -> None:
+        """Give back, renew, read again. Called every second, and when this process ends: then nothing unused is kept.
 
         Raises:
             DatabaseUnavailableError: it does not answer.
         """
-        await self.buckets.settle()
-        await self.slots.heartbeat()
+        await self.buckets.settle(is_last=is_last)
+        await self.slots.heartbeat(is_last=is_last)
         await self.budgets.refresh()
 
     async def _take_budget(self, scope: Scope, num_tokens: int) -> None:

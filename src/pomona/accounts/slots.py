@@ -104,8 +104,11 @@ class Slots:
         held.num_used -= 1
         assert held.num_used >= 0, "a slot was given back twice"
 
-    async def heartbeat(self) -> None:
+    async def heartbeat(self, *, is_last: bool = False) -> None:
         """Renew what is used and free the rest. Called every second.
+
+        Args:
+            is_last: this process ends; else what was used since the last time is kept until the next.
 
         Raises:
             DatabaseUnavailableError: it does not answer; everything is kept for the next time.
@@ -115,7 +118,7 @@ class Slots:
         for _, held in ours:
             await held.lock.acquire()
             # Here first: what is freed must not be used while the statement is under way.
-            held.num_held = max(held.num_used, min(held.peak, held.num_held))
+            held.num_held = held.num_used if is_last else max(held.num_used, min(held.peak, held.num_held))
             held.peak = held.num_used
         try:
             if ours:
