@@ -188,7 +188,7 @@ async def test_accounts_go_on_after_tables_were_gone_for_a_while(config, monkeyp
         await until(lambda: accounts.authenticator._generation > known, "the change is heard of")
         await until(lambda: accounts.ledger.totals()["rows"] == 1, "the row arrives")
         maintained = asyncio.Event()
-        monkeypatch.setattr(accounts.limiter, "maintain", lambda: asyncio.sleep(0, maintained.set()))
+        monkeypatch.setattr(accounts.limiter, "maintain", lambda **_: asyncio.sleep(0, maintained.set()))
         async with asyncio.timeout(5):
             await maintained.wait()
     other.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import sys
 
 import openai
 import pytest
@@ -345,6 +346,13 @@ async def test_usage_is_exported_as_files(served):
         refused = await served.call("admin", "GET", f"/v1/usage?format={kind}&group_by=day")
         assert refused.status_code == 400, "rows are not sums"
         assert refused.json()["error"]["param"] == "group_by"
+
+
+async def test_an_export_that_the_server_cannot_write_is_named(served, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # it is an extra
+    refused = await served.call("acme", "GET", "/v1/usage?format=parquet")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "format")
+    assert "pomona[parquet]" in refused.json()["error"]["message"]
 
 
 async def test_exports_without_the_database_say_so(served, monkeypatch):

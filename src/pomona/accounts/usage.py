@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Select, func, select
 from pomona.accounts.database import Database
 from pomona.accounts.tables import PriceRow, UsageRow
 from pomona.accounts.usage_rows import Price, read_prices
-from pomona.core.errors import ConfigError, InvalidRequestError
+from pomona.core.errors import InvalidRequestError
 
 _PAGE: Final = 1000
 _NANOS: Final = 1_000_000_000
@@ -120,13 +120,14 @@ class UsageStore:
         """Yield all rows as one Parquet file.
 
         Raises:
-            ConfigError: pyarrow is not installed.
+            InvalidRequestError: pyarrow is not installed.
         """
         try:
             import pyarrow
             from pyarrow import parquet
         except ModuleNotFoundError as error:
-            raise ConfigError("Parquet needs pyarrow on the server: pip install 'pomona[parquet]'") from error
+            reason = "format: parquet needs pyarrow on the server (pip install 'pomona[parquet]'); csv does not"
+            raise InvalidRequestError("format", reason) from error
         kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
         schema = pyarrow.schema([(column.name, kinds[column.type.python_type]) for column in _TABLE.columns])
         sink = io.BytesIO()
