@@ -354,6 +354,14 @@ async def test_a_spent_budget_is_a_lines_error(served, clients):
     assert [error["response"]["body"]["error"]["code"] for error in errors.values()] == ["insufficient_quota"] * 2
 
 
+async def test_lines_wait_for_what_others_hold_of_a_budget(served, clients):
+    await served.call("admin", "PUT", "/v1/admin/limits/tenant/acme", {"monthly_tokens": 400})
+    client = clients["acme"]
+    async with working(served):  # each may use more than 100 tokens, and uses a few
+        batch = await until_ended(client, await start(client, lines(*(body(max_tokens=100) for _ in range(6)))))
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (6, 0)
+
+
 async def test_a_batch_that_our_bug_ends_has_failed_and_others_go_on(served, clients, monkeypatch, caplog):
     client = clients["acme"]
     ask = BatchRunner._ask

@@ -232,8 +232,11 @@ async def test_a_budget_holds_what_is_in_flight(config, database):
     limiter = Limiter(database, config, "p1")
     scopes = [scope(monthly_tokens=100)]
     admission = await limiter.admit(scopes, 60)
-    with pytest.raises(QuotaExceededError, match="100 tokens a month has 40 left"):
+    with pytest.raises(RateLimitError, match="100 tokens a month has 40 left beside") as refused:
         await limiter.admit(scopes, 60)
+    assert (type(refused.value), refused.value.retry_after_s) == (RateLimitError, 1.0), "it may fit in a moment"
+    with pytest.raises(QuotaExceededError, match="100 tokens a month has 100 left"):
+        await limiter.admit(scopes, 101)
     admission.settle(10)
     await limiter.admit(scopes, 60)
 

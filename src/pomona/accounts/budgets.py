@@ -17,11 +17,12 @@ from pomona.accounts.database import Database
 from pomona.accounts.principal import Limits
 from pomona.accounts.tables import SpendingRow
 from pomona.accounts.usage_rows import Spending
-from pomona.core.errors import QuotaExceededError
+from pomona.core.errors import QuotaExceededError, RateLimitError
 
 _Scope = tuple[str, str]
 _MAX_SCOPES: Final = 500
 """Of one statement."""
+_HELD_RETRY_S: Final = 1.0
 
 
 class Budgets:
@@ -44,6 +45,7 @@ class Budgets:
 
         Raises:
             QuotaExceededError: they do not.
+            RateLimitError: they may, when requests in flight have ended.
             DatabaseUnavailableError: the sums are not known yet, and the database does not answer.
         """
         if limits.monthly_tokens is not None or limits.monthly_cost_nanos is not None:
@@ -86,13 +88,14 @@ class Budgets:
         now_s = clock.now_s()
         wait_s = clock.month_end_s(now_s) - now_s
         if limits.monthly_tokens is not None:
-            left = limits.monthly_tokens - spent_tokens - self._reserved[scope]
+            left, reserved = limits.monthly_tokens - spent_tokens, self._reserved[scope]
+            budget = f"The {scope[0]}'s budget of {limits.monthly_tokens} tokens a month"
+            use = f"this request may use {num_tokens}"
             if num_tokens > left:
-                raise QuotaExceededError(
-                    f"The {scope[0]}'s budget of {limits.monthly_tokens} tokens a month has {max(0, left)} left; this "
-                    f"request may use {num_tokens}.",
-                    wait_s,
-                )
+                raise QuotaExceededError(f"{budget} has {max(0, left)} left; {use}.", wait_s)
+            if num_tokens > left - reserved:
+                held = f"{max(0, left - reserved)} left beside what requests in flight may use"
+                raise RateLimitError(f"{budget} has {held}; {use}.", _HELD_RETRY_S)
         if limits.monthly_cost_nanos is not None and spent_nanos >= limits.monthly_cost_nanos:
             raise QuotaExceededError(f"The {scope[0]}'s budget for this month is spent.", wait_s)
 
