@@ -17,7 +17,8 @@ from pomona.accounts.database import Database
 from pomona.accounts.limiter import Admission, Limiter, Scope
 from pomona.accounts.principal import Limits
 from pomona.accounts.slots import EXPIRY_S, Slots
-from pomona.accounts.tables import SpendingRow
+from pomona.accounts.tables import BucketRow, SpendingRow
+from pomona.accounts.tenants import TenantStore
 from pomona.core.errors import DatabaseUnavailableError, QuotaExceededError, RateLimitError
 
 
@@ -127,6 +128,21 @@ async def test_whoever_asks_again_at_once_is_told_the_same_time(database):
     first, second = await buckets.take(limit, 1), await buckets.take(limit, 1)
     assert 15 < second <= first <= 20
     assert 35 < await buckets.take(limit, 2) <= 40
+
+
+async def test_a_limit_that_is_made_smaller_holds_from_then_on_and_not_for_the_past(config, database):
+    tenants = TenantStore(database)
+    tenants.create_tenant("acme")
+    large, small = scope(requests_per_minute=6000), scope(requests_per_minute=60)
+    tenants.set_limits("tenant", "acme", large.limits)
+    assert await Buckets(database).take(large.requests(), 6000) == 0.0
+    tenants.set_limits("tenant", "acme", replace(large.limits, monthly_tokens=1))
+    assert await Buckets(database).take(large.requests(), 6000) > 0.0, "another limit was changed"
+    tenants.set_limits("tenant", "acme", small.limits)
+    assert await num_taken(Buckets(database), small.requests(), 70) >= 60
+    tenants.set_limits("tenant", "acme", Limits())
+    with database.read() as connection:
+        assert connection.execute(sqlalchemy.select(BucketRow)).all() == []
 
 
 async def test_more_than_a_minutes_worth_can_never_be_taken(database):

@@ -42,6 +42,11 @@ _PUT: Final = text(
 _LEVEL: Final = text("SELECT level, at_s FROM buckets WHERE name = :name")
 
 
+def bucket_name(kind: str, name: str, noun: str) -> str:
+    """Return what the bucket is called of a tenant's, a key's or an adapter's limit on ``noun``, requests or tokens."""
+    return f"{kind}:{name}:{noun}"
+
+
 @dataclass(frozen=True, slots=True)
 class RateLimit:
     """One limit."""

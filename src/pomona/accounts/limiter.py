@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from pomona.accounts.buckets import Buckets, BucketState, RateLimit
+from pomona.accounts.buckets import Buckets, BucketState, RateLimit, bucket_name
 from pomona.accounts.budgets import Budgets
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
@@ -33,12 +33,12 @@ class Scope:
     def requests(self) -> RateLimit | None:
         """Its limit on requests."""
         per_minute = self.limits.requests_per_minute
-        return None if per_minute is None else RateLimit(f"{self.kind}:{self.name}:requests", per_minute)
+        return None if per_minute is None else RateLimit(bucket_name(self.kind, self.name, "requests"), per_minute)
 
     def tokens(self) -> RateLimit | None:
         """Its limit on tokens."""
         per_minute = self.limits.tokens_per_minute
-        return None if per_minute is None else RateLimit(f"{self.kind}:{self.name}:tokens", per_minute)
+        return None if per_minute is None else RateLimit(bucket_name(self.kind, self.name, "tokens"), per_minute)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Final
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from pomona.accounts.buckets import bucket_name
 from pomona.accounts.clock import now_s
 from pomona.accounts.database import Database
 from pomona.accounts.keys import NewKey, new_key, visible_prefix
 from pomona.accounts.principal import NO_LIMITS, Limits, Principal, Role
-from pomona.accounts.tables import KeyRow, LimitsRow, TenantRow
+from pomona.accounts.tables import BucketRow, KeyRow, LimitsRow, TenantRow
 from pomona.core.errors import AccountConflictError, AccountNotFoundError, InvalidRequestError
 from pomona.core.ids import TenantId
 from pomona.core.request import Priority, ServiceLevel
@@ -254,6 +255,7 @@ class TenantStore:
         with self._database.session(is_change=True) as session:
             scope_id = _limited_id(session, scope, scope_id)
             row = session.get(LimitsRow, (scope, scope_id))
+            _forget_buckets(session, scope, scope_id, _limits(row), limits)
             if row is not None:
                 session.delete(row)
                 session.flush()
@@ -342,6 +344,16 @@ def _limited_id(session: Session, scope: str, scope_id: str) -> str:
     if scope == "tenant":
         return _tenant_row(session, scope_id).id
     return _key_row(session, scope_id, None).root_id if scope == "key" else scope_id
+
+
+def _forget_buckets(session: Session, scope: str, scope_id: str, old: Limits, new: Limits) -> None:
+    """A bucket filled under a large limit would take hours to drain under a small one."""
+    for noun, before, after in (
+        ("requests", old.requests_per_minute, new.requests_per_minute),
+        ("tokens", old.tokens_per_minute, new.tokens_per_minute),
+    ):
+        if before != after:
+            session.execute(delete(BucketRow).where(BucketRow.name == bucket_name(scope, scope_id, noun)))
 
 
 def _service_level(row: TenantRow) -> ServiceLevel:
