@@ -9,10 +9,12 @@ print(llm.chat("banana", adapter="reverse").text)
 import itertools
 import operator
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Number
 from pathlib import Path
@@ -122,7 +124,7 @@ class LLM:
         self._catalogue.validate_name(name)
         source = os.path.expanduser(source)
         folder = sources_of_operator(source).resolve(source)
-        with self._lock:
+        with self._lock, _uninterrupted():
             info = self._adapter_host.stage(folder)
             self._engine.register_adapter(info)
             self._retire(self._catalogue.register(name, info, source))
@@ -134,7 +136,7 @@ class LLM:
         Raises:
             ModelNotFoundError: there is none of that name.
         """
-        with self._lock:
+        with self._lock, _uninterrupted():
             self._catalogue.begin_unload(name)
             self._retire(self._catalogue.remove(name))
 
@@ -270,7 +272,7 @@ class LLM:
 
     def _step(self, waiting: deque["_Run"]) -> None:
         """Put in what the engine takes of ``waiting``, step once, and hand every output to the run that it is for."""
-        with self._lock:
+        with self._lock, _uninterrupted():
             while waiting:
                 try:
                     self._engine.add(waiting[0].request)
@@ -280,7 +282,7 @@ class LLM:
                 self._active[run.request.request_id] = run
             try:
                 self._take(self._engine.step(time.monotonic()))
-            except BaseException as error:  # Ctrl-C too: outputs may be lost, and others would wait for them for ever
+            except BaseException as error:  # outputs may be lost, and others would wait for them for ever
                 self._fail_all(f"the model failed: {type(error).__name__}")
                 raise
             self._unstage_drained()
@@ -305,10 +307,27 @@ class LLM:
 
     def _abort(self, runs: Sequence["_Run"]) -> None:
         """End what the engine still has of these runs."""
-        with self._lock:
+        with self._lock, _uninterrupted():
             for run in runs:
                 if self._active.pop(run.request.request_id, None) is not None:
                     self._engine.abort(run.request.request_id)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C until the block is over: in the middle of a step, nobody could say what is held and by whom."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield  # it does not come as an exception here
+        return
+    held_back: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held_back.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held_back:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Run:

@@ -73,9 +73,10 @@ class Engine:
             News of every request that has some.
 
         Raises:
-            Exception: what the executor raised, or what interrupted the step. Every request has then ended with FAIL,
-                and ``fail_all`` or the next ``step`` returns those outputs. Going on needs an executor that can still
-                follow plans, the same or a new one: no sequence, adapter or KV of before is relied on.
+            Exception: what the executor raised, or what interrupted it. Every request has then ended with FAIL, and
+                ``fail_all`` or the next ``step`` returns those outputs. Going on needs an executor that can still
+                follow plans, the same or a new one: no sequence, adapter or KV of before is relied on. Exceptions that
+                come at any moment, as Ctrl-C does, are to be held back: no books survive being cut short.
         """
         outputs, self._undelivered = self._undelivered, []
         if not self._launched and not self._scheduler.has_work:
