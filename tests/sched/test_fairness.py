@@ -477,7 +477,9 @@ def test_a_time_limit_takes_turns_among_running_sequences():
     harness.run()
 
 
-@pytest.mark.parametrize("changes", [{"quantum": 0.0}, {"max_lead": math.inf}, {"requests_per_minute": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"quantum": 0.0}, {"quantum": 1e-18}, {"max_lead": math.inf}, {"requests_per_minute": 0}]
+)
 def test_settings_out_of_range_are_refused_by_name(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         FairnessConfig(**changes)

@@ -9,6 +9,9 @@ from pomona.core.errors import ConfigError
 Policy = Literal["fcfs", "rpm", "lcf", "vtc", "wvtc", "drr"]
 Prediction = Literal["none", "mean", "max_tokens"]
 
+_MIN_QUANTUM = 1e-6
+"""Less would be lost in rounding beside what accounts owe: they would take turns for ever, and owe as much."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServicePrices:
@@ -91,9 +94,10 @@ class FairnessConfig:
         """Check every range once."""
         if self.requests_per_minute < 1:
             raise ConfigError(f"requests_per_minute is {self.requests_per_minute}: must be at least 1")
-        for name, value in (("quantum", self.quantum), ("max_lead", self.max_lead)):
-            if value is not None and not 0.0 < value < math.inf:
-                raise ConfigError(f"{name} is {value}: must be a positive number")
+        if not _MIN_QUANTUM <= self.quantum < math.inf:
+            raise ConfigError(f"quantum is {self.quantum}: must be finite and at least {_MIN_QUANTUM}")
+        if self.max_lead is not None and not 0.0 < self.max_lead < math.inf:
+            raise ConfigError(f"max_lead is {self.max_lead}: must be a positive number")
 
     @property
     def has_bound(self) -> bool:
