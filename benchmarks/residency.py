@@ -97,7 +97,7 @@ class Watch:
             with contextlib.suppress(OSError, ValueError):
                 children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
                 self.server_bytes = max(self.server_bytes, resident_bytes(self._pid))
-                self.engine_bytes = max(self.engine_bytes, *(resident_bytes(int(child)) for child in children))
+                self.engine_bytes = max((self.engine_bytes, *(resident_bytes(int(child)) for child in children)))
 
     def close(self) -> None:
         self._is_over.set()
