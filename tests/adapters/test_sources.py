@@ -165,9 +165,13 @@ def test_safetensors_is_preferred_to_bin(tmp_path: Path) -> None:
     assert read_files(str(folder)).weights_format == "bin"
 
 
-def test_a_folder_without_a_config_is_not_found(tmp_path: Path) -> None:
-    with pytest.raises(AdapterNotFoundError, match=r"no adapter_config\.json"):
+def test_a_folder_without_a_config_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json") as refused:
         read_files(str(make_folder(tmp_path / "a", config=None)))
+    assert not isinstance(refused.value, AdapterNotFoundError), "the folder is there, and is listed"
+
+
+def test_what_is_no_folder_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFoundError, match=r"no adapter_config\.json"):
         read_files(str(tmp_path / "absent"))
     (tmp_path / "file").write_text("")

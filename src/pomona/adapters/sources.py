@@ -168,9 +168,9 @@ def read_files(folder: str, *, max_weights_bytes: int = MAX_WEIGHTS_BYTES) -> Ad
         max_weights_bytes: larger weight files are refused unread.
 
     Raises:
-        AdapterNotFoundError: the folder, or adapter_config.json in it, does not exist.
+        AdapterNotFoundError: the folder does not exist.
         AdapterForbiddenError: a file is a link that leads outside.
-        AdapterError: there are no weights, or a file is too large or not a regular file.
+        AdapterError: there is no adapter_config.json or no weights, or a file is too large or not a regular file.
     """
     real_folder = os.path.realpath(folder)
     roots = [real_folder]
@@ -179,7 +179,9 @@ def read_files(folder: str, *, max_weights_bytes: int = MAX_WEIGHTS_BYTES) -> Ad
         roots.append(cache)
     config_bytes = _read(real_folder, CONFIG_FILE, roots, MAX_CONFIG_BYTES)
     if config_bytes is None:
-        raise AdapterNotFoundError(f"no {CONFIG_FILE} in {folder!r}: not a PEFT adapter folder")
+        # Of a folder that is there, its name is known: whoever asks for it is told why it cannot be used.
+        kind = AdapterError if os.path.isdir(real_folder) else AdapterNotFoundError
+        raise kind(f"no {CONFIG_FILE} in {folder!r}: not a PEFT adapter folder")
     for name, weights_format in WEIGHTS_FILES:
         weights_bytes = _read(real_folder, name, roots, max_weights_bytes)
         if weights_bytes is not None:
