@@ -75,6 +75,29 @@ def test_an_abort_may_drain_an_adapter():
     assert harness.engine.take_drained() == ["x"]
 
 
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("loading", ["on_demand", "join", "assist"])
+def test_an_adapter_that_cannot_be_loaded_fails_its_own_requests_and_is_loaded_anew(loading, overlap_steps):
+    harness = EngineHarness(overlap_steps=overlap_steps, adapter_loading=loading, max_num_seqs=3)
+    for name in "xy":
+        harness.register(name)
+    for index, adapter in enumerate([None, "y", "x", "x"]):
+        harness.add(make_request(f"r{index}", 3, adapter=adapter))
+    harness.executor.failing_copies = {"x"}
+    harness.run()
+    reasons = [harness.endings[f"r{index}"].finish_reason for index in range(4)]
+    assert reasons == [FinishReason.LENGTH] * 2 + [FinishReason.FAIL] * 2
+    assert "adapter could not be copied" in harness.endings["r2"].outputs[-1].error
+    assert harness.tokens("r2") == []
+    harness.executor.failing_copies = set()
+    harness.add(make_request("again", 3, adapter="x"))
+    harness.run()
+    assert harness.endings["again"].finish_reason is FinishReason.LENGTH
+    harness.engine.retire_adapter("x")
+    harness.run()
+    assert harness.engine.take_drained() == ["x"]
+
+
 def test_two_versions_of_an_adapter_serve_side_by_side_while_one_drains():
     harness = EngineHarness()
     harness.register("v1")

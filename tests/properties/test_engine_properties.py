@@ -208,6 +208,16 @@ class EngineMachine(RuleBasedStateMachine):
         self.do(event)
 
     @precondition(lambda self: self.alive)
+    @rule(names=st.sets(st.sampled_from(ADAPTERS), min_size=1))
+    def fail_copies(self, names: set[str]):
+        def event(harness: EngineHarness):
+            harness.executor.failing_copies = set(names)
+            harness.step()
+            harness.executor.failing_copies = set()
+
+        self.do(event)
+
+    @precondition(lambda self: self.alive)
     @rule(is_restarted=st.booleans())
     def raise_in_step(self, is_restarted: bool):
         def event(harness: EngineHarness):

@@ -189,21 +189,6 @@ def test_pages_given_to_another_adapter_in_the_middle_of_a_copy_hold_that_one(ba
         engine.load_adapter(adapter_paths[2])
 
 
-def serve_copies(pool) -> None:
-    for _ in range(1000):
-        pool.wait(0.01)
-        pool.apply((), (), {})
-
-
-def test_a_copy_that_fails_is_raised_by_the_step(base_path, adapter_paths):
-    engine, ids = make_engine(base_path, adapter_paths, "join", copy_s=0.0001)
-    pool = engine.loaded.runner._adapter_pool
-    weights = engine.loaded.adapters.staged[ids[0]]
-    pool.apply((), [AdapterLoad(ids[0], (PageId(10**9),), 1, is_awaited=False)], {ids[0]: weights})
-    with pytest.raises(AssertionError):
-        serve_copies(pool)
-
-
 def test_after_a_failure_pages_may_be_given_out_anew_while_copies_run(base_path, adapter_paths):
     engine, ids = make_engine(base_path, adapter_paths, "join", copy_s=1e9)
     pool, staged = engine.loaded.runner._adapter_pool, engine.loaded.adapters.staged

@@ -158,6 +158,8 @@ class FakeExecutor:
     """Real KV does not depend on the salt; here it does, so that sharing across salts is noticed."""
     failing: dict[RequestId, str] = field(default_factory=dict)
     """Sequences to report as failed in the next step that computes them."""
+    failing_copies: set[AdapterId] = field(default_factory=set)
+    """Adapters whose loads fail."""
     raises: BaseException | None = None
     """Raised by the next step, half way through it."""
     raises_in_result: Exception | None = None
@@ -242,7 +244,8 @@ class FakeExecutor:
             self._copy(adapter_id)
         self._check(plan)
         loading = frozenset(load_id for load_id, _ in self._copying.values())
-        result = StepResult(step_id=plan.step_id, loading=loading)
+        failed = frozenset(load.load_id for load in plan.adapter_loads if load.adapter_id in self.failing_copies)
+        result = StepResult(step_id=plan.step_id, loading=loading, failed_loads=failed)
         if self.during_step is not None:
             during_step, self.during_step = self.during_step, None
             during_step()
@@ -263,7 +266,7 @@ class FakeExecutor:
         self._pages[load.adapter_id] = load.page_ids
         self._copy(load.adapter_id)
         assert load.is_awaited == (self.config.adapter_loading == "on_demand")
-        if not load.is_awaited and self.copy_steps:
+        if not load.is_awaited and self.copy_steps and load.adapter_id not in self.failing_copies:
             self._copying[load.adapter_id] = (load.load_id, self.copy_steps)
 
     def _copy(self, adapter_id: AdapterId) -> None:

@@ -103,3 +103,6 @@ class StepResult:
     """Sequences that cannot go on (for example logits that are not finite), with the reason."""
     loading: frozenset[int] = frozenset()
     """Loads, of this plan and earlier ones, whose copies have not been made yet."""
+    failed_loads: frozenset[int] = frozenset()
+    """Loads, of this plan and earlier ones, that failed, each told once: what sequences computed with them is worth
+    nothing."""

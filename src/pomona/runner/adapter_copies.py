@@ -89,7 +89,7 @@ class AdapterCopies:
             self._changed.notify_all()
 
     def make(self, copy: AdapterCopy) -> None:
-        """Have the copy made before this returns."""
+        """Have the copy made, or fail, before this returns."""
         with self._changed:
             is_idle = self._num_begun == 0
         if is_idle:
@@ -99,11 +99,9 @@ class AdapterCopies:
             self.finish(copy)
 
     def finish(self, copy: AdapterCopy) -> None:
-        """Wait until a copy that has begun has been made."""
+        """Wait until a copy that has begun has been made, or has failed."""
         with self._changed:
             self._changed.wait_for(lambda: copy.is_done)
-        if copy.error is not None:
-            raise copy.error
 
     def cancel(self, copy: AdapterCopy) -> None:
         """Give the copy up. When this returns, it writes nothing any more: a piece that is being copied is waited for,
@@ -126,16 +124,19 @@ class AdapterCopies:
                     self._thread = None
                     return
                 copy = self._queue.popleft()
-            try:
-                self._make(copy)
-            except Exception as error:  # noqa: BLE001 - raised where the step asks for the copy
-                copy.error = error
-                copy.is_done = True
+            self._make(copy)
             with self._changed:
                 self._num_begun -= 1
                 self._changed.notify_all()
 
     def _make(self, copy: AdapterCopy) -> None:
+        try:
+            self._carry_out(copy)
+        except Exception as error:  # noqa: BLE001 - of this adapter alone: memory for its extras, say
+            copy.error = error
+            copy.is_done = True
+
+    def _carry_out(self, copy: AdapterCopy) -> None:
         if self._is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(self._pages.device)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):

@@ -4,6 +4,7 @@ It obeys the plan: which adapter is in which pages was decided by ``sched.Adapte
 Nothing here chooses, except that rows of an adapter use the host copy in those layers that have not arrived.
 """
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,8 @@ from pomona.model.lora import AdapterExtras, HostCopy, HostLora, LateLayers, Lor
 from pomona.model.spec import Site
 from pomona.runner.adapter_copies import AdapterCopies, AdapterCopy
 from pomona.runner.batch import AdapterRun
+
+_LOGGER = logging.getLogger(__name__)
 
 _NUM_MEETINGS = 4
 """Meetings of adapters whose ranks are kept: that of the decodes, and those of steps with a prompt between them."""
@@ -62,6 +65,7 @@ class AdapterPool:
         self._resident: dict[AdapterId, Resident] = {}
         self.under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
         """Copies beside the steps that had not been made when a plan was last applied, by load."""
+        self._failed_loads: set[int] = set()
         self.deferred: list[AdapterCopy] = []
         """Copies that begin when the step has been computed."""
         self._reads_host_copies = can_shift_pages(self._pages)
@@ -99,6 +103,12 @@ class AdapterPool:
     def loading(self) -> frozenset[int]:
         """Loads whose copies have not been made."""
         return frozenset(load_id for load_id, (_, copy) in self.under_way.items() if not copy.is_done)
+
+    def take_failed(self) -> frozenset[int]:
+        """Loads whose copies failed, each told once."""
+        failed = frozenset(self._failed_loads)
+        self._failed_loads.clear()
+        return failed
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a copy has been made, at most so long; not at all if none is under way."""
@@ -143,10 +153,14 @@ class AdapterPool:
             if not copy.is_done:
                 continue
             del self.under_way[load_id]
-            if copy.error is not None:
-                raise copy.error
+            self._note_failure(load_id, adapter_id, copy)
             self._resident[adapter_id] = replace(self._resident[adapter_id], copy=None, extras=copy.extras)
             self._host_copies.pop(adapter_id, None)
+
+    def _note_failure(self, load_id: int, adapter_id: AdapterId, copy: AdapterCopy) -> None:
+        if copy.error is not None:
+            _LOGGER.error("Adapter %s could not be copied to the device", adapter_id, exc_info=copy.error)
+            self._failed_loads.add(load_id)
 
     def _forget(self, adapter_id: AdapterId) -> None:
         del self._resident[adapter_id]
@@ -175,6 +189,7 @@ class AdapterPool:
         copy = self._copies.prepare(weights, page_ids)
         if load.is_awaited:
             self._copies.make(copy)
+            self._note_failure(load.load_id, load.adapter_id, copy)
         else:
             if self._reads_host_copies and weights.extras is None and load.adapter_id in used:
                 self.deferred.append(copy)

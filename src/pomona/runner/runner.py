@@ -52,10 +52,16 @@ class LaunchedModelStep:
     def result(self) -> StepResult:
         """Wait for the step's tokens and record them in the table."""
         loading = self.adapter_pool.loading if self.adapter_pool.under_way else _NONE
+        failed_loads = self.adapter_pool.take_failed()
         if self.sampling is None:
             if self.computed is not None:
                 self.computed.arrays()
-            return StepResult(step_id=self.step_id, prompt_logprobs=self.prompt_logprobs, loading=loading)
+            return StepResult(
+                step_id=self.step_id,
+                prompt_logprobs=self.prompt_logprobs,
+                loading=loading,
+                failed_loads=failed_loads,
+            )
         choice, expected = self.sampling
         sampled = choice.sampled()
         self.table.take_in(expected, sampled.token_ids)
@@ -70,6 +76,7 @@ class LaunchedModelStep:
                 for index in np.flatnonzero(~sampled.is_finite)
             },
             loading=loading,
+            failed_loads=failed_loads,
         )
 
 

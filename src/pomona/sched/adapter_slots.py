@@ -254,6 +254,15 @@ class AdapterSlots:
         load = self.untold_loads[adapter_id] = AdapterLoad(adapter_id, entry.page_ids, entry.order, is_awaited)
         return load
 
+    def loaded_by(self, load_ids: Set[int]) -> list[AdapterId]:
+        """Resident adapters that came by these loads."""
+        return [name for name, entry in self._entries.items() if entry.is_resident and entry.order in load_ids]
+
+    def evict(self, adapter_id: AdapterId) -> None:
+        """Evict an adapter that nobody pins, if it is resident."""
+        if self.is_resident(adapter_id):
+            self._evict(adapter_id)
+
     def evict_oldest(self) -> None:
         """Evict the least recently used adapter that nobody pins."""
         self._evict(next(iter(self._idle)))

@@ -239,14 +239,14 @@ class Scheduler:
             now_s: the engine's clock, as it was when the step began or later.
 
         Returns:
-            News of every sequence that has some, in plan order.
+            News of every sequence that has some: first of those whose adapter did not arrive, then in plan order.
         """
         oldest, seqs = self._in_flight.popleft()
         assert plan.step_id == result.step_id == oldest.step_id, "plans and results come in order"
         if self.adapters.num_loading:
             self.adapters.settle_loads(plan.adapter_loads, result.loading)
-        outputs: list[RequestOutput] = []
         num_alive = len(self._seqs)
+        outputs = self._fail_adapters(result.failed_loads) if result.failed_loads else []
         failed, sampled = result.failed, result.sampled
         has_logprobs = bool(result.logprobs or result.prompt_logprobs)
         for entry, seq in zip(plan.seqs, seqs, strict=True):
@@ -529,6 +529,15 @@ class Scheduler:
         """End a sequence that the executor could not go on with; its KV may be bad, so nobody shall share it."""
         self._pool.withdraw(seq.block_ids)
         return self._end(seq, FinishReason.FAIL, error)
+
+    def _fail_adapters(self, load_ids: frozenset[int]) -> list[RequestOutput]:
+        """End all who need an adapter whose load failed; the next who names it has it loaded anew."""
+        outputs: list[RequestOutput] = []
+        for adapter_id in self.adapters.loaded_by(load_ids):
+            users = [seq for seq in self._seqs.values() if seq.request.adapter_id == adapter_id]
+            outputs += [self._fail(seq, "the adapter could not be copied to the device") for seq in users]
+            self.adapters.evict(adapter_id)
+        return outputs
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> RequestOutput:
         self._conclude(seq)
