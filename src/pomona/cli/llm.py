@@ -154,7 +154,8 @@ class LLM:
 
         Args:
             prompts: one or several; text gets the tokenizer's own special tokens, and the answer goes on from it.
-            adapter: one for all, or one per prompt; None, or the base model's own name, is the base model.
+            adapter: one for all, or one per prompt; None, or the base model's own name, is the base model. A name that
+                is loaded anew meanwhile means the new adapter to prompts that have not begun.
             sampling: how tokens are chosen; the seed of prompt i is ``sampling.seed + i``.
             stop: texts, or one, that end an answer of ``sampling.min_tokens`` tokens or more; they are not part of it.
             ignore_eos: go on past the model's end-of-sequence token.
@@ -261,24 +262,30 @@ class LLM:
             prompt_token_ids=tuple(token_ids),
             sampling=_resolved(sampling, index, () if ignore_eos else self._eos_token_ids),
             arrival_s=time.monotonic(),
-            adapter_id=None if adapter is None else self._catalogue.resolve_model(adapter),
+            adapter_id=self._adapter_id(adapter),
         )
         # Text goes on; what follows token ids, such as a conversation's, begins anew.
         detokenizer = Detokenizer(self.tokenizer, is_continuation=isinstance(prompt, str))
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(stops):
             raise InvalidRequestError("stop", "stop holds an empty string: must be at least 1 character")
-        return _Run(request, detokenizer, StopMatcher(StopStrings(stops)))
+        return _Run(request, adapter, detokenizer, StopMatcher(StopStrings(stops)))
+
+    def _adapter_id(self, name: str | None) -> AdapterId | None:
+        return None if name is None else self._catalogue.resolve_model(name)
 
     def _step(self, waiting: deque["_Run"]) -> None:
         """Put in what the engine takes of ``waiting``, step once, and hand every output to the run that it is for."""
         with self._lock, _uninterrupted():
             while waiting:
+                run = waiting[0]
+                if (adapter_id := self._adapter_id(run.adapter)) != run.request.adapter_id:
+                    run.request = replace(run.request, adapter_id=adapter_id)  # its name means another one since
                 try:
-                    self._engine.add(waiting[0].request)
+                    self._engine.add(run.request)
                 except QueueFullError:
                     break  # the rest goes in as the queue empties
-                run = waiting.popleft()
+                waiting.popleft()
                 self._active[run.request.request_id] = run
             try:
                 self._take(self._engine.step(time.monotonic()))
@@ -333,8 +340,9 @@ def _uninterrupted() -> Iterator[None]:
 class _Run:
     """One request on its way to a completion."""
 
-    def __init__(self, request: Request, detokenizer: Detokenizer, stop: StopMatcher) -> None:
+    def __init__(self, request: Request, adapter: str | None, detokenizer: Detokenizer, stop: StopMatcher) -> None:
         self.request = request
+        self.adapter = adapter
         self.completion = Completion(num_prompt_tokens=len(request.prompt_token_ids))
         self._detokenizer = detokenizer
         self._stop = stop

@@ -1,6 +1,7 @@
-"""Ctrl-C in the middle of a call of LLM: it comes when nothing is half done, and what others have goes on."""
+"""LLM when something comes in between: Ctrl-C in the middle of a step, an adapter replaced in the middle of a call."""
 
 import signal
+from collections import deque
 
 import pytest
 
@@ -92,3 +93,14 @@ def test_an_interrupted_load_keeps_no_weights_without_a_name(llm, press, monkeyp
     llm.unload_adapter("a")
     assert llm._adapter_host.staged == {}
     assert llm._engine.adapter_statuses() == []
+
+
+def test_a_prompt_that_has_not_begun_when_its_adapter_is_replaced_is_answered_by_the_new_one(llm, base_path, tmp_path):
+    old = llm.generate("The quick", adapter="a", sampling=PARAMS, ignore_eos=True)[0].text
+    run = llm._run("The quick", "a", PARAMS, (), index=0, ignore_eos=True)  # as in a call with more than max_waiting
+    llm.load_adapter("a", str(make_adapter(tmp_path / "b", base_path, seed=2)))
+    waiting = deque([run])
+    while run.completion.finish_reason is None:
+        llm._step(waiting)
+    assert run.completion.text == llm.generate("The quick", adapter="a", sampling=PARAMS, ignore_eos=True)[0].text
+    assert run.completion.text != old
