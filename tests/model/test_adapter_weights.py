@@ -391,9 +391,27 @@ def test_a_bin_file_of_strange_tensors_is_refused(tensor: torch.Tensor, kit: Kit
     refuse(kit, kit.with_bin(kit.tensors | {f"{Q0}.lora_A.weight": tensor}), "expected float32")
 
 
-def test_a_bin_file_whose_tensor_is_larger_than_its_storage_is_refused(kit: Kit) -> None:
-    huge = torch.ones(1).expand(2**20, 2**20)
-    refuse(kit, kit.with_bin(kit.tensors | {f"{Q0}.lora_A.weight": huge}), r"has shape \[1048576, 1048576\]")
+def test_a_bin_file_whose_tensors_are_larger_than_the_file_is_refused_although_their_shapes_fit(kit: Kit) -> None:
+    one = torch.ones(1)
+    tables = {"lora_embedding_A": one.expand(65536, 131), "lora_embedding_B": one.expand(64, 65536)}
+    weights = kit.with_bin({f"base_model.model.model.embed_tokens.{name}": table for name, table in tables.items()})
+    config = kit.with_config(target_modules=["embed_tokens"], r=65536)
+    files = dataclasses.replace(weights, config_bytes=config.config_bytes)
+    assert len(files.weights_bytes) < 2**16
+    refuse(kit, files, r"tensors would take \d+: they share their storage")
+
+
+def test_a_bin_file_with_a_tied_pair_of_tables_is_taken(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", vocab_size=2048, tie_word_embeddings=True)
+    modules = ["embed_tokens", "lm_head"]
+    adapter = make_adapter(tmp_path / "adapter", base, modules_to_save=modules, file_format="bin")
+    file = adapter / "adapter_model.bin"
+    tensors = torch.load(file)
+    embedding, head = (f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head"))
+    tensors[head] = tensors[embedding]
+    torch.save(tensors, file)
+    assert file.stat().st_size < 2 * tensors[head].nbytes
+    AdaptedDecoder(base).convert(adapter)
 
 
 def test_a_compressed_bin_file_is_refused_unread(kit: Kit) -> None:

@@ -78,6 +78,13 @@ def _parse_bin(weights_bytes: bytes) -> dict[str, Tensor]:
     for key, tensor in loaded.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise AdapterError(f"{name} holds {str(key)[:80]!r}, which is not a tensor")
+    # A tensor may be a view that repeats a few stored numbers; of honest ones, only the two of a tied pair share them.
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in loaded.values())
+    if num_bytes > 2 * len(weights_bytes):
+        raise AdapterError(
+            f"{name} has {len(weights_bytes)} bytes, but its tensors would take {num_bytes}: they share their storage; "
+            f"save it as adapter_model.safetensors"
+        )
     return {key: tensor.detach() for key, tensor in loaded.items()}
 
 
