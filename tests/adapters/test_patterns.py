@@ -35,6 +35,13 @@ def test_a_pattern_that_would_run_for_years_is_stopped(pattern: str, monkeypatch
         match_patterns("target_modules", [pattern], ["model.layers.0.self_attn.q_proj" * 2], is_full_match=True)
 
 
+def test_more_patterns_than_any_model_has_modules_are_refused_unread() -> None:
+    """Harmless ones too: a config has room for a hundred thousand, and the engine's process would apply them all."""
+    table = [f"a{number}" for number in range(100_000)]
+    with pytest.raises(AdapterConfigError, match="rank_pattern: has 100000 patterns: at most 2048"):
+        match_patterns("rank_pattern", table, NAMES)
+
+
 @pytest.mark.parametrize(
     "pattern", ["layers", ".*q_proj", r"model\.layers\.\d+\.mlp", "(self_attn|mlp).*", "[a-z]{3}_proj"]
 )

@@ -15,6 +15,8 @@ from pomona.adapters import pattern_worker
 from pomona.core.errors import AdapterConfigError
 
 TIME_LIMIT_S = 5.0
+MAX_PATTERNS = 2048
+"""Of one field: more than the largest models have modules to adapt, and done within a second."""
 _WORKER_PATH = str(Path(pattern_worker.__file__).resolve())
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 
@@ -35,8 +37,11 @@ def match_patterns(
         Per pattern and name: None without a match, else the text of the group ``idx`` ("" if there is none).
 
     Raises:
-        AdapterConfigError: not a regular expression, or it took longer than TIME_LIMIT_S seconds.
+        AdapterConfigError: not a regular expression, or it took longer than TIME_LIMIT_S seconds, or there are more
+            than MAX_PATTERNS.
     """
+    if len(patterns) > MAX_PATTERNS:
+        raise AdapterConfigError(field, f"has {len(patterns)} patterns: at most {MAX_PATTERNS} are matched")
     wrapped = [wrap.replace("{}", pattern) for pattern in patterns]
     if all(_is_harmless(pattern) for pattern in patterns):
         try:
