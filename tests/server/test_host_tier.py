@@ -73,3 +73,18 @@ async def test_an_adapter_that_is_loaded_again_just_before_its_unload_is_sent_is
     await asyncio.gather(unwanted, again)
     assert tier.is_staged(AdapterId("a"))
     assert "a" in engine.staged
+
+
+async def test_what_an_adapter_became_refuses_no_other_of_that_size_and_is_forgotten_with_the_next():
+    engine, evicted = SlowToFree(), []
+    engine.may_free.set()
+    tier = HostTier(engine, 500, evicted.append)  # type: ignore[arg-type]
+    await _stage(tier, "odd:400", 20)  # a large rank of one projection: its pages have room for all of them
+    await _stage(tier, "a:30", 30)  # as odd, it would need more than there is
+    await _stage(tier, "b:30", 30)
+    await _stage(tier, "c:30", 30)
+    assert [name for name in ("a", "b", "c") if tier.is_staged(AdapterId(name))] == ["a", "b", "c"]
+    tier.pin(frozenset({AdapterId("a")}))
+    await _stage(tier, "odd:150", 20)  # as odd, d would need more than pinned adapters leave
+    await _stage(tier, "d:30", 30)
+    assert tier.is_staged(AdapterId("d"))

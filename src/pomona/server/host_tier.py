@@ -41,7 +41,7 @@ class HostTier:
         """Per load under way: what was unloaded since it was sent."""
         self._unloads: dict[AdapterId, asyncio.Task[None]] = {}
         self._growth: dict[int, float] = {}
-        """Host bytes per file byte, the most that was seen, by magnitude of the file."""
+        """Host bytes per file byte of the latest load, by magnitude of the file."""
 
     def is_staged(self, adapter_id: AdapterId) -> bool:
         """True when requests for the adapter can be sent to the engine now."""
@@ -110,7 +110,11 @@ class HostTier:
         magnitude = num_weights_bytes.bit_length()
         # The file is parsed into copies of its tensors, and these are cast, then laid out.
         growth = self._growth.get(magnitude, 1.0)
-        async with self._room(round(num_weights_bytes * max(2.0, 1.0 + 2.0 * growth))):
+        num_bytes = round(num_weights_bytes * max(2.0, 1.0 + 2.0 * growth))
+        if not self.cache.leaves_room(num_bytes):
+            # What another adapter of that size became is no reason to refuse this one.
+            num_bytes = min(num_bytes, 3 * num_weights_bytes)
+        async with self._room(num_bytes):
             self._unloads_sent[id(unloads_sent)] = unloads_sent
             try:
                 while True:
@@ -125,8 +129,7 @@ class HostTier:
                         break
             finally:
                 del self._unloads_sent[id(unloads_sent)]
-            growth = info.num_host_bytes / max(num_weights_bytes, 1)
-            self._growth[magnitude] = max(self._growth.get(magnitude, 0.0), growth)
+            self._growth[magnitude] = info.num_host_bytes / max(num_weights_bytes, 1)
             self.cache.add(info.adapter_id, info.num_host_bytes, time.monotonic() - began_s)
             self.cache.hold(info.adapter_id)
         self._drop_surplus()
