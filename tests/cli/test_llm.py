@@ -1,4 +1,4 @@
-"""LLM, the offline interface: generation, streaming, adapters, stop strings."""
+"""LLM, the offline interface: generation, streaming, adapters."""
 
 import shutil
 import threading
@@ -278,31 +278,6 @@ def test_an_adapter_that_nobody_uses_leaves_host_memory_as_soon_as_it_is_unloade
     assert llm.stats().num_resident_adapters > 0
     llm.unload_adapter("idle")
     assert adapter_id not in llm._adapter_host.staged
-
-
-def test_a_stop_string_is_cut_off_and_ends_the_answer(llm):
-    free = llm.generate("The quick", sampling=PARAMS, ignore_eos=True)[0].text
-    middle = free[len(free) // 2 : len(free) // 2 + 2]
-    stopped = llm.generate("The quick", sampling=PARAMS, stop=[middle], ignore_eos=True)[0]
-    assert stopped.text == free[: free.index(middle)]
-    assert stopped.finish_reason is FinishReason.STOP
-
-
-def test_one_stop_string_is_taken_whole_and_an_empty_one_is_refused(llm):
-    listed = llm.generate("The quick", sampling=PARAMS, stop=["\x00never"], ignore_eos=True)[0]
-    assert listed.finish_reason is FinishReason.LENGTH
-    stop = "\x00" + listed.text  # holds every character of the answer
-    assert llm.generate("The quick", sampling=PARAMS, stop=stop, ignore_eos=True)[0].text == listed.text
-    for empty in ("", ["a", ""]):
-        with pytest.raises(InvalidRequestError, match="stop holds an empty string"):
-            llm.generate("The quick", sampling=PARAMS, stop=empty)
-
-
-def test_stop_strings_end_no_answer_before_min_tokens(llm):
-    free = llm.generate("The quick", sampling=PARAMS, ignore_eos=True)[0]
-    sampling = replace(PARAMS, min_tokens=PARAMS.max_tokens)
-    kept = llm.generate("The quick", sampling=sampling, stop=[free.text[0]], ignore_eos=True)[0]
-    assert kept.token_ids == free.token_ids
 
 
 def test_token_ids_are_taken_as_they_are_and_chat_uses_the_template(llm):

@@ -9,12 +9,10 @@ print(llm.chat("banana", adapter="reverse").text)
 import itertools
 import operator
 import os
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Number
 from pathlib import Path
@@ -27,6 +25,7 @@ from pomona.adapters.catalogue import Catalogue
 from pomona.cli.build import engine_builder, load_all, sources_of_operator
 from pomona.cli.config import load_config
 from pomona.cli.hub import model_name
+from pomona.cli.interrupts import uninterrupted
 from pomona.core.adapter import AdapterInfo
 from pomona.core.errors import (
     CheckpointError,
@@ -124,7 +123,7 @@ class LLM:
         self._catalogue.validate_name(name)
         source = os.path.expanduser(source)
         folder = sources_of_operator(source).resolve(source)
-        with self._lock, _uninterrupted():
+        with self._lock, uninterrupted():
             info = self._adapter_host.stage(folder)
             self._engine.register_adapter(info)
             self._retire(self._catalogue.register(name, info, source))
@@ -136,7 +135,7 @@ class LLM:
         Raises:
             ModelNotFoundError: there is none of that name.
         """
-        with self._lock, _uninterrupted():
+        with self._lock, uninterrupted():
             self._catalogue.begin_unload(name)
             self._retire(self._catalogue.remove(name))
 
@@ -233,7 +232,7 @@ class LLM:
             raise CheckpointError("the model has no chat template; use generate() with a prompt")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return self.tokenizer.encode(self.chat_template.render(messages), add_special_tokens=False)
+        return self._encode(self.chat_template.render(messages), add_special_tokens=False)
 
     def _retire(self, adapter_id: AdapterId | None) -> None:
         if adapter_id is None:
@@ -256,7 +255,7 @@ class LLM:
         index: int,
         ignore_eos: bool,
     ) -> "_Run":
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+        token_ids = self._encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
         request = Request(
             request_id=RequestId(f"llm-{next(self._numbers)}"),
             prompt_token_ids=tuple(token_ids),
@@ -271,12 +270,19 @@ class LLM:
             raise InvalidRequestError("stop", "stop holds an empty string: must be at least 1 character")
         return _Run(request, adapter, detokenizer, StopMatcher(StopStrings(stops)))
 
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError("prompt", f"prompt: is not valid Unicode: {error}") from error
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
     def _adapter_id(self, name: str | None) -> AdapterId | None:
         return None if name is None else self._catalogue.resolve_model(name)
 
     def _step(self, waiting: deque["_Run"]) -> None:
         """Put in what the engine takes of ``waiting``, step once, and hand every output to the run that it is for."""
-        with self._lock, _uninterrupted():
+        with self._lock, uninterrupted():
             while waiting:
                 run = waiting[0]
                 if (adapter_id := self._adapter_id(run.adapter)) != run.request.adapter_id:
@@ -314,27 +320,10 @@ class LLM:
 
     def _abort(self, runs: Sequence["_Run"]) -> None:
         """End what the engine still has of these runs."""
-        with self._lock, _uninterrupted():
+        with self._lock, uninterrupted():
             for run in runs:
                 if self._active.pop(run.request.request_id, None) is not None:
                     self._engine.abort(run.request.request_id)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C until the block is over: in the middle of a step, nobody could say what is held and by whom."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield  # it does not come as an exception here
-        return
-    held_back: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: held_back.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held_back:
-            signal.raise_signal(signal.SIGINT)
 
 
 class _Run:
@@ -365,9 +354,11 @@ class _Run:
                 break
         else:
             if output.finish_reason is not None:
-                completion.finish_reason = output.finish_reason
+                text += self._pass(self._detokenizer.flush())
+                is_stopped = self._stop.matched is not None  # by what an incomplete character has become
+                completion.finish_reason = FinishReason.STOP if is_stopped else output.finish_reason
                 completion.error = output.error
-                text += self._pass(self._detokenizer.flush()) + self._stop.flush()
+                text += "" if is_stopped else self._stop.flush()
         if completion.finish_reason is not None:
             completion.e2e_s = time.monotonic() - self.request.arrival_s
         completion.text += text
