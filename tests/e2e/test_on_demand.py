@@ -48,9 +48,8 @@ def test_a_folder_of_good_and_broken_adapters_is_served_as_far_as_it_can_be(base
         assert card(server, "good")["state"] == "resident"
         for name in BROKEN:
             answer = ask(server, name)
-            missing = name == "no-config"
-            assert answer.status_code == (404 if missing else 409), (name, answer.text)
-            assert answer.json()["error"]["code"] == ("model_not_found" if missing else "adapter_failed")
+            assert answer.status_code == 409, (name, answer.text)
+            assert answer.json()["error"]["code"] == "adapter_failed"
             found = card(server, name)
             assert (found["state"], found["num_failures"]) == ("failed", 1)
             assert found["error"]

@@ -65,7 +65,8 @@ class AdapterPool:
         self._resident: dict[AdapterId, Resident] = {}
         self.under_way: dict[int, tuple[AdapterId, AdapterCopy]] = {}
         """Copies beside the steps that had not been made when a plan was last applied, by load."""
-        self._failed_loads: set[int] = set()
+        self.failed_loads: set[int] = set()
+        """Loads whose copies failed and that no step has told of."""
         self.deferred: list[AdapterCopy] = []
         """Copies that begin when the step has been computed."""
         self._reads_host_copies = can_shift_pages(self._pages)
@@ -106,8 +107,8 @@ class AdapterPool:
 
     def take_failed(self) -> frozenset[int]:
         """Loads whose copies failed, each told once."""
-        failed = frozenset(self._failed_loads)
-        self._failed_loads.clear()
+        failed = frozenset(self.failed_loads)
+        self.failed_loads.clear()
         return failed
 
     def wait(self, timeout_s: float) -> None:
@@ -160,7 +161,7 @@ class AdapterPool:
     def _note_failure(self, load_id: int, adapter_id: AdapterId, copy: AdapterCopy) -> None:
         if copy.error is not None:
             _LOGGER.error("Adapter %s could not be copied to the device", adapter_id, exc_info=copy.error)
-            self._failed_loads.add(load_id)
+            self.failed_loads.add(load_id)
 
     def _forget(self, adapter_id: AdapterId) -> None:
         del self._resident[adapter_id]

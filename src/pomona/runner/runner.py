@@ -52,7 +52,7 @@ class LaunchedModelStep:
     def result(self) -> StepResult:
         """Wait for the step's tokens and record them in the table."""
         loading = self.adapter_pool.loading if self.adapter_pool.under_way else _NONE
-        failed_loads = self.adapter_pool.take_failed()
+        failed_loads = self.adapter_pool.take_failed() if self.adapter_pool.failed_loads else _NONE
         if self.sampling is None:
             if self.computed is not None:
                 self.computed.arrays()
