@@ -5,6 +5,7 @@
 // one go: a head's queries have zeros where other heads' rows are. Values are multiplied by vectors. What is added in
 // which order is the same as in attention.h, whichever factor is on the left, and zeros change no sum: so are the bits.
 #pragma once
+#include "elements.h"
 #include "softmax_lanes.h"
 #include "tile_registers.h"
 

@@ -1,7 +1,7 @@
 // Row-wise kernels: RMS norm, rotary embedding with the KV write, gated activation, greedy choice. Included by isa.cpp.
 // Intermediate results are rounded where the torch reference rounds them.
 #pragma once
-#include "vec.h"
+#include "elements.h"
 #include "work.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // The softmax of attention where scores stand by position and then by row, a row to each lane. Included by isa.cpp.
 //
-// What is added in which order is the same as in soften() in attention.h, and so are the bits.
+// What is added in which order is the same as in soften() in softmax_rows.h, and so are the bits.
 #pragma once
 #include "vec.h"
 

@@ -1,7 +1,7 @@
 // The register-blocked product that dense layers and attention share: C[rows, columns] (+)= A[rows, k] * B[k, columns]
 // over units. A is row-major; B comes in groups of 16 columns, each unit of a group side by side. Included by isa.cpp.
 #pragma once
-#include "vec.h"
+#include "elements.h"
 
 namespace {
 
@@ -30,7 +30,7 @@ struct TileC {
   bool is_added_to;
 };
 
-// Memory to fetch into the cache meanwhile: so many bytes with every step of k, fewer than a line's among them. Fetching
+// Memory to fetch into the cache meanwhile: so many bytes with every step of k, fewer than a line among them. Fetching
 // steadily costs little; asking for much at once would stop the computation until it has arrived.
 struct Ahead {
   const char *at = nullptr, *end = nullptr;
