@@ -381,6 +381,30 @@ async def test_a_batch_that_our_bug_ends_has_failed_and_others_go_on(served, cli
     assert f"The batch {failed.id} failed: this is a bug" in caplog.text
 
 
+async def test_a_line_with_which_the_engine_dies_twice_has_failed_and_the_others_go_on(served, clients, monkeypatch):
+    """What runs beside it dies with it once: then each is tried alone."""
+    client, ask, beside = clients["acme"], BatchRunner._ask, asyncio.Barrier(4)
+    asked = []
+
+    async def ask_or_die(runner, principal, path, content):
+        asked.append(content)
+        if len(asked) <= 4:
+            await beside.wait()  # all four are in the engine when it dies
+        elif b"poison" not in content:
+            return await ask(runner, principal, path, content)
+        return Answer(503, "", {"error": {"message": "it died", "code": "engine_died"}}, 0.0)
+
+    monkeypatch.setattr(BatchRunner, "_ask", ask_or_die)
+    monkeypatch.setattr("pomona.server.batch_runner._RETRY_S", 0.01)
+    async with working(served):
+        batch = await start(client, lines(body("poison"), *(body() for _ in range(5))))
+        batch = await until_ended(client, batch)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 5, 1)
+    error = (await results(client, batch.error_file_id))["line-0"]["response"]
+    assert (error["status_code"], error["body"]["error"]["code"]) == (503, "engine_died")
+    assert sum(b"poison" in content for content in asked) == 2
+
+
 @pytest.mark.parametrize("status", ["cancelled", "expired"])
 async def test_a_batch_that_is_over_before_it_starts_asks_nothing(served, clients, status):
     client = clients["acme"]

@@ -34,13 +34,14 @@ async def test_requests_fail_health_says_so_and_adapters_come_back(tmp_path: Pat
             running = asyncio.create_task(http.post("/v1/completions", json=LONG))
             await until(lambda: client.stats().num_running == 1, "a request runs")
             killer = await http.post("/v1/completions", json={**LONG, "prompt": [KILL_TOKEN]})
-            assert killer.status_code == 503
-            assert (await running).json()["error"]["code"] == "engine_unavailable"
+            assert (killer.status_code, killer.json()["error"]["code"]) == (503, "engine_died")
+            assert (await running).json()["error"]["code"] == "engine_died"
 
             health = await http.get("/health")
             assert (health.status_code, health.json()["engine"].split(":")[0]) == (503, "restarting")
             refused = await http.post("/v1/completions", json=ask)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+            assert refused.json()["error"]["code"] == "engine_unavailable"
             assert (await http.post("/v1/adapters", json={**adapter, "name": "b"})).status_code == 503
             assert [entry.name for entry in service.entries] == ["a"]
             # An unload that finds the engine away waits for it.

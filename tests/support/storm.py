@@ -292,5 +292,9 @@ class Storm:
 
 
 def _outcome_of(status: int, code: str) -> str:
-    known = {(404, "model_not_found"): "absent", (503, "engine_unavailable"): "unavailable"}
+    known = {
+        (404, "model_not_found"): "absent",
+        (503, "engine_unavailable"): "unavailable",
+        (503, "engine_died"): "unavailable",
+    }
     return known.get((status, code), f"{status} {code}")

@@ -8,7 +8,8 @@
     ├── RateLimitError           a limit on requests, tokens or concurrency is reached     (429)
     │   ├── QuotaExceededError       the month's budget is spent                           (429)
     │   └── DeadlineError            the first token would come later than the target      (429)
-    ├── EngineUnavailableError   the model process died or is restarting                   (503)
+    ├── EngineUnavailableError   the model process is restarting or shutting down          (503)
+    │   └── EngineDiedError          it died with the request in it                        (503)
     ├── DatabaseUnavailableError the accounts database or its journal cannot be written    (503)
     ├── AccountNotFoundError     no such tenant, key or adapter                            (404)
     ├── AccountConflictError     it exists already, or is in use                           (409)
@@ -88,6 +89,10 @@ class DeadlineError(RateLimitError):
 
 class EngineUnavailableError(PomonaError):
     """The model process is not answering: it died, is restarting, or is shutting down."""
+
+
+class EngineDiedError(EngineUnavailableError):
+    """The model process died with the request in it, which may be why."""
 
 
 class DatabaseUnavailableError(PomonaError):

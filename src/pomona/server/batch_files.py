@@ -45,6 +45,11 @@ class Answer:
     """Negative if nothing was said of it."""
 
     @property
+    def is_of_a_death(self) -> bool:
+        """True if the engine died while it carried the line out."""
+        return self.status != 200 and self.body["error"]["code"] == "engine_died"
+
+    @property
     def is_final(self) -> bool:
         """False if the same request can be answered otherwise in a while."""
         # Refusals that can never succeed say so by having no time to try again; a budget is spent until the month ends.

@@ -33,6 +33,8 @@ _MAX_BATCHES: Final = 32
 """Worked on at once. Most of them wait, for a limit or an adapter, and cost little then."""
 _MAX_REQUESTS: Final = 64
 """In flight at once, of all batches together: the engine's queue must keep room for everybody else."""
+_MAX_DEATHS: Final = 2
+"""Of the engine, with the same line in it; then that has failed. Everybody's requests die with the engine."""
 _RETRY_S: Final = 1.0
 _MAX_RETRY_S: Final = 30.0
 _FAILED: Final = "The server failed; the operator can find out why in its log."
@@ -59,6 +61,8 @@ class BatchRunner:
         self._leased_until_s: dict[str, float] = {}
         """Batch -> monotonic time from which on another process may work on it."""
         self._requests = asyncio.Semaphore(_MAX_REQUESTS)
+        self._suspects = asyncio.Semaphore(1)
+        """For lines with which the engine died: one by one, so that only the one to blame dies with it again."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -238,16 +242,17 @@ class BatchRunner:
             files.write(line, answer)
 
     async def _ask_until_answered(self, batch: Batch, line: Line) -> Answer:
-        wait_s = _RETRY_S
+        wait_s, num_deaths = _RETRY_S, 0
         body = await self._accounts.database.run(line.read, self._input_path(batch))
         while True:
             principal = await self._accounts.authenticator.principal_of(batch.key_id)
             if principal is None:
                 error = {"message": "The API key that made this batch is no longer valid.", "code": "invalid_api_key"}
                 return Answer(401, "", {"error": error}, 0.0)
-            async with self._requests:
+            async with self._suspects if num_deaths else self._requests:
                 answer = await self._ask(principal, batch.endpoint, body)
-            if answer.is_final:
+            num_deaths += answer.is_of_a_death
+            if answer.is_final or num_deaths == _MAX_DEATHS:
                 return answer
             await asyncio.sleep(max(wait_s, min(answer.retry_after_s, _MAX_RETRY_S)))
             wait_s = min(2 * wait_s, _MAX_RETRY_S)

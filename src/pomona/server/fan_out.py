@@ -14,6 +14,7 @@ from typing import Self
 
 from pomona.accounts.ledger import Entry
 from pomona.core.errors import (
+    EngineDiedError,
     EngineUnavailableError,
     InvalidRequestError,
     PomonaError,
@@ -190,7 +191,7 @@ class FanOut:
             return RequestAbortedError("The request was ended by the operator.")
         if output.finish_reason is FinishReason.FAIL:
             message = output.error or "The engine failed."
-            return RequestFailedError(message) if self._client.is_ready else EngineUnavailableError(message)
+            return RequestFailedError(message) if self._client.is_ready else EngineDiedError(message)
         return None
 
 
