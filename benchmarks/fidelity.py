@@ -16,7 +16,6 @@ were meanwhile. An error is the median over rounds.
 import argparse
 import gc
 import itertools
-import math
 import random
 import statistics
 import time
@@ -27,17 +26,15 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import assets, meter, results, workload
+from benchmarks import assets, fidelity_page, meter, results, workload
+from benchmarks.fidelity_live import LiveRun, figures, note
 from benchmarks.shapes import SHAPES
-from pomona.bench.percentiles import percentile
 from pomona.cli.build import engine_builder, startup_adapters
 from pomona.cli.config import AppConfig, load_config
 from pomona.cli.profile import build_metered, describe
 from pomona.core.adapter import AdapterInfo
 from pomona.core.ids import RequestId
-from pomona.core.output import RequestOutput
-from pomona.core.request import FinishReason, Request, SamplingParams
-from pomona.engine.engine import Engine
+from pomona.core.request import Request, SamplingParams
 from pomona.metrics.timeline import RequestTimeline
 from pomona.profiling.fit import Sample
 from pomona.profiling.measure import PointMeter
@@ -56,8 +53,6 @@ from pomona.workload.spec import WorkloadRequest, WorkloadSpec, generate
 
 LOADS = (0.3, 0.6, 0.9)
 WORKLOADS = ("chat", "bursts", "documents")
-METRICS = ("ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p99_s", "output_tokens_per_s")
-PAGE = results.ROOT / "docs" / "benchmarks" / "fidelity.md"
 _CAPACITY_REQUESTS = 32
 _LIVE_PER_PROFILE = 2.0
 """Live seconds per second of profiling beside them."""
@@ -251,85 +246,6 @@ def _refuse(request: Request, error: Exception) -> None:
     raise AssertionError(f"{request.request_id} was refused: {error}")
 
 
-def note(timelines: dict[RequestId, RequestTimeline], outputs: Sequence[RequestOutput], now_s: float) -> None:
-    """Write a step's outputs into the requests' timelines."""
-    for output in outputs:
-        _write(timelines[output.request_id], len(output.new_token_ids), output.finish_reason, now_s)
-
-
-def _write(timeline: RequestTimeline, num_tokens: int, finish_reason: FinishReason | None, now_s: float) -> None:
-    if num_tokens:
-        timeline.add_tokens(num_tokens, now_s)
-    if finish_reason is not None:
-        timeline.end(now_s, finish_reason)
-
-
-class LiveRun:
-    """An engine turned in real time as the driver does: what has arrived, then a step. What came out is looked at when
-    all is over. Its clock can be stopped between two steps.
-
-    Args:
-        engine: with nothing to do.
-        requests: in the order of their arrival; times count from the beginning.
-    """
-
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self.clock_s = 0.0
-        self._engine = engine
-        self._requests = requests
-        self._num_added = 0
-        # Nothing that the garbage collector would go through while the run lasts.
-        self._came_out: list[tuple[RequestId, int, FinishReason | None, float]] = []
-
-    @property
-    def is_over(self) -> bool:
-        """True when every request has ended."""
-        return self._num_added == len(self._requests) and not self._engine.has_work
-
-    def go_on(self, seconds: float = math.inf) -> None:
-        """To the end of the step in which so many seconds have passed, or to the end of all."""
-        start_s = time.perf_counter() - self.clock_s
-        end_s = self.clock_s + seconds
-        engine, requests = self._engine, self._requests
-        while self.clock_s < end_s and not self.is_over:
-            now_s = time.perf_counter() - start_s
-            while self._num_added < len(requests) and requests[self._num_added].arrival_s <= now_s:
-                engine.add(requests[self._num_added])
-                self._num_added += 1
-            if engine.has_work:
-                outputs = engine.step(start_s + now_s)
-                out_s = time.perf_counter() - start_s
-                for output in outputs:
-                    what = (output.request_id, len(output.new_token_ids), output.finish_reason, out_s)
-                    self._came_out.append(what)
-            elif self._num_added < len(requests):
-                until_s = min(requests[self._num_added].arrival_s - 1e-4, end_s)
-                time.sleep(max(0.0, until_s - now_s))
-            self.clock_s = time.perf_counter() - start_s
-
-    def figures(self) -> dict[str, float]:
-        """Of the whole run; see ``figures``."""
-        timelines = {request.request_id: RequestTimeline(request.arrival_s) for request in self._requests}
-        for request_id, num_tokens, finish_reason, out_s in self._came_out:
-            _write(timelines[request_id], num_tokens, finish_reason, out_s)
-        return figures(timelines.values())
-
-
-def figures(timelines: Any) -> dict[str, float]:
-    """p50 and p99 of TTFT and TPOT in seconds, output tokens per second from the first arrival to the last token."""
-    found = list(timelines)
-    ttft = sorted(timeline.ttft_s for timeline in found)
-    tpot = sorted(timeline.tpot_s for timeline in found if timeline.tpot_s is not None)
-    end_s = max(timeline.end_s for timeline in found)
-    return {
-        "ttft_p50_s": percentile(ttft, 0.5),
-        "ttft_p99_s": percentile(ttft, 0.99),
-        "tpot_p50_s": percentile(tpot, 0.5),
-        "tpot_p99_s": percentile(tpot, 0.99),
-        "output_tokens_per_s": sum(timeline.num_output_tokens for timeline in found) / end_s,
-    }
-
-
 def capacity(bench: Bench, name: str) -> float:
     """Requests per second when all arrive at once: the median of three times, after a first."""
     wanted = generate(spec(name, len(bench.adapters), AllAtOnce(), _CAPACITY_REQUESTS))
@@ -393,7 +309,7 @@ def run_round(bench: Bench, console: Console, *, accept_noise: bool) -> Iterator
     for run in runs:
         cost = scaled(profile.cost_model, samples[run.first_sample : run.last_sample])
         live, simulated = run.live.figures(), bench.simulated(run.wanted, cost)
-        errors = ", ".join(f"{metric} {simulated[metric] / live[metric] - 1:+.1%}" for metric in METRICS)
+        errors = ", ".join(f"{metric} {simulated[metric] / live[metric] - 1:+.1%}" for metric in fidelity_page.METRICS)
         console.print(
             f"{bench.model.name} {run.row['workload']} {run.row['load']:.0%}, decodes x {cost.decodes:.2f}, prompts x "
             f"{cost.prompts:.2f}: {errors}",
@@ -427,104 +343,6 @@ def run_model(model: Model, arguments: argparse.Namespace, console: Console) -> 
             results.append(arguments.output, {**setup, **row, "round": number})
 
 
-def cells(rows: Sequence[results.Row]) -> Iterator[dict[str, Any]]:
-    """One entry per model, workload, load and metric: medians over rounds, and how far rounds lie from them at most.
-    The error is the median of each round's own, because a round's simulation is of the machine as it was then.
-    Runs that other programs disturbed count only where there are no others."""
-    found = list(results.of_kind(rows, "fidelity"))
-    keys = dict.fromkeys((row["model"], row["workload"], row["load"]) for row in found)
-    for model, name, load in keys:
-        same = [row for row in found if (row["model"], row["workload"], row["load"]) == (model, name, load)]
-        same = [row for row in same if row.get("is_clean", True)] or same
-        for metric in METRICS:
-            live, live_spread = _median_and_spread([row["live"][metric] for row in same])
-            simulated, simulated_spread = _median_and_spread([row["simulated"][metric] for row in same])
-            yield {
-                "model": model,
-                "workload": name,
-                "load": load,
-                "metric": metric,
-                "num_runs": len(same),
-                "live": live,
-                "simulated": simulated,
-                "error": statistics.median(row["simulated"][metric] / row["live"][metric] for row in same) - 1.0,
-                "live_spread": live_spread,
-                "simulated_spread": simulated_spread,
-            }
-
-
-def _median_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    typical = statistics.median(values)
-    return typical, max(abs(value / typical - 1.0) for value in values)
-
-
-def render(rows: Sequence[results.Row]) -> str:
-    """The page."""
-    found = list(cells(rows))
-    lines = ["# Fidelity of the simulator", "", "<!-- Generated by `python -m benchmarks.fidelity --report`. -->", ""]
-    if not found:
-        return "\n".join([*lines, "No rows yet.", ""])
-    errors = sorted(abs(cell["error"]) for cell in found)
-    spreads = sorted(cell["live_spread"] for cell in found)
-    setup = rows[-1]
-    lines += [
-        "The same workloads on the live engine in real time and on the simulator with this machine's profile; none of",
-        "them was used for the fit. Every round takes a profile anew, in turns with the live runs, so that both meet",
-        "the same machine: it is shared with others, and not always equally fast. The live engine has the settings of",
-        "the simulator, not a server's defaults: steps wait for copies of adapters (`adapter_loading` is `on_demand`,",
-        "not `assist`), there is no prefix cache, and no request is turned away. What was",
-        "measured beside a run scales the profile for it (*factors*: least to largest over all runs). *Live* and",
-        "*simulated* are medians over rounds, *spread* is how far the farthest round lies from them; *error* is the",
-        "median of the rounds' own, simulated over live.",
-        "",
-        f"Factors: decodes {_range(rows, 'decodes_factor')}, steps with prompts {_range(rows, 'prompts_factor')}.",
-        "",
-        f"{setup['hardware']['cpu']}, {setup['hardware']['cores']} cores; commit {setup['commit'][:12]}, "
-        f"{setup['utc']}.",
-        "",
-        "| figures | median error | worst error | within 5 % | within 15 % | median live spread | worst live spread |",
-        "|---|---|---|---|---|---|---|",
-        f"| {len(found)} | {statistics.median(errors):.1%} | {errors[-1]:.1%} | {sum(e <= 0.05 for e in errors)} | "
-        f"{sum(e <= 0.15 for e in errors)} | {statistics.median(spreads):.1%} | {spreads[-1]:.1%} |",
-        "",
-    ]
-    for model in dict.fromkeys(cell["model"] for cell in found):
-        lines += _model_section(model, rows, [cell for cell in found if cell["model"] == model])
-    return "\n".join(lines)
-
-
-def _range(rows: Sequence[results.Row], name: str) -> str:
-    factors = [row[name] for row in results.of_kind(rows, "fidelity")]
-    return f"{min(factors):.2f} to {max(factors):.2f}"
-
-
-def _model_section(model: str, rows: Sequence[results.Row], found: Sequence[dict[str, Any]]) -> list[str]:
-    profiles = [row for row in results.of_kind(rows, "profile") if row["model"] == model]
-    lines = [f"## {model}", ""]
-    for number, row in enumerate(profiles, 1):
-        profile = CostProfile.from_json(row["profile"], model)
-        error = profile.error
-        lines += [
-            f"Profile {number}: {profile.num_points} batches in {profile.measuring_s:.0f} s; {error.dense}, adapters "
-            f"by {error.adapters}; error on held-out steps p50 {error.p50:.1%}, p90 {error.p90:.1%}.",
-            "",
-        ]
-    lines += [
-        "| workload | load | rounds | figure | live | simulated | error | live spread | simulated spread |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for cell in found:
-        is_time = cell["metric"].endswith("_s") and not cell["metric"].endswith("per_s")
-        factor, unit = (1e3, "ms") if is_time else (1.0, "tokens/s")
-        name = cell["metric"].removesuffix("_s").replace("_", " ") if is_time else "throughput"
-        lines.append(
-            f"| {cell['workload']} | {cell['load']:.0%} | {cell['num_runs']} | {name} | "
-            f"{factor * cell['live']:.1f} {unit} | {factor * cell['simulated']:.1f} {unit} | "
-            f"{cell['error']:+.1%} | {cell['live_spread']:.1%} | {cell['simulated_spread']:.1%} |"
-        )
-    return [*lines, ""]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=models(), action="append", help="repeatable; default: both")
@@ -540,7 +358,7 @@ def main() -> None:
             run_model(model, arguments, console)
         return
     newest = results.latest("fidelity")
-    PAGE.write_text(render(results.of_last_program(results.read(newest)) if newest else []))
+    fidelity_page.PAGE.write_text(fidelity_page.render(results.of_last_program(results.read(newest)) if newest else []))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@ import time
 
 import pytest
 
-from benchmarks import fidelity
+from benchmarks import fidelity, fidelity_page
+from benchmarks.fidelity_live import LiveRun
 from pomona.cli.config import load_config
 from pomona.engine.engine import Engine
 from pomona.profiling.fit import Sample
@@ -24,7 +25,7 @@ def row(load, live, simulated):
 def test_medians_over_rounds_are_compared_and_spread_is_the_farthest_of_them():
     figures = ((0.09, 0.12), (0.10, 0.11), (0.13, 0.099))
     rows = [row(0.3, {"ttft_p50_s": live}, {"ttft_p50_s": simulated}) for live, simulated in figures]
-    cell = next(cell for cell in fidelity.cells(rows) if cell["metric"] == "ttft_p50_s")
+    cell = next(cell for cell in fidelity_page.cells(rows) if cell["metric"] == "ttft_p50_s")
     assert cell["error"] == pytest.approx(0.10)
     assert cell["live_spread"] == pytest.approx(0.30)
     assert cell["simulated_spread"] == pytest.approx(0.10)
@@ -33,20 +34,20 @@ def test_medians_over_rounds_are_compared_and_spread_is_the_farthest_of_them():
 
 def test_disturbed_runs_count_only_where_there_are_no_others():
     clean, disturbed = row(0.3, {"ttft_p50_s": 0.1}, {}), row(0.3, {"ttft_p50_s": 9.0}, {}) | {"is_clean": False}
-    assert next(fidelity.cells([clean, disturbed]))["live"] == 0.1
-    assert next(fidelity.cells([disturbed]))["live"] == 9.0
+    assert next(fidelity_page.cells([clean, disturbed]))["live"] == 0.1
+    assert next(fidelity_page.cells([disturbed]))["live"] == 9.0
 
 
 def test_the_page_has_a_line_per_figure_and_says_what_is_worst():
-    page = fidelity.render([row(0.3, {}, {}), row(0.9, {}, {"output_tokens_per_s": 80.0})])
+    page = fidelity_page.render([row(0.3, {}, {}), row(0.9, {}, {"output_tokens_per_s": 80.0})])
     assert page.count("| chat |") == 10
     assert "| 10 | 0.0% | 20.0% | 9 | 9 | 0.0% | 0.0% |" in page
     assert "| chat | 90% | 1 | throughput | 100.0 tokens/s | 80.0 tokens/s | -20.0% | 0.0% | 0.0% |" in page
-    assert "No rows yet" in fidelity.render([])
+    assert "No rows yet" in fidelity_page.render([])
 
 
 def test_the_page_says_where_the_live_engine_differs_from_a_server():
-    page = fidelity.render([row(0.3, {}, {})])
+    page = fidelity_page.render([row(0.3, {}, {})])
     for model in fidelity.models().values():
         config = load_config(model.settings)
         assert config.adapter_loading != load_config({}).adapter_loading
@@ -66,7 +67,7 @@ def test_the_live_loop_serves_what_has_arrived_and_measures_from_the_arrival():
     engine = Engine(config, FakeExecutor(config))
     requests = [make_request(f"r{number}", arrival_s=0.01 * number, max_tokens=3) for number in range(5)]
     start_s = time.perf_counter()
-    run = fidelity.LiveRun(engine, requests)
+    run = LiveRun(engine, requests)
     run.go_on(0.015)
     assert not run.is_over
     stopped_s = run.clock_s
@@ -75,7 +76,7 @@ def test_the_live_loop_serves_what_has_arrived_and_measures_from_the_arrival():
     assert run.is_over
     assert stopped_s < run.clock_s <= time.perf_counter() - start_s - 0.1
     found = run.figures()
-    assert set(found) == set(fidelity.METRICS)
+    assert set(found) == set(fidelity_page.METRICS)
     assert 0 < found["ttft_p50_s"] <= found["ttft_p99_s"]
     assert found["output_tokens_per_s"] <= 15 / 0.04
     assert not engine.has_work
