@@ -69,15 +69,25 @@ class AdapterTurn:
         is_barred = self.is_barred(seq)
         if not is_barred and (self._adapters.is_resident(adapter_id) or self._memory.can_load(adapter_id)):
             return True
+        self._note(seq, now_s)
+        if is_barred:
+            return False
+        self._arrivals.give_up(lambda joining: self._owes_pages(joining, seq))
+        return self._memory.can_load(adapter_id)
+
+    def pass_over(self, seq: Sequence, now_s: float) -> bool:
+        """Stands for ``may_start`` where that was False of a sequence before this one, of the same tenant and adapter,
+        which is not resident. Returns False if this one has to be asked all the same: it is the claimant now."""
+        self._note(seq, now_s)
+        return self._claimant is not seq
+
+    def _note(self, seq: Sequence, now_s: float) -> None:
+        """Note that a sequence is passed over. After the limit it becomes the claimant, if there is none."""
         if seq.first_blocked_s is None:
             seq.first_blocked_s = now_s
         if self._claimant is None and now_s - max(seq.first_blocked_s, self._yielded_s) >= self._wait_limit_s:
             self._claimant = seq
             self._memory.pool.is_confined = True
-        if is_barred:
-            return False
-        self._arrivals.give_up(lambda joining: self._owes_pages(joining, seq))
-        return self._memory.can_load(adapter_id)
 
     def yield_room(self, seq: Sequence, now_s: float) -> bool:
         """End a claim of a lower class than that of a sequence that lacks room: KV is not confined for those who come

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Iterator
 
 from pomona.core.errors import InvalidRequestError, QueueFullError
-from pomona.core.ids import BlockId, RequestId
+from pomona.core.ids import AdapterId, BlockId, RequestId
 from pomona.core.output import EngineStats, RequestOutput
 from pomona.core.plan import ScheduledSeq, StepPlan, StepResult, TokenLogprobs
 from pomona.core.request import FinishReason, Request
+from pomona.sched.account import Account
 from pomona.sched.adapter_arrivals import AdapterArrivals
 from pomona.sched.adapter_slots import AdapterSlots
 from pomona.sched.adapter_turn import AdapterTurn
@@ -33,6 +34,8 @@ from pomona.sched.pace import Allowance, Pace
 from pomona.sched.prefix_cache import PrefixCache
 from pomona.sched.sequence import Sequence, SequenceState
 
+_MAX_TRIES = 8
+"""Of making pages for those that lack them, in one step: whoever comes later has no better claim than those."""
 _adapter_order = operator.attrgetter("adapter_order")
 
 
@@ -367,16 +370,25 @@ class Scheduler:
         """Start waiting sequences; returns the budget left. One that only lacks adapter pages, or waits to share a
         prefix, is passed over; one that lacks blocks holds up those behind it, or long prompts would starve."""
         candidates = self._queue.candidates()
+        lacking: set[tuple[Account, AdapterId | None]] = set()
+        """Adapters, of these tenants, that there are no pages for as things stand."""
         for seq in candidates:
+            adapter_id = seq.request.adapter_id
+            if budget > 0 and (seq.account, adapter_id) in lacking and self._turn.pass_over(seq, now_s):
+                continue
             is_full = len(self._running) == self.config.max_num_seqs
             if budget <= 0 or (is_full and not self._queue.has_claim(seq.account)):
                 self._look_ahead(seq, candidates)
                 break
-            if not self._turn.may_start(seq, now_s) and not self._make_pages(seq, chosen):
+            has_tries = len(lacking) < _MAX_TRIES
+            if not self._turn.may_start(seq, now_s) and not (has_tries and self._make_pages(seq, chosen)):
+                if adapter_id is not None and not self.adapters.is_resident(adapter_id):
+                    lacking.add((seq.account, adapter_id))
                 continue
             found = self._find(seq)
             if self._cache.should_wait(seq, len(found)):
                 continue
+            lacking.clear()
             fits = self._fits(seq, found) or (self._turn.yield_room(seq, now_s) and self._fits(seq, found))
             # Nobody makes way before the adapter is there: they would be admitted again while it is copied.
             is_joining = (fits or self._queue.has_claim(seq.account)) and not self._arrivals.may_start(seq)
