@@ -193,7 +193,7 @@ async def read(stream: AsyncIterator[RequestOutput]) -> tuple[list[int], FinishR
     return token_ids, reasons[0]
 
 
-async def until(is_true: Callable[[], bool], what: str, limit_s: float = 30.0) -> None:
+async def until(is_true: Callable[[], bool], what: str, limit_s: float = 60.0) -> None:
     """Wait for a condition that must come true."""
     deadline_s = time.monotonic() + limit_s
     while not is_true():

@@ -159,12 +159,16 @@ class Storm:
 
     async def _kill(self) -> None:
         """End the engine while adapters are brought in, and wait for the next."""
-        await until(lambda: self._service.num_waiting > 0 or bool(self.wrong), "a load for a request")
+        await until(lambda: self._service.num_waiting > 0 or bool(self.wrong), "a load for a request", LIMIT_S)
         began, num_restarts = self.meanings.tick(), self._client.num_restarts
         self.events["engine killed"] += 1
         self.events["waiting for adapters when it was killed"] += self._service.num_waiting
         os.kill(self._client.pid, signal.SIGKILL)
-        await until(lambda: self._client.num_restarts > num_restarts and self._client.is_ready, "the engine is back")
+        await until(
+            lambda: self._client.num_restarts > num_restarts and self._client.is_ready,
+            "the engine is back",
+            4 * LIMIT_S,  # a process that imports torch, beside everything else
+        )
         self.outages.append((began, self.meanings.tick()))
 
     async def _repeat(
