@@ -296,3 +296,21 @@ def test_random_numbers_are_uniform_and_uncorrelated_between_neighbouring_seeds_
     for shifted in (draws[1:] - 0.5, (draws[:, 1:] - 0.5).T):
         base = (draws[:-1] if shifted.shape == draws[1:].shape else draws[:, :-1]).reshape(shifted.shape) - 0.5
         assert abs((shifted * base).mean()) < 0.002
+
+
+def test_a_row_of_a_large_vocabulary_keeps_the_same_tokens_alone_and_in_company_on_several_threads():
+    """A likely token has about top_p: whether it is enough must not depend on how others' probabilities are added."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        logits = torch.randn(60_000, generator=torch.Generator().manual_seed(0))
+        logits[:2] = torch.logsumexp(logits[2:], dim=0) - math.log(2)  # a quarter each
+        top_ps = [0.25 * (1 + step * 2**-23) for step in range(8)]
+        params = [SamplingParams(top_p=top_p, seed=seed) for top_p in top_ps for seed in range(5)]
+        table, rows = make_table(*params)
+        together = sample(logits.repeat(len(params), 1), rows, table).token_ids
+        alone = [sample(logits.clone().unsqueeze(0), rows[row : row + 1], table).token_ids[0] for row in rows]
+    finally:
+        torch.set_num_threads(num_threads)
+    assert together.tolist() == alone
+    assert 0 < together.sum() < len(params), "some kept one token, some two"

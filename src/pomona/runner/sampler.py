@@ -162,8 +162,9 @@ def _keep_top(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Zero all but the top_k most likely tokens, then all but the smallest set of those that reaches top_p."""
     ordered, order = probs.sort(dim=1, descending=True, stable=True)
     ordered = ordered.masked_fill(torch.arange(probs.shape[1], device=probs.device) >= top_k, 0.0)
-    before = ordered.cumsum(dim=1) - ordered  # probability of everything more likely
-    is_past = before >= top_p * ordered.sum(dim=1, keepdim=True)
+    # Not torch's sum: how that adds up a row depends on how many rows there are.
+    cumulative = ordered.cumsum(dim=1)
+    is_past = cumulative - ordered >= top_p * cumulative[:, -1:]  # what is more likely suffices already
     is_past[:, 0] = False  # the most likely token stays, also where top_p is 0 in float32
     ordered = ordered.masked_fill(is_past, 0.0)
     return torch.zeros_like(probs).scatter_(1, order, ordered)
