@@ -13,6 +13,8 @@ from pomona.runner.config import GIB, RunnerConfig
 from pomona.runner.kv_cache import block_bytes
 from pomona.runner.sampler import DRAW_BYTES, rows_at_once
 
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where a container finds its own limits."""
 _CPU_FRACTION = 0.5
 """Share of the free host memory that KV blocks and adapter pages may take together."""
 _ADAPTER_FRACTION = 0.2
@@ -46,9 +48,12 @@ def available_host_bytes() -> int:
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 available = int(line.split()[1]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, max(int(text) - int(used.read_text()), 0))
+    limit = _CGROUP / "memory.max"
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        # Files that were read, such as the checkpoint, stay in memory that counts as used until somebody wants it.
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        used = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"]) - int(stat["active_file"])
+        available = min(available, max(int(text) - used, 0))
     return available
 
 
