@@ -1,5 +1,7 @@
 """An adapter that cannot be copied to the device, for want of memory say: nobody else notices."""
 
+import threading
+
 import pytest
 
 from pomona.core.request import FinishReason, SamplingParams
@@ -59,3 +61,26 @@ def test_a_copy_that_fails_ends_the_requests_of_its_adapter_alone(
     assert engine.generate(prompt, sampling, ids[adapter]) == expected[2]
     stats = engine.engine.stats()
     assert (stats.num_pinned_adapters, stats.num_kv_blocks_used) == (0, 0)
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True], ids=["step by step", "overlapped"])
+@pytest.mark.parametrize("loading", ["join", "assist"])
+def test_where_no_thread_can_be_started_for_a_copy_its_adapter_fails_alone_and_is_loaded_once_one_can(
+    base_path, adapter_paths, loading, overlap_steps, monkeypatch
+):
+    prompt, sampling = [5, 6, 7, 8, 9], SamplingParams(max_tokens=8, temperature=0.0)
+    calm, ids = make_engine(base_path, adapter_paths, "on_demand")
+    expected = [calm.generate(prompt, sampling, adapter_id) for adapter_id in (None, ids[0])]
+    engine, ids = make_engine(base_path, adapter_paths, loading, overlap_steps=overlap_steps)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        other, failing = engine.add(prompt, sampling), engine.add(prompt, sampling, ids[0])
+        engine.run()
+    assert engine.tokens(other) == expected[0]
+    assert engine.finish_reason(failing) is FinishReason.FAIL
+    assert "adapter could not be copied" in engine.outputs[failing][-1].error
+    assert engine.generate(prompt, sampling, ids[0]) == expected[1]

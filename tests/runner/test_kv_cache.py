@@ -1,6 +1,7 @@
 """KV blocks and the memory they take."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,15 @@ def test_all_blocks_have_memory_in_the_end(spec: ModelSpec):
     last = cache._thread
     cache.use(NUM_BLOCKS - 1)
     assert cache._thread is last
+
+
+def test_where_no_thread_can_be_started_blocks_are_used_all_the_same(spec: ModelSpec, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    cache = KVCache(spec, NUM_BLOCKS, BLOCK_SIZE, dtype=torch.float32, device=torch.device("cpu"))
+    cache.use(0)
+    cache.use(1)
+    cache.layers[0][0][0] = 3.0
+    assert (cache.layers[0][0][0] == 3.0).all()

@@ -79,13 +79,19 @@ class AdapterCopies:
         return AdapterCopy(weights, tuple(page_ids), after)
 
     def begin(self, copy: AdapterCopy) -> None:
-        """Have the copy made beside the caller, after those begun before."""
+        """Have the copy made beside the caller, after those begun before. It fails if there is no thread for it."""
         with self._changed:
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="pomona-adapter-copies", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # of this adapter alone, as in _make
+                    copy.error = error
+                    copy.is_done = True
+                    return
+                self._thread = thread
             self._queue.append(copy)
             self._num_begun += 1
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="pomona-adapter-copies", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
 
     def make(self, copy: AdapterCopy) -> None:

@@ -1,5 +1,6 @@
 """KV blocks on the device, and the adapter pages among them. Who owns which is the scheduler's business."""
 
+import contextlib
 import threading
 
 import torch
@@ -72,4 +73,5 @@ class KVCache:
         if num_blocks > self._num_taken:
             blocks, self._num_taken = self._blocks[self._num_taken : num_blocks], num_blocks
             self._thread = threading.Thread(target=take_memory, args=(blocks,), name="pomona-kv", daemon=True)
-            self._thread.start()
+            with contextlib.suppress(RuntimeError):  # without a thread, memory is taken when it is first written
+                self._thread.start()
