@@ -88,3 +88,24 @@ def test_kernels_results_are_the_same_there():
         with activations.in_use():
             torch.testing.assert_close(packed_linear(x, weight), usual, rtol=0, atol=0)
     assert activations._workspace.region.numel() >= usual.nbytes, "the last one lay there"
+
+
+@pytest.mark.parametrize("num_containers", range(1, 12))
+def test_a_result_that_garbage_collection_frees_in_the_middle_of_lending_leaves_the_others_apart(num_containers):
+    workspace = Workspace()
+    first, second, gap, last = (workspace.empty((size,), torch.uint8) for size in (64, 64, 2**17, 64))
+    del gap
+    threshold = gc.get_threshold()
+    gc.collect()
+    cycle = [first]
+    cycle.append(cycle)
+    gc.set_threshold(num_containers)  # after so many new ones the cycle is found, with one of them while lending
+    try:
+        del first, cycle
+        lent = workspace.empty((2**16,), torch.uint8)
+    finally:
+        gc.set_threshold(*threshold)
+    gc.collect()
+    further = workspace.empty((2**17,), torch.uint8)
+    spans = sorted((part.data_ptr(), part.data_ptr() + part.numel()) for part in (second, last, lent, further))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))

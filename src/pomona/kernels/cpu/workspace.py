@@ -4,6 +4,7 @@ An allocator gives large memory back to the system when it is freed: the next st
 rows that lie a page or more apart would each need a translation of their own.
 """
 
+import bisect
 import ctypes
 import math
 import weakref
@@ -45,15 +46,16 @@ class Workspace:
         if num_elems == 0:
             return torch.empty(shape, dtype=dtype)
         num_bytes = -(-num_elems * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        start, index = 0, 0
-        for index, (used_start, used_end) in enumerate([*self._lent, (self.region.numel(), 0)]):  # noqa: B007
+        start = 0
+        for used_start, used_end in [*self._lent, (self.region.numel(), 0)]:
             if start + num_bytes <= used_start:
                 break
             start = used_end
         else:
             raise RegionFullError
         span = (start, start + num_bytes)
-        self._lent.insert(index, span)
+        # Its place is found only now: any moment may collect garbage, and what that gives back moves the others.
+        bisect.insort(self._lent, span)
         memory = (ctypes.c_uint8 * num_bytes).from_address(self.region.data_ptr() + start)
         weakref.finalize(memory, _give_back, self._lent, span, self.region)
         return torch.frombuffer(memory, dtype=dtype, count=num_elems).view(*shape)
