@@ -125,3 +125,12 @@ def test_an_echoed_prompt_has_an_entry_per_token_and_none_for_the_first(tokenize
     assert piece.text == "The quick"
     assert [entry.token_id for entry in piece.logprobs] == token_ids
     assert [entry.values is None for entry in piece.logprobs] == [True] + [False] * (len(token_ids) - 1)
+
+
+def test_control_tokens_written_in_an_echoed_prompt_take_their_place_in_its_text(tokenizer):
+    text = "é<|im_start|>dog<|im_end|>!"
+    token_ids = tokenizer.encode(text)
+    piece = PromptEcho(tokenizer, token_ids, text, has_logprobs=True).piece(_logprobs(token_ids[1:]))
+    assert all(text[entry.text_offset :].startswith(tokenizer.token_text(entry.token_id)) for entry in piece.logprobs)
+    ids_only = PromptEcho(tokenizer, token_ids, None, has_logprobs=True).piece(_logprobs(token_ids[1:]))
+    assert (ids_only.text, ids_only.logprobs[-1].text_offset) == ("édog!", 4)

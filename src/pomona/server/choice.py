@@ -171,19 +171,25 @@ class PromptEcho:
         self._tokenizer = tokenizer
         self._token_ids = token_ids
         self._has_logprobs = has_logprobs
+        self._is_as_written = text is not None
         self.text = tokenizer.decode(token_ids) if text is None else text
 
     def piece(self, logprobs: Sequence[TokenLogprobs]) -> Piece:
         """Return the prompt's text and log-probabilities (``logprobs`` has one per token but the first)."""
         if not self._has_logprobs:
             return Piece(self.text)
-        detokenizer = Detokenizer(self._tokenizer)
+        detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=False)
         num_chars = 0
         positioned = []
         for values, token_id in zip([None, *logprobs], self._token_ids, strict=True):
             positioned.append(PositionedLogprobs(min(num_chars, len(self.text)), values, token_id))
-            num_chars += len(detokenizer.push(token_id))
+            if token_id not in self._tokenizer.special_token_ids or self._is_written_at(num_chars, token_id):
+                num_chars += len(detokenizer.push(token_id))
         return Piece(self.text, positioned)
+
+    def _is_written_at(self, num_chars: int, token_id: int) -> bool:
+        """True if the client wrote this control token there; the tokenizer adds some, and decoding leaves them out."""
+        return self._is_as_written and self.text.startswith(self._tokenizer.token_text(token_id), num_chars)
 
     def is_complete(self, num_logprobs: int) -> bool:
         """True once ``piece`` can be called."""
