@@ -1,6 +1,9 @@
+import threading
+
 import pytest
 
 from support.server import Served, serve
+from support.tokenizers import make_tokenizer_files
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -100,6 +103,28 @@ async def test_variables_reach_the_template(tmp_path):
         for value, text in ((True, "yes"), (False, "no")):
             answer = await served.chat("hi", chat_template_kwargs={"enable_thinking": value})
             assert answer["choices"][0]["message"]["content"] == text
+
+
+@pytest.mark.parametrize("where", ["name", "variable"])
+async def test_long_names_and_variables_are_rendered_and_tokenized_beside_the_event_loop(tmp_path, monkeypatch, where):
+    source = "{{ note }}{{ messages[0]['name'] }}"
+    make_tokenizer_files(tmp_path / "tokenizer", chat_template=source)
+    async with serve(tmp_path) as served:
+        tokenizer = served.app.state.context.tokenizer
+        encode, threads = tokenizer.encode, set()
+
+        def noted(*args, **kwargs):
+            threads.add(threading.current_thread())
+            return encode(*args, **kwargs)
+
+        monkeypatch.setattr(tokenizer, "encode", noted)
+        text = "one two " * 600
+        message = {"role": "user", "content": "a", **({"name": text} if where == "name" else {})}
+        variables = {"note": text} if where == "variable" else None
+        body = {"messages": [message], "chat_template_kwargs": variables}
+        assert (await served.http.post("/tokenize", json=body)).json()["count"] > 600
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 async def test_a_model_without_a_template_says_so(tmp_path):

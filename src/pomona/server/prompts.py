@@ -101,7 +101,7 @@ async def chat_token_ids(
     plain = [message.model_dump(include={"role", "content", "name"}, exclude_none=True) for message in messages]
     for message in plain:
         message.setdefault("content", "")
-    num_chars = sum(len(message["content"]) for message in plain)
+    num_chars = sum(len(text) for message in plain for text in message.values()) + len(str(variables))
 
     def render() -> list[int]:
         text = template.render(plain, add_generation_prompt=add_generation_prompt, variables=variables)
