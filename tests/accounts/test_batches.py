@@ -405,6 +405,32 @@ async def test_a_line_with_which_the_engine_dies_twice_has_failed_and_the_others
     assert sum(b"poison" in content for content in asked) == 2
 
 
+async def test_of_several_lines_that_kill_the_engine_none_takes_another_with_it(served, clients, monkeypatch):
+    """A line that was there when it died is tried alone: beside it, one not yet tried might be the next to kill it."""
+    client, ask = clients["acme"], BatchRunner._ask
+    in_engine, died = set(), set()
+
+    async def ask_or_die(runner, principal, path, content):
+        me = object()
+        in_engine.add(me)
+        await asyncio.sleep(0.01 if b"poison" in content else 0.05)
+        if b"poison" in content:
+            died.update(in_engine)
+        in_engine.discard(me)
+        if me in died:
+            return Answer(503, "", {"error": {"message": "it died", "code": "engine_died"}}, 0.0)
+        return await ask(runner, principal, path, content)
+
+    monkeypatch.setattr(BatchRunner, "_ask", ask_or_die)
+    monkeypatch.setattr("pomona.server.batch_runner._RETRY_S", 0.01)
+    poisons = {1, 18, 19, 30}
+    async with working(served):
+        bodies = [body("poison" if index in poisons else "one two") for index in range(40)]
+        batch = await until_ended(client, await start(client, lines(*bodies)))
+    assert batch.status == "completed"
+    assert set(await results(client, batch.error_file_id)) == {f"line-{index}" for index in poisons}
+
+
 @pytest.mark.parametrize("status", ["cancelled", "expired"])
 async def test_a_batch_that_is_over_before_it_starts_asks_nothing(served, clients, status):
     client = clients["acme"]

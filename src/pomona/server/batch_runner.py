@@ -61,8 +61,8 @@ class BatchRunner:
         self._leased_until_s: dict[str, float] = {}
         """Batch -> monotonic time from which on another process may work on it."""
         self._requests = asyncio.Semaphore(_MAX_REQUESTS)
-        self._suspects = asyncio.Semaphore(1)
-        """For lines with which the engine died: one by one, so that only the one to blame dies with it again."""
+        self._turns = asyncio.Lock()
+        """Of taking places among them, in order."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -249,13 +249,23 @@ class BatchRunner:
             if principal is None:
                 error = {"message": "The API key that made this batch is no longer valid.", "code": "invalid_api_key"}
                 return Answer(401, "", {"error": error}, 0.0)
-            async with self._suspects if num_deaths else self._requests:
+            async with self._turn(is_alone=num_deaths > 0):
                 answer = await self._ask(principal, batch.endpoint, body)
             num_deaths += answer.is_of_a_death
             if answer.is_final or num_deaths == _MAX_DEATHS:
                 return answer
             await asyncio.sleep(max(wait_s, min(answer.retry_after_s, _MAX_RETRY_S)))
             wait_s = min(2 * wait_s, _MAX_RETRY_S)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, *, is_alone: bool) -> AsyncIterator[None]:
+        """One of the places in flight; all of them for a line with which the engine died, so that of all lines only the
+        one to blame dies with it again."""
+        async with contextlib.AsyncExitStack() as places:
+            async with self._turns:
+                for _ in range(_MAX_REQUESTS if is_alone else 1):
+                    await places.enter_async_context(self._requests)
+            yield
 
     async def _ask(self, principal: Principal, path: str, body: bytes) -> Answer:
         """Send one request through the application, without a connection."""
