@@ -7,6 +7,7 @@ import httpx
 
 from pomona.adapters.catalogue import Catalogue
 from pomona.adapters.sources import AdapterSources
+from pomona.adapters.stores import StoredAdapter
 from pomona.driver.client import ProcessClient
 from pomona.driver.config import DriverConfig
 from pomona.server.adapter_service import AdapterService
@@ -53,4 +54,16 @@ async def test_requests_fail_health_says_so_and_adapters_come_back(tmp_path: Pat
             assert (await deleting).status_code == 200
             assert (await http.post("/v1/adapters", json=adapter)).status_code == 200
             assert (await http.post("/v1/completions", json=ask)).json()["choices"] == expected
+        await service.close()
+
+
+async def test_a_request_whose_adapter_kills_the_engine_says_so(tmp_path: Path):
+    tokenizer = Tokenizer.load(make_tokenizer_files(tmp_path / "tokenizer"))
+    async with ProcessClient(TinyBuilder()) as client:
+        service = AdapterService(client, AdapterSources((str(tmp_path),)), Catalogue("base"))
+        service.announce([StoredAdapter("a", make_adapter(tmp_path / "a", "crash"))])
+        app = create_app(client, tokenizer, None, service, ServedModel("base", 4096, VOCAB_SIZE, ()), ServerConfig())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=60) as http:
+            answer = await http.post("/v1/completions", json={"model": "a", "prompt": [1, 2]})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_died")
         await service.close()

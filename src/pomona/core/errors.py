@@ -92,7 +92,7 @@ class EngineUnavailableError(PomonaError):
 
 
 class EngineDiedError(EngineUnavailableError):
-    """The model process died with the request in it, which may be why."""
+    """The model process died with the request, or the load of its adapter, in it, which may be why."""
 
 
 class DatabaseUnavailableError(PomonaError):

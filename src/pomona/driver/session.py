@@ -9,7 +9,7 @@ import logging
 from typing import Any, Self
 
 from pomona.core.adapter import AdapterInfo
-from pomona.core.errors import EngineUnavailableError, PomonaError, QueueFullError
+from pomona.core.errors import EngineDiedError, EngineUnavailableError, PomonaError, QueueFullError
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.output import EngineStats, RequestOutput
 from pomona.core.request import FinishReason, Request
@@ -209,7 +209,7 @@ class EngineSession:
             self._on_reply(reply)
 
     def end(self, reason: str) -> None:
-        """The engine is gone: requests in flight get FinishReason.FAIL, calls EngineUnavailableError."""
+        """The engine is gone: requests in flight get FinishReason.FAIL, calls EngineDiedError."""
         if self._end_reason is not None:
             return
         self._end_reason = reason
@@ -219,7 +219,7 @@ class EngineSession:
         self._inboxes.clear()
         for call in self._calls.values():
             if not call.done():
-                call.set_exception(EngineUnavailableError(reason))
+                call.set_exception(EngineDiedError(reason))
         self._calls.clear()
 
     def _send(self, command: Command) -> None:
