@@ -1,9 +1,13 @@
 """The server while the engine's process dies and comes back."""
 
 import asyncio
+import json
+import os
+import signal
 from pathlib import Path
 
 import httpx
+from starlette.types import Message
 
 from pomona.adapters.catalogue import Catalogue
 from pomona.adapters.sources import AdapterSources
@@ -15,6 +19,7 @@ from pomona.server.app import create_app
 from pomona.server.config import ServedModel, ServerConfig
 from pomona.text.tokenizer import Tokenizer
 from support.driver import KILL_TOKEN, VOCAB_SIZE, TinyBuilder, make_adapter, until
+from support.server import Connection
 from support.tokenizers import make_tokenizer_files
 
 LONG = {"model": "base", "prompt": [1, 2, 3], "max_tokens": 4000, "temperature": 0}
@@ -66,4 +71,31 @@ async def test_a_request_whose_adapter_kills_the_engine_says_so(tmp_path: Path):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=60) as http:
             answer = await http.post("/v1/completions", json={"model": "a", "prompt": [1, 2]})
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_died")
+        await service.close()
+
+
+class _SlowReader(Connection):
+    """Takes the start of an answer, and the rest when it is told to."""
+
+    reads: asyncio.Event
+
+    async def _send(self, message: Message) -> None:
+        await super()._send(message)
+        if message["type"] == "http.response.body":
+            await self.reads.wait()
+
+
+async def test_a_slow_reader_is_told_that_its_request_died_also_when_the_engine_is_back(tmp_path: Path):
+    tokenizer = Tokenizer.load(make_tokenizer_files(tmp_path / "tokenizer"))
+    async with ProcessClient(TinyBuilder(step_s=0.002)) as client:
+        service = AdapterService(client, AdapterSources((str(tmp_path),)), Catalogue("base"))
+        app = create_app(client, tokenizer, None, service, ServedModel("base", 4096, VOCAB_SIZE, ()), ServerConfig())
+        stream = _SlowReader(app, "/v1/completions", {**LONG, "stream": True})
+        stream.reads = asyncio.Event()
+        await until(lambda: len(stream.messages) > 1, "the answer begins")
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: client.num_restarts == 1, "the engine is back")
+        stream.reads.set()
+        await stream.done
+        assert json.loads(stream.body.split(b"\n\n")[-3].removeprefix(b"data: "))["error"]["code"] == "engine_died"
         await service.close()

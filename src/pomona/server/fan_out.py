@@ -59,6 +59,7 @@ class FanOut:
         self._entry = entry
         self._is_prompt_only = is_prompt_only
         self._client = client
+        self._num_restarts = client.num_restarts
         self._requests = requests
         self._meters = [RequestMeter(series, len(request.prompt_token_ids), request.arrival_s) for request in requests]
         self._streams: list[AsyncIterator[RequestOutput]] = []
@@ -191,7 +192,8 @@ class FanOut:
             return RequestAbortedError("The request was ended by the operator.")
         if output.finish_reason is FinishReason.FAIL:
             message = output.error or "The engine failed."
-            return RequestFailedError(message) if self._client.is_ready else EngineDiedError(message)
+            is_same_engine = self._client.is_ready and self._client.num_restarts == self._num_restarts
+            return RequestFailedError(message) if is_same_engine else EngineDiedError(message)
         return None
 
 
