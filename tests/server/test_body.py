@@ -196,3 +196,11 @@ def test_a_million_mistakes_make_one_error(body):
     assert len(str(caught.value)) < 300
     cause = caught.value.__cause__
     assert cause is None or len(cause.errors()) < 10
+
+
+@pytest.mark.parametrize("text", ["[{", '\\"[', "\\\\{"])
+def test_brackets_in_texts_are_no_lists_and_objects(text):
+    content = {"prompt": [text * 60_000, "}]"], "stop": [text]}
+    assert parse_object(json.dumps(content).encode()) == content
+    with pytest.raises(BodyError, match="more than 100000 lists and objects"):
+        parse_object(json.dumps(content | {"more": [[]] * 100_000}).encode())

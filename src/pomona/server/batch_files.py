@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pomona.accounts.batches import Batch
-from pomona.server.body import MAX_CONTAINERS
+from pomona.server.body import MAX_CONTAINERS, has_too_many_containers
 
 _MAX_LINES: Final = 50_000
 _MAX_ERRORS: Final = 20
@@ -149,7 +149,7 @@ def _check_size(text: bytes, max_bytes: int) -> tuple[str, str] | None:
     """Refuse what no request could be, before it is parsed: all requests of the server would wait for it."""
     if len(text) > max_bytes:
         return "line_too_large", f"This line is larger than the limit of {max_bytes} bytes."
-    if text.count(b"[") + text.count(b"{") > MAX_CONTAINERS:
+    if has_too_many_containers(text):
         return "line_too_large", f"This line has more than {MAX_CONTAINERS} lists and objects."
     return None
 

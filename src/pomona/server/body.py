@@ -58,6 +58,15 @@ async def read_body(request: Request, max_body_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
+def has_too_many_containers(body: bytes) -> bool:
+    """True if there are more than ``MAX_CONTAINERS`` lists and objects; brackets within texts are none."""
+    if body.count(b"[") + body.count(b"{") <= MAX_CONTAINERS:
+        return False
+    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    outside_texts = b"".join(without_escapes.split(b'"')[::2])
+    return outside_texts.count(b"[") + outside_texts.count(b"{") > MAX_CONTAINERS
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object in ``body``. Nesting is limited to 200 levels by the parser, width here: both because the
     event loop waits meanwhile.
@@ -65,7 +74,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     Raises:
         BodyError: it is not UTF-8, not JSON, or not an object.
     """
-    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+    if has_too_many_containers(body):
         raise BodyError(f"The request body has more than {MAX_CONTAINERS} lists and objects.")
     try:
         content = pydantic_core.from_json(body)
