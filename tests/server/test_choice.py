@@ -118,7 +118,7 @@ def test_what_was_held_back_comes_out_at_the_end(tokenizer):
 
 def test_an_echoed_prompt_has_an_entry_per_token_and_none_for_the_first(tokenizer):
     token_ids = tokenizer.encode("The quick")
-    echo = PromptEcho(tokenizer, token_ids, "The quick", has_logprobs=True)
+    echo = PromptEcho(tokenizer, token_ids, "The quick", _rules(has_logprobs=True))
     assert not echo.is_complete(len(token_ids) - 2)
     assert echo.is_complete(len(token_ids) - 1)
     piece = echo.piece(_logprobs(token_ids[1:]))
@@ -130,7 +130,7 @@ def test_an_echoed_prompt_has_an_entry_per_token_and_none_for_the_first(tokenize
 def test_control_tokens_written_in_an_echoed_prompt_take_their_place_in_its_text(tokenizer):
     text = "é<|im_start|>dog<|im_end|>!"
     token_ids = tokenizer.encode(text)
-    piece = PromptEcho(tokenizer, token_ids, text, has_logprobs=True).piece(_logprobs(token_ids[1:]))
+    piece = PromptEcho(tokenizer, token_ids, text, _rules(has_logprobs=True)).piece(_logprobs(token_ids[1:]))
     assert all(text[entry.text_offset :].startswith(tokenizer.token_text(entry.token_id)) for entry in piece.logprobs)
-    ids_only = PromptEcho(tokenizer, token_ids, None, has_logprobs=True).piece(_logprobs(token_ids[1:]))
+    ids_only = PromptEcho(tokenizer, token_ids, None, _rules(has_logprobs=True)).piece(_logprobs(token_ids[1:]))
     assert (ids_only.text, ids_only.logprobs[-1].text_offset) == ("édog!", 4)

@@ -136,6 +136,15 @@ async def test_echo_begins_with_the_prompt(served: Served):
     assert answer["choices"][0]["text"] == "The lazy dogThe lazy dog"
 
 
+async def test_echo_of_token_ids_shows_control_tokens_on_request(served: Served):
+    token_ids = served.tokenizer.encode("The<|im_start|>dog")
+    for skip, text in ((True, "Thedog"), (False, "The<|im_start|>dog")):
+        answer = await served.complete(token_ids, echo=True, logprobs=0, max_tokens=0, skip_special_tokens=skip)
+        choice = answer["choices"][0]
+        assert choice["text"] == text
+        assert choice["logprobs"]["text_offset"][-1] == len(text) - len(served.tokenizer.token_text(token_ids[-1]))
+
+
 async def test_echo_with_log_probabilities_covers_prompt_and_output(served: Served):
     answer = await served.complete("The lazy dog", echo=True, logprobs=2, max_tokens=2)
     logprobs = answer["choices"][0]["logprobs"]

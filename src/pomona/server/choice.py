@@ -164,15 +164,17 @@ class PromptEcho:
         tokenizer: the model's.
         token_ids: the prompt.
         text: the prompt as the client wrote it; None to decode the ids.
-        has_logprobs: the engine's log-probabilities of the prompt must be complete first.
+        rules: if they have log-probabilities, the engine's of the prompt must be complete first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int], text: str | None, *, has_logprobs: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, token_ids: Sequence[int], text: str | None, rules: TextRules) -> None:
         self._tokenizer = tokenizer
         self._token_ids = token_ids
-        self._has_logprobs = has_logprobs
-        self._is_as_written = text is not None
-        self.text = tokenizer.decode(token_ids) if text is None else text
+        self._has_logprobs = rules.has_logprobs
+        self._has_special_tokens = text is not None or not rules.skip_special_tokens
+        if text is None:
+            text = tokenizer.decode(token_ids, skip_special_tokens=rules.skip_special_tokens)
+        self.text = text
 
     def piece(self, logprobs: Sequence[TokenLogprobs]) -> Piece:
         """Return the prompt's text and log-probabilities (``logprobs`` has one per token but the first)."""
@@ -188,8 +190,8 @@ class PromptEcho:
         return Piece(self.text, positioned)
 
     def _is_written_at(self, num_chars: int, token_id: int) -> bool:
-        """True if the client wrote this control token there; the tokenizer adds some, and decoding leaves them out."""
-        return self._is_as_written and self.text.startswith(self._tokenizer.token_text(token_id), num_chars)
+        """True if this control token is in the text there; the tokenizer adds some, and decoding may leave them out."""
+        return self._has_special_tokens and self.text.startswith(self._tokenizer.token_text(token_id), num_chars)
 
     def is_complete(self, num_logprobs: int) -> bool:
         """True once ``piece`` can be called."""

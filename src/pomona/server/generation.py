@@ -186,8 +186,7 @@ def _start_choices(context: ServerContext, job: Job, answer: AnswerFormat) -> li
         for _ in range(job.n):
             echo = None
             if job.has_echo:
-                has_logprobs = job.rules.has_logprobs
-                echo = PromptEcho(context.tokenizer, prompt.token_ids, prompt.text, has_logprobs=has_logprobs)
+                echo = PromptEcho(context.tokenizer, prompt.token_ids, prompt.text, job.rules)
             text_offset = 0 if echo is None else len(echo.text)
             choice = Choice(context.tokenizer, job.rules, context.model.eos_token_ids, text_offset)
             progress.append(_Progress(choice, echo, answer.opening(len(progress))))
