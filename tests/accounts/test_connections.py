@@ -63,6 +63,21 @@ async def test_a_connection_that_says_nothing_is_closed(url):
         assert await client.rest() == b""
 
 
+async def test_an_offer_of_another_protocol_is_not_taken_and_the_body_is_the_requests_own(url):
+    """As Java's client makes it with every request; the body may come behind the head."""
+    body = json.dumps({"model": BASE, "prompt": "one two", "max_tokens": 2}).encode()
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEA\r\n"
+    head = HEAD + offer + b"content-length: %d\r\n\r\n" % len(body)
+    async with Client(url) as client:
+        for pause_s in (0.0, 0.1, 0.0):
+            client.send(head)
+            await asyncio.sleep(pause_s)
+            client.send(body)
+            async with asyncio.timeout(20):
+                assert (await client.reader.readline()).startswith(b"HTTP/1.1 200 ")
+                await client.reader.readuntil(b'"system_fingerprint":null}')
+
+
 async def test_a_head_that_never_ends_is_refused(url):
     async with Client(url) as client:
         client.send(b"GET /health HTTP/1.1\r\n")

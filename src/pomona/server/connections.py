@@ -5,6 +5,7 @@ that does not read its answer, and on the number of connections.
 """
 
 import asyncio
+import re
 from collections import deque
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -13,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 _TIMEOUT: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_UPGRADE: Final = re.compile(rb"\nupgrade(?=[ \t]*:)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,13 @@ class GuardedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
-        """Count what belongs to the head."""
+        """Count what belongs to the head, and take no offer of another protocol (Java's client makes one with every
+        request): the parser would take the body for a request in that.
+        """
         if self._is_in_head:
             self._num_head_bytes += len(data)
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\nignored", head) + end + rest
         super().data_received(data)
         if self._read_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._expect(self.limits.head_timeout_s)  # empty lines, which begin no head
@@ -81,8 +87,6 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self._has_begun = True
         self._num_body_bytes = self._num_parsed_bytes = 0
-        if not self._is_in_head:  # the next request of a connection that was kept
-            self._is_in_head, self._num_head_bytes = True, 0
         self._expect(self.limits.head_timeout_s)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -117,7 +121,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is here."""
+        """The request is here; what follows is the next one's head."""
+        self._is_in_head, self._num_head_bytes = True, 0
         self._expect(None)
         super().on_message_complete()
 
