@@ -63,6 +63,13 @@ def test_tokens_that_came_in_one_event_count_one_by_one():
     assert sorted(timeline.itl_s) == [0.0, 0.0, 1.0, 1.0]
 
 
+def test_tokens_without_text_came_before_the_end_not_with_the_last_that_has_any():
+    timeline = to_timeline(make_record(1.0, 2.0, finished_s=6.0, num_output_tokens=6))
+    assert (timeline.ttft_s, timeline.e2e_s, timeline.tpot_s) == (1.0, 6.0, 1.0)
+    silent = to_timeline(make_record(finished_s=6.0, num_output_tokens=3))
+    assert (silent.ttft_s, silent.e2e_s) == (6.0, 6.0)
+
+
 def test_a_failed_request_is_not_finished_even_if_tokens_came():
     assert not to_timeline(make_record(1.0, 2.0, error="disconnect")).is_finished
 

@@ -92,6 +92,13 @@ async def test_a_last_token_without_text_came_with_the_event_that_ended_the_answ
     assert [record.num_output_tokens for record in run.records] == [6] * 4
 
 
+async def test_tokens_without_text_count_until_the_event_that_ends_the_answer(server):
+    server.num_silent_tokens, server.silent_s = 5, 0.1
+    run = await bench_one(server)
+    assert run.summary.e2e_s is not None and run.summary.e2e_s.p50 >= 0.1
+    assert run.summary.tpot_s is not None and run.summary.tpot_s.p50 >= 0.01
+
+
 async def test_several_tokens_in_one_event_are_counted_by_usage(server):
     server.tokens_per_event = 2
     run = await bench_one(server, output_lengths=FixedLength(6))

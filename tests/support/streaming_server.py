@@ -31,6 +31,8 @@ class StreamingServer:
     tokens_per_event: int = 1
     num_silent_tokens: int = 0
     """Counted in usage but without an event, like an end-of-sequence token."""
+    silent_s: float = 0.0
+    """How long they take."""
     num_cached_tokens: int | None = None
     has_tokenize: bool = True
     takes_token_ids: bool = True
@@ -121,6 +123,7 @@ class StreamingServer:
                     return
                 case "timeout":
                     await asyncio.sleep(3600)
+        await asyncio.sleep(self.silent_s)
         yield _event({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
         if kind != "no_usage":
             yield _event({"choices": [], "usage": self._usage(body, num_tokens)})

@@ -40,6 +40,8 @@ class StreamOutcome:
     ended_s: float
     token_times_s: tuple[float, ...] = ()
     """When each event that brought a token was read. Tokens that a server sends together share one event."""
+    finished_s: float | None = None
+    """When the event that ended the answer was read."""
     usage: Usage | None = None
     finish_reason: str | None = None
     error: str | None = None
@@ -160,7 +162,8 @@ class _StreamReading:
         self._token_times_s: list[float] = []
         self._usage: Usage | None = None
         self._finish_reason: str | None = None
-        self._bare_finish_s: float | None = None
+        self._finished_s: float | None = None
+        self._is_finish_bare = False
         self._error: Any = None
 
     def feed(self, chunk: bytes, now_s: float) -> None:
@@ -173,16 +176,17 @@ class _StreamReading:
             self._error = event.error or self._error
             if event.is_token:
                 self._token_times_s.append(now_s)
-            elif event.finish_reason is not None:
-                self._bare_finish_s = now_s
-            self._finish_reason = event.finish_reason or self._finish_reason
+            if event.finish_reason:
+                self._finish_reason, self._finished_s = event.finish_reason, now_s
+                self._is_finish_bare = not event.is_token
 
     def outcome(self, sent_s: float, ended_s: float) -> StreamOutcome:
         """Judge what was read, as if the connection ended in good order."""
         token_times_s = tuple(self._token_times_s)
-        if self._bare_finish_s is not None and self._usage and self._usage.completion_tokens == len(token_times_s) + 1:
+        finished_s, usage = self._finished_s, self._usage
+        if finished_s and self._is_finish_bare and usage and usage.completion_tokens == len(token_times_s) + 1:
             # A token without text (the end of the sequence) came with the event that ended the answer.
-            token_times_s = (*token_times_s, self._bare_finish_s)
+            token_times_s = (*token_times_s, finished_s)
         error, message = None, ""
         if self._error is not None:
             error, message = "stream_error", _error_text(self._error)
@@ -190,7 +194,8 @@ class _StreamReading:
             error, message = "incomplete", "the stream ended without a finish reason"
         elif self._usage is None:
             error, message = "no_usage", "the server did not send usage although asked to"
-        return StreamOutcome(sent_s, ended_s, token_times_s, self._usage, self._finish_reason, error, message)
+        reason = self._finish_reason
+        return StreamOutcome(sent_s, ended_s, token_times_s, finished_s, usage, reason, error, message)
 
 
 async def _stamp_sent(session: aiohttp.ClientSession, context: SimpleNamespace, params: object) -> None:

@@ -39,6 +39,8 @@ class RequestRecord:
     ended_s: float
     token_times_s: tuple[float, ...]
     """One per event that brought a token."""
+    finished_s: float | None
+    """When the event that ended the answer came."""
     num_prompt_tokens: int | None
     num_cached_tokens: int | None
     num_output_tokens: int | None
@@ -113,6 +115,7 @@ def _record(request: PreparedRequest, arrival_s: float, outcome: StreamOutcome, 
         sent_s=outcome.sent_s - start_s,
         ended_s=outcome.ended_s - start_s,
         token_times_s=tuple(token_s - start_s for token_s in outcome.token_times_s),
+        finished_s=None if outcome.finished_s is None else outcome.finished_s - start_s,
         num_prompt_tokens=usage.prompt_tokens if usage else None,
         num_cached_tokens=usage.num_cached_tokens if usage else None,
         num_output_tokens=usage.completion_tokens if usage else None,

@@ -114,13 +114,14 @@ class BenchReport:
 
 
 def to_timeline(record: RequestRecord) -> RequestTimeline:
-    """Return the client's view of a request. Tokens that the server counted beyond one per event came with the last."""
+    """Return the client's view of a request. Tokens that the server counted beyond one per event were there at its end:
+    those without text have no event, so the last with text may have come long before."""
     timeline = RequestTimeline(record.arrival_s)
     for token_s in record.token_times_s:
         timeline.add_tokens(1, token_s)
     num_more = (record.num_output_tokens or 0) - len(record.token_times_s)
-    if record.token_times_s and num_more > 0:
-        timeline.add_tokens(num_more, record.token_times_s[-1])
+    if record.finished_s is not None and num_more > 0:
+        timeline.add_tokens(num_more, record.finished_s)
     if record.error is not None:
         timeline.end(record.ended_s, FinishReason.FAIL)
     else:
