@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -102,6 +103,36 @@ def test_a_killed_engine_fails_its_requests_and_comes_back_with_its_adapters(bas
             assert time.monotonic() < give_up_s
             time.sleep(0.1)
         assert complete(server, "adapter-3") == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_streams_with_an_error_that_their_clients_get(tmp_path, number):
+    body = {"model": "pippin", **PROMPT, "max_tokens": 2000, "stream": True}
+    with (
+        live_server([], tmp_path / "log") as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(number)
+        for _ in range(100):  # the first was heard before the second comes
+            next(lines)
+        server.process.send_signal(number)
+        events = [line for line in lines if line]
+    assert "shutting down" in events[-2] and events[-1] == "data: [DONE]"
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_while_the_model_is_loaded_exits_130(base_path, tmp_path):
+    command = [sys.executable, "-m", "pomona.cli.main", "serve", str(base_path), "--port", "0"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -39,6 +40,8 @@ _LOGGER = logging.getLogger(__name__)
 _MAX_FILES = 65_536
 _DRAIN_S = 5
 """Seconds that open streams get after Ctrl-C."""
+_CUT_S = 5
+"""Seconds after that for clients to read that there is no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
 
     Raises:
         PomonaError: a model, adapter or setting is wrong, or the port is taken.
+        KeyboardInterrupt: Ctrl-C before the server answered.
     """
     console = Console(stderr=True, emoji=False)
     logging.basicConfig(
@@ -70,7 +74,7 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # The loop that uvicorn would choose: uvloop where there is one.
     make_loop = uvicorn.Config("").get_loop_factory()
-    with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=make_loop) as runner:
+    with asyncio.Runner(loop_factory=make_loop) as runner:
         runner.run(_serve(config, console, when_ready))
 
 
@@ -98,9 +102,10 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
                     http=GuardedProtocol,
                     ws="none",
                     log_level="warning",
-                    timeout_graceful_shutdown=_DRAIN_S,
+                    timeout_graceful_shutdown=_DRAIN_S + _CUT_S,
                     server_header=False,
-                )
+                ),
+                app.state.context.client,
             )
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             while not server.started and not serving.done():
@@ -114,7 +119,32 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handling, which ends by raising the signal again, before the engine is closed."""
+    """uvicorn without its signal handling, which ends by raising the signal again, before the engine is closed. Streams
+    that take too long to end do so with the engine, so that their clients are told: uvicorn would hang up."""
+
+    def __init__(self, config: uvicorn.Config, client: ProcessClient) -> None:
+        super().__init__(config)
+        self._client = client
+        self._is_cut = asyncio.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop, or if that is under way, wait for nobody."""
+        if self.should_exit:
+            self._is_cut.set()
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more, and wait for what there is."""
+        cut = asyncio.create_task(self._cut())
+        await super().shutdown(sockets)
+        cut.cancel()
+        await asyncio.gather(cut, return_exceptions=True)
+
+    async def _cut(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                await self._is_cut.wait()
+        await self._client.close()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
