@@ -281,7 +281,12 @@ def test_a_data_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"accounts": True, "api_key": "x"}, "api_key and accounts"), ({"target": ["foo"]}, "target 'foo': must be")],
+    [
+        ({"accounts": True, "api_key": "x"}, "api_key and accounts"),
+        ({"target": ["foo"]}, "target 'foo': must be"),
+        ({"accounts": True, "database_url": "mysql://x"}, "database_url: must begin"),
+        ({"accounts": True, "data_dir": "/dev/null/x"}, "data_dir '/dev/null/x': cannot be made"),
+    ],
 )
 def test_settings_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path, wrong, said):
     def load(_):

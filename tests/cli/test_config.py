@@ -122,12 +122,18 @@ def test_print_config_prints_toml_whatever_the_values_are(tmp_path):
     assert load_config({}, file) == config
 
 
+@pytest.mark.parametrize("key", ["", " ", "sk-x\n", "sk-schlüssel"])
+def test_an_api_key_that_no_client_can_send_is_refused_and_not_shown(key, monkeypatch):
+    monkeypatch.setenv("POMONA_API_KEY", key)
+    with pytest.raises(ConfigError, match=r"api_key .*POMONA_API_KEY\): must be printable") as caught:
+        load_config({})
+    assert "sk-" not in str(caught.value)
+
+
 def test_the_api_key_is_never_shown(monkeypatch):
     monkeypatch.setenv("POMONA_API_KEY", "very-secret")
     assert "very-secret" not in print_config()
     assert "very-secret" not in repr(load_config({}))
-    monkeypatch.setenv("POMONA_API_KEY", "")
-    assert "api_key" in print_config()
 
 
 def test_every_setting_has_a_flag_and_a_description():

@@ -1,5 +1,6 @@
 """Loading weights: every layout of files, every storage dtype, and what is wrong is named."""
 
+import errno
 import gc
 import json
 import os
@@ -211,6 +212,17 @@ def test_a_truncated_file_is_refused_by_name(file_format: str, keep: float, tmp_
     path.write_bytes(content[: int(len(content) * keep) if keep == 0.5 else int(keep)])
     with pytest.raises(CheckpointError, match=path.name):
         _load(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_corrupt(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (llama / "model.safetensors").write_bytes(b"as safetensors sees it")
+    spec = read_spec(llama)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: Permission denied"):
+        load_weights(llama, spec, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])

@@ -28,13 +28,15 @@ def accounts_config(config: AppConfig) -> AccountsConfig:
 
 
 def check_settings(config: AppConfig) -> None:
-    """Refuse settings that contradict each other.
+    """Refuse settings that contradict each other, or that the accounts cannot be opened with.
 
     Raises:
         ConfigError: they do.
     """
     if config.accounts and config.api_key is not None:
         raise ConfigError("api_key and accounts: with accounts every key is a tenant's or an administrator's")
+    if config.accounts:
+        accounts_config(config).make_data_dir()
 
 
 def announce_adapters(service: AdapterService, adapters: Mapping[str, OwnedAdapter]) -> None:

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -181,6 +181,15 @@ class AppConfig(BaseSettings):
     max_body_bytes: ByteSize = Field(ByteSize(4 * 2**20), description="Largest request body.")
     step_timeout_s: float = Field(300.0, gt=0, description="A step longer than this counts as a hung engine.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log to print.")
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: SecretStr | None) -> SecretStr | None:
+        """Refuse a key that no client could send: an empty one would be none, and the server open to everybody."""
+        text = "key" if key is None else key.get_secret_value()
+        if not text or not text.isascii() or not text.isprintable() or text != text.strip():
+            raise ValueError("must be printable ASCII without a space at either end; leave it out for none")
+        return key
 
     @classmethod
     def settings_customise_sources(

@@ -95,7 +95,16 @@ def describe_tensors(path: Path) -> dict[str, TensorInfo]:
                 infos[name] = tuple(part.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype)
             return infos
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: corrupt or truncated: {error}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What to say of a file that safetensors refuses: of one that this user may not read it says that there is none."""
+    try:
+        path.open("rb").close()
+    except OSError as reason:
+        return CheckpointError(f"{path}: cannot be read: {reason.strerror}")
+    return CheckpointError(f"{path}: corrupt or truncated: {error}")
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -113,4 +122,4 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor
             for name in names:
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: corrupt or truncated: {error}") from error
+        raise _unreadable(path, error) from error
