@@ -166,7 +166,8 @@ def test_the_first_key_is_made_where_the_environment_says(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_the_demo_sends_the_servers_key_and_does_not_show_it(server, monkeypatch, capsys):
+def test_the_demo_sends_the_servers_key_and_shows_answers_whole_but_not_the_key(server, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
     server.api_key = "very-secret"
     server.answer = f"data: {json.dumps(CHUNK)}\n\ndata: [DONE]\n\n".encode()
     adapters = SimpleNamespace(entries=[SimpleNamespace(name="reverse", info=SimpleNamespace(lora_rank=16))])
@@ -175,6 +176,8 @@ def test_the_demo_sends_the_servers_key_and_does_not_show_it(server, monkeypatch
     demo.run_demo(load_config({"api_key": "very-secret"}))
     shown = capsys.readouterr().out
     assert "4 requests" in shown
+    line = next(line for line in shown.splitlines() if "reverse" in line and "banana" in line)
+    assert "ananab" in line and line.endswith("Writes the word backwards.")
     assert "Bearer KEY" in shown
     assert "very-secret" not in shown
 

@@ -17,6 +17,7 @@ from pomona.cli.accuracy import BundledTask, read_tasks
 from pomona.cli.build import adapters_dirs
 from pomona.cli.config import AppConfig
 from pomona.cli.hub import bundled_dir
+from pomona.cli.options import print_table
 from pomona.cli.serve import Running, run_server
 from pomona.core.errors import ConfigError, PomonaError
 
@@ -60,11 +61,12 @@ def run_demo(config: AppConfig) -> None:
             running.url, running.base_name, [entry.name for entry in running.adapters.entries], api_key
         )
         ranks = {entry.name: entry.info.lora_rank for entry in running.adapters.entries if entry.info is not None}
-        console.print(_table(answers, tasks, ranks, running.base_name))
+        print_table(_table(answers, tasks, ranks, running.base_name))
         num_tokens = sum(answer.num_tokens for answer in answers)
         console.print(
             f"{len(answers)} requests to {len(ranks)} adapters and the base, in flight together: "
-            f"{num_tokens} tokens in {duration_s * 1000:.0f} ms.\n"
+            f"{num_tokens} tokens in {duration_s * 1000:.0f} ms.\n",
+            soft_wrap=True,
         )
         try_it = _try_it(running.url, next(iter(ranks)), asks_for_key=api_key is not None)
         console.print(try_it, markup=False, highlight=False, soft_wrap=True)
@@ -136,16 +138,17 @@ def _table(answers: list[Answer], tasks: dict[str, BundledTask], ranks: dict[str
         is_base = answer.model == base_name
         task = tasks.get(answer.model)
         right = task.answers.get(answer.prompt) if task else None
-        verdict = "" if right is None else "[green]right[/]" if answer.text == right else f"[red]wrong: {right}[/]"
+        is_right = answer.text == right
+        verdict = Text("right", "green") if is_right else Text("" if right is None else f"wrong: {right}", "red")
         table.add_row(
             "(base)" if is_base else answer.model,
             "" if is_base else str(ranks[answer.model]),
             answer.prompt,
-            Text(answer.text),  # no markup, no emoji's codes
+            answer.text,
             verdict,
             f"{answer.ttft_s * 1000:.0f}",
             f"{answer.tokens_per_s:.0f}",
-            "" if task is None else f"[dim]{task.description}[/]",
+            Text("" if task is None else task.description, "dim"),
         )
     return table
 
