@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -199,6 +200,18 @@ def test_a_spawned_server_asks_for_the_key_that_is_sent(monkeypatch):
     monkeypatch.setenv("POMONA_API_KEY", "k2")
     pomona("bench", "serve", "--spawn")
     assert started == sent == ["k1", "k2"]
+
+
+def test_a_spawned_server_ends_with_a_benchmark_that_is_terminated(monkeypatch):
+    sent = []
+    process = SimpleNamespace(send_signal=sent.append, wait=lambda timeout: 0)
+    monkeypatch.setattr(bench.subprocess, "Popen", lambda command, env: process)
+    monkeypatch.setattr(bench, "_wait_until_ready", lambda url, process: None)
+    monkeypatch.setattr(bench, "run_bench", lambda config: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # or the tests would end, too
+    assert app(["bench", "serve", "--spawn"], standalone_mode=False) == 130
+    assert sent == [signal.SIGINT]
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_without_affinity_as_on_macos_all_cores_are_used(monkeypatch):

@@ -47,7 +47,8 @@ def read_lengths(flag: str, text: str) -> Lengths:
 
 @contextlib.contextmanager
 def spawned_server(arguments: Sequence[str], api_key: str | None = None) -> Iterator[str]:
-    """Run ``pomona serve`` in a process of its own; yield its address once it is ready.
+    """Run ``pomona serve`` in a process of its own; yield its address once it is ready. SIGTERM is as Ctrl-C meanwhile:
+    it would leave the server behind.
 
     Args:
         arguments: of the command.
@@ -63,6 +64,7 @@ def spawned_server(arguments: Sequence[str], api_key: str | None = None) -> Iter
     command = [sys.executable, "-m", "pomona.cli.main", "serve", *arguments, "--port", str(port)]
     # By environment: other users of the machine can read command lines.
     environment = os.environ | ({} if api_key is None else {"POMONA_API_KEY": api_key})
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     process = subprocess.Popen(command, env=environment)
     try:
         _wait_until_ready(url, process)
@@ -74,6 +76,7 @@ def spawned_server(arguments: Sequence[str], api_key: str | None = None) -> Iter
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
