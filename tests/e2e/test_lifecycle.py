@@ -1,8 +1,10 @@
 """A live server over time: adapters replaced and unloaded under load, the engine killed, wrong starts."""
 
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -73,6 +75,14 @@ def test_an_unloaded_adapter_is_gone_and_its_pages_are_free(server, versions):
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": "short-lived", **PROMPT})
     assert answer.status_code == 404
     assert httpx.delete(f"{server.url}/v1/adapters/short-lived").status_code == 404
+
+
+def test_what_the_http_library_logs_has_a_date_and_a_level_too(server):
+    with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port)) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert b"400" in connection.recv(100)
+    (line,) = (line for line in server.log.read_text().splitlines() if "Invalid HTTP request" in line)
+    assert re.match(r"\d{4}-\d\d-\d\d .* WARNING ", line)
 
 
 def test_a_killed_engine_fails_its_requests_and_comes_back_with_its_adapters(base_path, adapters_dir, tmp_path):

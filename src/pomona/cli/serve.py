@@ -73,7 +73,7 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     # The loop that uvicorn would choose: uvloop where there is one.
-    make_loop = uvicorn.Config("").get_loop_factory()
+    make_loop = uvicorn.Config("", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=make_loop) as runner:
         runner.run(_serve(config, console, when_ready))
 
@@ -101,6 +101,7 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
                     app,
                     http=GuardedProtocol,
                     ws="none",
+                    log_config=None,  # its log is printed like ours
                     log_level="warning",
                     timeout_graceful_shutdown=_DRAIN_S + _CUT_S,
                     server_header=False,
