@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.shard_processes import ProcessShard
-from pomona.core.ids import ReplicaId
+from pomona.core.ids import ReplicaId, TenantId
 from pomona.router.fleet import RouterConfig
 from pomona.sim.ledger import Ending
 from pomona.sim.shard import Shard
 from pomona.sim.sharded import ShardedSim, shard_of
 from pomona.workload.spec import WorkloadRequest
-from support.clusters import make_cluster, make_population, simulate, steady
+from support.clusters import make_cluster, make_cluster_scheduler, make_population, simulate, steady
 
 
 def _shards(config, num_shards: int) -> list[Shard]:
@@ -72,6 +72,15 @@ def test_with_routing_that_ignores_load_it_equals_the_cluster_on_one_heap(gap_s:
     sharded, whole = _run(config, workload, 3), simulate(config, workload)
     assert list(sharded.ledger.last_token_s) == pytest.approx(list(whole.ledger.last_token_s), abs=1e-12)
     assert list(sharded.ledger.replica_id) == list(whole.ledger.replica_id)
+
+
+def test_shards_divide_service_between_tenants_as_the_cluster_on_one_heap_does():
+    config = make_cluster(num_replicas=1, scheduler=make_cluster_scheduler(max_num_seqs=2))
+    # One tenant's backlog, then another's requests, which come first.
+    workload = [WorkloadRequest(k * 1e-3, 20, 10, None, TenantId("a" if k < 20 else "b")) for k in range(24)]
+    sharded, whole = _run(config, workload, 1), simulate(config, workload)
+    assert list(sharded.ledger.last_token_s) == pytest.approx(list(whole.ledger.last_token_s), abs=1e-12)
+    assert sharded.ledger.last_token_s[23] < sharded.ledger.last_token_s[19]
 
 
 def test_later_reports_route_worse():

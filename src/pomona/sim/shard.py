@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from pomona.core.errors import PomonaError
-from pomona.core.ids import ReplicaId, RequestId
+from pomona.core.ids import ReplicaId, RequestId, TenantId
 from pomona.core.output import RequestOutput
 from pomona.core.request import FinishReason, Request, SamplingParams
 from pomona.sim.clock import EventHeap
@@ -30,6 +30,7 @@ class Routed(NamedTuple):
     num_output_tokens: int
     adapter_index: int
     """-1 for the base model alone."""
+    tenant_id: TenantId
 
 
 class Ended(NamedTuple):
@@ -131,6 +132,7 @@ class Shard:
             prompt_token_ids=self._prompts.token_ids(routed.number, workload, 0),
             sampling=SamplingParams(max_tokens=routed.num_output_tokens, temperature=0.0),
             arrival_s=routed.arrival_s,
+            tenant_id=routed.tenant_id,
             adapter_id=None if info is None else info.adapter_id,
         )
         self._live[request.request_id] = [math.nan, 0]

@@ -99,7 +99,8 @@ class ShardedSim:
             return
         self._fleet.sent(replica_id, route)
         self._routes[number] = route
-        routed = Routed(request.arrival_s, number, replica_id, num_prompt, num_output, -1 if index is None else index)
+        adapter_index = -1 if index is None else index
+        routed = Routed(request.arrival_s, number, replica_id, num_prompt, num_output, adapter_index, request.tenant_id)
         batches[shard_of(replica_id, len(self._shards))].append(routed)
 
     def _take(self, shard: ShardHost) -> None:
