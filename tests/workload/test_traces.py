@@ -76,11 +76,20 @@ def test_mooncake_requests_are_spread_over_their_tick_and_stay_in_order():
     assert [row.arrival_s for row in read_mooncake(lines, tick_s=0)] == [0.0, 0.0, 0.0, 3.0, 3.0, 9.0]
 
 
+def test_mooncake_hashes_are_numbered_as_they_appear_however_large_they_are():
+    lines = [
+        f'{{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [{first}, {2**63 + k}]}}'
+        for k, first in enumerate([2**31, 2**31, -1])
+    ]
+    assert [row.prefix_hashes for row in read_mooncake(lines, tick_s=0)] == [(0, 1), (0, 2), (3, 4)]
+
+
 @pytest.mark.parametrize(
     "line",
     [
         "{",
         "{}",
+        '{"timestamp": 0, "input_length": 4, "output_length": 5, "hash_ids": ["x"]}',
         '{"timestamp": 0, "input_length": -4, "output_length": 5}',
         "[1]",
         '{"timestamp": 0, "input_length": 3.7, "output_length": 5}',

@@ -135,20 +135,18 @@ def read_mooncake(lines: Iterable[str], tick_s: float = 3.0, seed: int = 0) -> l
         ConfigError: a line is malformed, out of order, or there is none; names the line.
     """
     chance = random.Random(f"{seed}/ticks")
+    # Any integers will do for hashes; numbered in order of appearance they are small enough for token ids.
+    numbers: dict[int, int] = {}
 
     def rows() -> Iterator[tuple[int, float, int, int, tuple[int, ...]]]:
         for line, text in enumerate(lines, 1):
             try:
                 row = json.loads(text)
                 time_s = float(row["timestamp"]) / 1000.0
-                hashes = tuple(int(value) for value in row.get("hash_ids", ()))
-                if not all(0 <= value < MAX_COUNT for value in hashes):
-                    raise ValueError
+                hashes = tuple(numbers.setdefault(int(value), len(numbers)) for value in row.get("hash_ids", ()))
             except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise fail_line(
-                    line,
-                    "must be a JSON object with timestamp, input_length, output_length, and hash_ids, if any, from 0 "
-                    f"to {MAX_COUNT}",
+                    line, "must be a JSON object with timestamp, input_length, output_length, and integers as hash_ids"
                 ) from None
             num_prompt = _count(line, "input_length", row.get("input_length"), 1)
             num_output = max(1, _count(line, "output_length", row.get("output_length"), 0))
