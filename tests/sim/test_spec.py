@@ -238,6 +238,15 @@ def test_spot_capacity_comes_from_a_file():
     assert prepare(parse_spec(values, "x"), read_lines).cluster.losses.capacity == ((0.0, 2), (1.0, 1))
 
 
+def test_a_simulation_that_stops_long_before_its_workload_ends_has_some_hundreds_of_samples():
+    values = make_spec(until_s=10.0)
+    values["workload"]["num_requests"] = 200_000
+    setup = prepare(parse_spec(values, "x"), read_lines)
+    sim = ClusterSim(setup.cluster, setup.adapters, setup.prompts)
+    sim.run(setup.workload, 10.0)
+    assert 300 <= len(sim.samples) <= 301
+
+
 def test_a_duration_ends_the_workload():
     values = changed("workload.duration_s", 3.0)
     del values["workload"]["num_requests"]

@@ -1,6 +1,7 @@
 """From a spec to the objects of a simulation. Everything that can be refused is refused here, before time begins."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,8 @@ def prepare(spec: SimulationSpec, read_lines: ReadLines) -> Setup:
         spec.adapters.lora_ranks, pages, extras_share=spec.adapters.extras_share, seed=spec.seed
     )
     popularity = _popularity(spec, read_lines)
-    requests, num_requests, horizon_s, prompts = _workload(spec, popularity, read_lines)
+    requests, num_requests, arriving_s, prompts = _workload(spec, popularity, read_lines)
+    horizon_s = min(arriving_s, spec.until_s or math.inf)
     if not isinstance(popularity, BaseOnly):
         _check_ranks(spec, scheduler, pages)
         if profile is not None and not profile.adapters:
