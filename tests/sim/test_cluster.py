@@ -19,7 +19,6 @@ from pomona.sim.cost_model import PerTokenCost
 from pomona.sim.executor import SimExecutor
 from pomona.sim.ledger import Ending
 from pomona.sim.population import AdapterPages, AdapterPopulation
-from pomona.sim.prompts import RecordedPrompts
 from pomona.sim.replica import SimReplica
 from pomona.sim.report import make_report
 from pomona.workload.spec import WorkloadRequest
@@ -234,20 +233,6 @@ def test_stopping_early_leaves_requests_open():
     assert Ending.NONE in list(sim.ledger.ending)
     assert sim.end_s == 5.0
     assert sim.replica_s() == 10.0
-
-
-def test_replicas_that_share_system_prompts_hit_them_and_affinity_hits_more():
-    scheduler = make_cluster_scheduler(enable_prefix_cache=True, num_kv_blocks=200)
-    workload = steady(200, 0.02, num_prompt_tokens=100, num_adapters=8)
-    prompts = RecordedPrompts([(request.adapter_index or 0,) for request in workload], block_tokens=80)
-    num_computed = {}
-    for policy in ("random", "affinity"):
-        config = make_cluster(scheduler=scheduler, num_replicas=4, router=RouterConfig(policy))
-        sim = ClusterSim(config, AdapterPopulation((8,), AdapterPages()), prompts)
-        sim.run(workload)
-        check_all_finished(sim, workload)
-        num_computed[policy] = sum(record.num_prompt_tokens for record in sim.replicas.values())
-    assert num_computed["affinity"] < num_computed["random"] < 200 * 100
 
 
 @pytest.mark.parametrize("until_s", [math.inf, 1.5])

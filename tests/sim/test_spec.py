@@ -222,7 +222,7 @@ def test_prompts_of_a_trace_with_hashes_begin_alike_where_it_says_so():
     assert len(token_ids) == 1103
     assert token_ids[:512] == (1,) * 512 and token_ids[512:1024] == (2,) * 512
     assert set(token_ids[1024:]) == {2**30}
-    assert setup.prompts.prefix_keys(0, request) == (b"None/0", b"None/1")
+    assert setup.prompts.prefix_keys(0, request) == (b"default/None/0", b"default/None/1")
 
 
 def test_recorded_popularity_keeps_the_traces_share_of_requests_without_an_adapter():

@@ -196,6 +196,7 @@ class ClusterSim:
             arrival_s=self.heap.now_s,
             tenant_id=workload.tenant_id,
             adapter_id=None if info is None else info.adapter_id,
+            cache_salt=workload.tenant_id.encode(),
         )
         self._members[replica_id].replica.submit(request, info)
 

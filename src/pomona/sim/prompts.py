@@ -72,8 +72,8 @@ class RecordedPrompts:
 
     def prefix_keys(self, number: int, request: WorkloadRequest) -> tuple[bytes, ...]:
         """See ``PromptSource``."""
-        adapter = f"{request.adapter_index}/"
-        return tuple(f"{adapter}{value}".encode() for value in self._shared(number, request))
+        owner = f"{request.tenant_id}/{request.adapter_index}/"
+        return tuple(f"{owner}{value}".encode() for value in self._shared(number, request))
 
     def _shared(self, number: int, request: WorkloadRequest) -> tuple[int, ...]:
         """Hashes of the blocks that the prompt fills; a selection may have cut it, and its last block may be short."""

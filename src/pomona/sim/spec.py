@@ -98,8 +98,8 @@ class ReplicaSection(_Section):
     max_waiting: _Count = 1_000_000
     """Requests that may wait on a replica; one more is rejected. `pomona serve` lets 1024 wait."""
     enable_prefix_cache: bool = False
-    """Share the KV of equal prefixes, as `pomona serve` does. Only a trace of format mooncake says which prompts begin
-    alike: in other workloads none do."""
+    """Share the KV of equal prefixes within a tenant, as `pomona serve` does. Only a trace of format mooncake says
+    which prompts begin alike: in other workloads none do."""
     adapter_wait_limit_s: _Seconds = 2.0
 
     @field_validator("machine", "model")
