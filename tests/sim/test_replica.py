@@ -82,6 +82,24 @@ def test_an_abort_ends_the_request_at_the_next_turn():
     assert setting.times("r") == [1.0, 2.0, 3.0, 3.0]
 
 
+def test_a_request_takes_the_place_of_one_whose_client_has_gone_before_it_came():
+    setting = Setting(max_waiting=1, max_num_seqs=1)
+    setting.arrive(0.0, make_request("a", max_tokens=5))
+    setting.arrive(0.5, make_request("b", max_tokens=1))
+    setting.heap.at(2.5, lambda: setting.replica.abort("b"))
+    setting.arrive(2.5, make_request("c", max_tokens=1))
+    setting.heap.run()
+    assert not setting.rejected
+    assert (setting.times("b"), setting.times("c")) == ([4.0], [6.0])
+
+
+def test_a_step_under_way_counts_as_far_as_it_has_come():
+    setting = Setting()
+    setting.arrive(0.5, make_request("r", max_tokens=3))
+    setting.heap.run(until_s=2.25)
+    assert setting.replica.busy_s == 1.75
+
+
 def test_a_killed_replica_delivers_nothing_more_and_gives_its_requests_back():
     setting = Setting()
     setting.arrive(0.0, make_request("a", prompt=[1, 2], max_tokens=1))

@@ -28,7 +28,8 @@ class FleetObservation:
     num_missed: int
     """Those of them that missed the objective."""
     idle_share: tuple[float, ...] = ()
-    """Share of the time since the last observation that each replica of ``loads`` was idle."""
+    """Share of the time since the last observation, or since it began to serve, that each replica of ``loads`` was
+    idle; 0 for one that starts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,23 +127,26 @@ class FleetSize:
         config = self._config.autoscaler
         counted = self._counted()
         loads = [self._fleet.state(replica_id).num_requests for replica_id in counted]
-        idle = []
-        for replica_id in counted:
-            busy_s = self._host.busy_s(replica_id)
-            # Steps under way count from their beginning, so a share may pass 1.
-            idle.append(max(0.0, 1.0 - (busy_s - self._busy_before_s[replica_id]) / config.interval_s))
-            self._busy_before_s[replica_id] = busy_s
+        idle = {replica_id: self._idle_share(record) for replica_id, record in self._serving.items()}
         seen = FleetObservation(
             now_s=self._heap.now_s,
             loads=(*loads, *(0 for _ in self._starting)),
             num_waiting=self._host.num_waiting,
             num_ended=self._num_ended,
             num_missed=self._num_missed,
-            idle_share=(*idle, *(0.0 for _ in self._starting)),
+            idle_share=(*(idle[replica_id] for replica_id in counted), *(0.0 for _ in self._starting)),
         )
         self._num_ended = self._num_missed = 0
         self._resize(self._autoscaler.wanted(seen))
         self._heap.after(config.interval_s, self._tick)
+
+    def _idle_share(self, record: ReplicaRecord) -> float:
+        """Of the time since the last observation, or since the replica began to serve."""
+        busy_s = self._host.busy_s(record.replica_id)
+        spent_s = busy_s - self._busy_before_s[record.replica_id]
+        self._busy_before_s[record.replica_id] = busy_s
+        span_s = min(self._config.autoscaler.interval_s, self._heap.now_s - record.ready_s)
+        return max(0.0, 1.0 - spent_s / span_s) if span_s > 0.0 else 0.0
 
     def _resize(self, wanted: int) -> None:
         if self._available is not None:

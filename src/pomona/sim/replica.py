@@ -50,8 +50,6 @@ class SimReplica:
         self.config = config
         self.stats = EngineStats(num_kv_blocks=config.num_kv_blocks, num_adapter_pages=config.num_adapter_pages)
         """As of the end of its last turn, which is all that anybody outside could know."""
-        self.busy_s = 0.0
-        """Seconds of all steps that have begun."""
         self.observe: Observe | None = None
         """Told of every step, if set."""
         self.in_flight: dict[RequestId, Request] = {}
@@ -61,10 +59,13 @@ class SimReplica:
         self._heap = heap
         self._deliver = deliver
         self._reject = reject
-        self._arrived: list[tuple[Request, AdapterInfo | None]] = []
-        self._to_abort: list[RequestId] = []
+        # Requests that arrived and ids of those to abort, in the order in which the news came.
+        self._told: list[tuple[Request, AdapterInfo | None] | RequestId] = []
         self._outputs: list[RequestOutput] = []
         self._registered: set[AdapterId] = set()
+        # Of all steps that have begun, and the end of the last of them.
+        self._steps_s = 0.0
+        self._free_s = 0.0
         # A turn is on the heap: about to begin, or under way.
         self._is_turning = False
         self._is_dead = False
@@ -73,6 +74,11 @@ class SimReplica:
     def is_idle(self) -> bool:
         """True while it has nothing to do."""
         return not self._is_turning
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that it has spent on steps until now."""
+        return self._steps_s - max(0.0, self._free_s - self._heap.now_s)
 
     @property
     def executor(self) -> SimExecutor:
@@ -88,12 +94,12 @@ class SimReplica:
         """
         assert not self._is_dead, "the dead take no requests"
         self.in_flight[request.request_id] = request
-        self._arrived.append((request, adapter))
+        self._told.append((request, adapter))
         self._wake()
 
     def abort(self, request_id: RequestId) -> None:
         """Let the news arrive now that a client has gone; its last output follows at the next turn."""
-        self._to_abort.append(request_id)
+        self._told.append(request_id)
         self._wake()
 
     def kill(self) -> list[Request]:
@@ -116,11 +122,13 @@ class SimReplica:
         if self._is_dead:
             return
         engine = self._engine
-        arrived, self._arrived = self._arrived, []
-        for request, adapter in arrived:
-            self._add(request, adapter)
-        to_abort, self._to_abort = self._to_abort, []
-        aborted = [output for request_id in to_abort if (output := engine.abort(request_id)) is not None]
+        told, self._told = self._told, []
+        aborted: list[RequestOutput] = []
+        for news in told:
+            if isinstance(news, tuple):
+                self._add(*news)
+            elif (output := engine.abort(news)) is not None:
+                aborted.append(output)
         step_s = 0.0
         self._outputs = aborted
         if engine.has_work:
@@ -129,7 +137,8 @@ class SimReplica:
             if self.observe is not None:
                 self.observe(step_s, self._executor.last_work)
         self._heap.after(step_s, self._end)
-        self.busy_s += step_s
+        self._steps_s += step_s
+        self._free_s = self._heap.now_s + step_s
 
     def _end(self) -> None:
         if self._is_dead:
@@ -142,7 +151,7 @@ class SimReplica:
         if outputs:
             self._deliver(outputs)
         self._is_turning = False
-        if self._engine.has_work or self._arrived or self._to_abort:
+        if self._engine.has_work or self._told:
             self._wake()
 
     def _add(self, request: Request, adapter: AdapterInfo | None) -> None:
