@@ -37,7 +37,8 @@ def requests(num_requests: int, seed: int = 0) -> list[RouteRequest]:
         num_tokens = rng.randint(64, 2048)
         prefix = rng.randrange(3000)
         keys = tuple(f"{prefix}/{k}".encode() for k in range(num_tokens // 512)) if prefix < 1000 else ()
-        made.append(RouteRequest(num_tokens, num_tokens, AdapterId(f"a{adapter}"), RANKS[adapter % 4], keys))
+        rank = RANKS[adapter % 4]
+        made.append(RouteRequest(num_tokens, num_tokens, AdapterId(f"a{adapter}"), rank, keys, rank))
     return made
 
 

@@ -25,12 +25,14 @@ class RouteEvent:
 
 def make_route(adapter: int | None = None, num_kv_tokens: int = 10, num_keys: int = 0) -> RouteRequest:
     """A request; the adapter's number decides its rank."""
+    lora_rank = 0 if adapter is None else RANKS[adapter % len(RANKS)]
     return RouteRequest(
         num_prompt_tokens=num_kv_tokens,
         num_kv_tokens=num_kv_tokens,
         adapter_id=None if adapter is None else AdapterId(f"a{adapter}"),
-        lora_rank=0 if adapter is None else RANKS[adapter % len(RANKS)],
+        lora_rank=lora_rank,
         prefix_keys=tuple(bytes([k]) for k in range(num_keys)),
+        num_adapter_rows=lora_rank,
     )
 
 

@@ -128,7 +128,7 @@ class Fleet:
         state.add_rank(request.lora_rank)
         if self._tracks_adapters:
             if request.adapter_id is not None:
-                self._adapters.use(replica_id, request.adapter_id, request.lora_rank)
+                self._adapters.use(replica_id, request.adapter_id, request.num_adapter_rows)
             for key in reversed(request.prefix_keys):  # a replica drops a prefix from its end
                 self._prefixes.use(replica_id, key, self._prefix_tokens)
         self._changed(state)

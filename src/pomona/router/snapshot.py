@@ -19,6 +19,8 @@ class RouteRequest:
     """0 for the base model alone."""
     prefix_keys: tuple[bytes, ...] = ()
     """Keys of the prompt's leading runs of ``AffinityConfig.prefix_tokens`` tokens, shortest prefix first."""
+    num_adapter_rows: int = 0
+    """Rank rows of the pages that the adapter takes: its rank, or more if that does not fill them."""
 
 
 @dataclass(frozen=True, slots=True)

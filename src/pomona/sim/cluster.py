@@ -162,6 +162,7 @@ class ClusterSim:
             adapter_id=None if info is None else info.adapter_id,
             lora_rank=0 if info is None else info.lora_rank,
             prefix_keys=self._prompts.prefix_keys(number, workload),
+            num_adapter_rows=0 if info is None else info.num_pages * self._adapters.pages.rows_per_page,
         )
         return _Live(number, workload, route)
 

@@ -90,6 +90,7 @@ class ShardedSim:
             self._config.num_kv_tokens(request),
             None if info is None else info.adapter_id,
             0 if info is None else info.lora_rank,
+            num_adapter_rows=0 if info is None else info.num_pages * self._adapters.pages.rows_per_page,
         )
         number = self.ledger.arrive(request)
         replica_id = self._fleet.choose(route)
