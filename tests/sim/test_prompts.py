@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,7 @@ from pomona.core.ids import TenantId
 from pomona.router.fleet import RouterConfig
 from pomona.sim.cluster import ClusterSim
 from pomona.sim.population import AdapterPages, AdapterPopulation
-from pomona.sim.prompts import RecordedPrompts
+from pomona.sim.prompts import RecordedPrompts, UniquePrompts
 from pomona.workload.spec import WorkloadRequest
 from support.clusters import check_all_finished, make_cluster, make_cluster_scheduler, make_population, steady
 
@@ -36,3 +37,19 @@ def test_tenants_find_none_of_each_others_prefixes_and_the_router_knows_it():
     assert first == pytest.approx(second) and third == pytest.approx(fourth) and third < first
     assert prompts.prefix_keys(0, workload[0]) == prompts.prefix_keys(2, workload[2])
     assert not set(prompts.prefix_keys(0, workload[0])) & set(prompts.prefix_keys(1, workload[1]))
+
+
+def test_prompts_of_equal_length_are_one_object_and_long_ones_are_not_kept_for_ever():
+    prompts = UniquePrompts(is_distinct=False)
+
+    def make(num_tokens: int) -> tuple[int, ...]:
+        return prompts.token_ids(0, WorkloadRequest(0.0, num_tokens, 1), 0)
+
+    assert make(100) is make(100)
+    assert make(20_000) is make(20_000)
+    tracemalloc.start()
+    for num_tokens in range(20_000, 20_500):  # 80 MB together
+        assert len(make(num_tokens)) == num_tokens
+    num_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert num_bytes < 20e6

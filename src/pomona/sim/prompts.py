@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 from pomona.workload.spec import WorkloadRequest
@@ -20,10 +20,23 @@ class PromptSource(Protocol):
         ...
 
 
-@lru_cache(maxsize=8192)
-def _filler(num_tokens: int) -> tuple[int, ...]:
-    # Equal lengths share one tuple: most of a simulation's memory would be prompts otherwise.
+_LONG_TOKENS = 4096
+"""Prompts longer than this are large, and seldom of one length: few are kept to be shared."""
+
+
+# Equal lengths share one tuple: most of a simulation's memory would be prompts otherwise.
+@cache
+def _short_filler(num_tokens: int) -> tuple[int, ...]:
     return (0,) * num_tokens
+
+
+@lru_cache(maxsize=64)
+def _long_filler(num_tokens: int) -> tuple[int, ...]:
+    return (0,) * num_tokens
+
+
+def _filler(num_tokens: int) -> tuple[int, ...]:
+    return _short_filler(num_tokens) if num_tokens <= _LONG_TOKENS else _long_filler(num_tokens)
 
 
 class UniquePrompts:
