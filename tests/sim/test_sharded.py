@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from benchmarks.shard_processes import ProcessShard
 from pomona.core.ids import ReplicaId, TenantId
 from pomona.router.fleet import RouterConfig
+from pomona.sim.cost_model import PerTokenCost
 from pomona.sim.ledger import Ending
 from pomona.sim.shard import Shard
 from pomona.sim.sharded import ShardedSim, shard_of
@@ -100,3 +101,13 @@ def test_every_request_ends_and_what_no_replica_has_room_for_is_turned_away():
     endings = list(sim.ledger.ending)
     assert endings.count(Ending.FINISHED) == 7
     assert endings.count(Ending.REJECTED) == 5
+    assert all(
+        end_s >= arrival_s for end_s, arrival_s in zip(sim.ledger.last_token_s, sim.ledger.arrival_s, strict=True)
+    )
+
+
+def test_what_arrives_at_a_report_is_in_the_turn_that_begins_then_as_on_one_heap():
+    config = make_cluster(num_replicas=1, cost_model=PerTokenCost(0.25))
+    workload = [WorkloadRequest(0.0, 20, 4), WorkloadRequest(0.5, 20, 4)]
+    sharded, whole = _run(config, workload, 1, interval_s=0.5), simulate(config, workload)
+    assert list(sharded.ledger.first_token_s) == list(whole.ledger.first_token_s) == [0.25, 0.75]

@@ -59,7 +59,7 @@ class ShardHost(Protocol):
     """A shard, wherever it is. ``begin`` and ``finish`` come in turn, so that several can work at once."""
 
     def begin(self, routed: Sequence[Routed], until_s: float) -> None:
-        """Take requests, and simulate to a moment."""
+        """Take requests, and simulate to a moment, which belongs to the next interval."""
         ...
 
     def finish(self) -> list[Ended]:
@@ -103,7 +103,8 @@ class Shard:
 
     def begin(self, routed: Sequence[Routed], until_s: float) -> None:
         """See ``ShardHost``."""
-        self._until_s = until_s
+        # A turn that begins at that moment takes in what arrives then, which has not been told yet.
+        self._until_s = math.nextafter(until_s, 0.0)
         for request in routed:
             self._heap.at(request.arrival_s, partial(self._submit, request))
 

@@ -96,6 +96,7 @@ class ShardedSim:
         replica_id = self._fleet.choose(route)
         if replica_id is None:
             # There is no queue in front of the fleet here: a full one turns requests away.
+            self.ledger.last_token_s[number] = request.arrival_s
             self.ledger.close(number, Ending.REJECTED)
             return
         self._fleet.sent(replica_id, route)
