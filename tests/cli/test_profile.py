@@ -9,6 +9,8 @@ from pomona.cli.config import load_config
 from pomona.cli.hub import bundled_dir
 from pomona.cli.profile import build_metered, run_profile_command
 from pomona.core.errors import ConfigError
+from pomona.profiling.measure import PointMeter
+from pomona.profiling.points import Point
 from pomona.profiling.profile import ProfileLimits
 from pomona.sim.profile_file import CostProfile
 from pomona.sim.step_work import StepWork
@@ -26,6 +28,28 @@ def test_the_bundled_model_is_profiled_and_written_down(tmp_path, capsys):
     cost = profile.cost_model
     assert 0 < cost.seconds(StepWork(1, 1, 1, 1, 100)) < cost.seconds(StepWork(1, 1000, 0, 1, 0, 1000, 500_000))
     assert "held-out error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"adapter_loading": "join"},
+        {"max_waiting": 1},
+        {"max_step_s": 1e-6},
+        {"fairness": "rpm", "fairness_requests_per_minute": 1},
+    ],
+    ids=str,
+)
+def test_settings_of_a_server_keep_no_batch_from_being_what_is_measured(setting):
+    sizes = {"kv_cache_bytes": "4MiB", "num_threads": 1, "max_num_seqs": 4}
+    parts, executor, adapters = build_metered(load_config({**sizes, **setting}))
+    meter = PointMeter(parts.engine, executor, adapters, parts.info.vocab_size)
+    assert parts.engine.config.adapter_loading == "on_demand"  # what simulated steps do
+    cold = tuple(info for info in adapters if not info.has_extras)[:2]
+    for point in (Point(4, 16, 0, 0), Point(0, 0, 2, 8, cold, is_cold=True)):
+        work = meter.measure(point, 0)[-1].work
+        assert (work.num_seqs, work.num_loads) == (point.num_decodes + point.num_prompts, 2 * point.is_cold)
 
 
 def test_what_was_profiled_is_called_by_its_name():

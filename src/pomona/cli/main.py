@@ -82,7 +82,8 @@ def profile(
 ) -> None:
     """Measure what a step costs here, by batch and adapters, and write it down for `pomona simulate`.
 
-    Stops when predictions no longer get better. Close other programs first.
+    Stops when predictions no longer get better. Close other programs first. Steps wait for copies of adapters, as
+    simulated ones do; settings of the queue, of fairness and --max-step-s play no part.
 
     Examples:
 

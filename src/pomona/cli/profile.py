@@ -44,7 +44,16 @@ def run_profile_command(config: AppConfig, limits: ProfileLimits, output: Path) 
 
 
 def build_metered(config: AppConfig) -> tuple[EngineParts, MeteredExecutor, tuple[AdapterInfo, ...]]:
-    """The engine of these settings, its executor, and all its adapters, registered."""
+    """The engine of these settings, its executor, and all its adapters, registered. It steps as simulated engines do,
+    which wait for copies of adapters, and takes every batch that is measured."""
+    config = config.model_copy(
+        update={
+            "adapter_loading": "on_demand",
+            "fairness": "fcfs",
+            "max_step_s": None,
+            "max_waiting": max(config.max_waiting, config.max_num_seqs),
+        }
+    )
     metered: list[MeteredExecutor] = []
 
     def wrap(executor: Executor) -> Executor:
