@@ -35,6 +35,11 @@ class Design:
         self._scale = np.maximum(self._rows.max(axis=0), 1e-12)
         self._is_left = np.ones(len(points), dtype=bool)
 
+    @property
+    def is_exhausted(self) -> bool:
+        """True when every candidate has been taken."""
+        return not self._is_left.any()
+
     def choose(self, measured: Sequence[StepWork], cost: LinearCost, max_seconds: float) -> Point | None:
         """The most telling point per second, and mark it as taken; None if none is left.
 

@@ -111,7 +111,7 @@ def run_profile(
             elif left_s > 0:
                 chosen = design.choose(works, current.cost, left_s / 2)
             if chosen is None:
-                reason = f"{limits.max_seconds:g} s"
+                reason = "no other batch to measure" if design.is_exhausted else f"{limits.max_seconds:g} s"
                 break
             point = chosen
         samples.extend(meter.measure(point, num_points))
