@@ -1,7 +1,6 @@
 import itertools
 import math
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -340,23 +339,6 @@ def test_who_waits_for_a_replica_gets_one_that_comes_back_from_draining():
             assert sim.ledger.last_token_s[2] < 3.0 < sim.ledger.last_token_s[0]
             return
     raise AssertionError("no seed loses the replica that does not drain")
-
-
-def test_the_autoscaler_hears_how_idle_replicas_were_since_it_looked_or_they_began_to_serve():
-    class Scripted:
-        seen_idle: ClassVar = {}
-
-        def wanted(self, seen):
-            self.seen_idle[seen.now_s] = seen.idle_share
-            return 1 if seen.now_s < 4.0 else 2 if seen.now_s == 4.0 else 3
-
-    # The first replica drains from 1 s to 4 s, and is done at 4.25 s; the third serves from 5.5 s on.
-    config = make_cluster(num_replicas=2, cost_model=PerTokenCost(0.25), start_s=0.5)
-    sim = ClusterSim(config, make_population())
-    sim._size._autoscaler = Scripted()
-    sim.run([WorkloadRequest(time_s, 20, count) for time_s, count in ((0.0, 17), (0.0, 40), (5.6, 9), (5.6, 9))])
-    assert Scripted.seen_idle[5.0] == pytest.approx((0.75, 0.0))
-    assert Scripted.seen_idle[6.0] == pytest.approx((0.6, 0.0, 0.2))
 
 
 def test_nothing_is_lost_after_the_last_request_has_ended():

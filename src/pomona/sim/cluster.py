@@ -84,7 +84,7 @@ class ClusterSim:
         self._next: WorkloadRequest | None = None
         self._last_end_s = 0.0
         self.end_s = 0.0
-        """After the run: when it stopped, or when its last request ended."""
+        """After the run: when its last request ended, or when it stopped before that."""
 
     @property
     def replicas(self) -> dict[ReplicaId, ReplicaRecord]:
@@ -117,7 +117,8 @@ class ClusterSim:
         if self.config.consolidation_interval_s is not None:
             self.heap.at(0.0, partial(self._consolidate_every, self.config.consolidation_interval_s))
         self.heap.run(until_s)
-        self.end_s = until_s if until_s < math.inf else self._last_end_s
+        # Once nothing is left or to come, nobody looks at the fleet any more: its time is no part of the simulation.
+        self.end_s = self._last_end_s if self.is_over else until_s
         for live in (*self._live.values(), *self._waiting):
             self.ledger.num_output_tokens[live.number] = live.num_delivered
         for member in self._members.values():

@@ -236,7 +236,7 @@ class SimulationSpec(_Section):
     """Of everything that is drawn, but what the router draws (``router.seed``) and where requests of a trace of format
     mooncake come within the three seconds that it tells."""
     until_s: _Positive | None = None
-    """When to stop; by default, when the last request has ended."""
+    """When to stop, at the latest; it ends when the last request has ended."""
     sample_interval_s: _Interval | None = None
     """Time between samples of queue, memory and service; by default there are some hundreds of them."""
     replica: ReplicaSection
