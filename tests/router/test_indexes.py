@@ -69,8 +69,9 @@ def test_holders_are_the_replicas_that_used_a_thing_and_did_not_drop_it_since(us
             held.append(thing)
     for thing in sizes:
         expected = sorted((k for k in plain if thing in plain[k]), key=lambda k: -last_use[k, thing])
-        assert holders.latest(thing, 9) == expected
-        assert holders.latest(thing, 1) == expected[:1]
+        assert holders.latest(thing, 9, plain) == expected
+        assert holders.latest(thing, 1, plain) == expected[:1]
+        assert holders.latest(thing, 1, (0, 2)) == [k for k in expected if k in (0, 2)][:1]
         assert all(holders.has(ReplicaId(k), thing) == (k in expected) for k in plain)
 
 
@@ -78,5 +79,5 @@ def test_a_forgotten_replica_holds_nothing():
     holders: Holders[str] = Holders()
     holders.replace(ReplicaId(0), 4, [("a", 1), ("b", 1)])
     holders.forget(ReplicaId(0))
-    assert holders.latest("a", 3) == []
+    assert holders.latest("a", 3, [ReplicaId(0)]) == []
     holders.forget(ReplicaId(0))

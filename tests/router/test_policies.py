@@ -194,6 +194,25 @@ def test_a_drained_replica_gets_nothing_and_comes_back_when_it_may():
     assert _route(fleet, make_route()) == 0
 
 
+@pytest.mark.parametrize("policy", ["affinity", "credit"])
+def test_a_drained_holder_hides_no_other(policy: str):
+    affinity = AffinityConfig(max_holders=1, adapter_load_s=1.0)
+    fleet, request = _fleet(policy, 3, affinity=affinity), make_route(adapter=0)
+    fleet.sent(ReplicaId(2), request)
+    fleet.sent(ReplicaId(1), request)
+    fleet.drain(ReplicaId(1))
+    assert fleet.choose(request) == 2
+
+
+def test_a_drained_holder_of_a_longer_prefix_hides_no_other():
+    affinity = AffinityConfig(prefix_tokens=4, prompt_token_s=1.0)
+    fleet = _fleet("affinity", 3, affinity=affinity)
+    fleet.sent(ReplicaId(1), make_route(num_keys=3))
+    fleet.sent(ReplicaId(2), make_route(num_keys=2))
+    fleet.drain(ReplicaId(1))
+    assert fleet.choose(make_route(num_keys=3)) == 2
+
+
 def test_a_report_replaces_what_was_assumed():
     fleet = _fleet("least-loaded", 2)
     for _ in range(4):

@@ -76,14 +76,13 @@ class Affinity:
             return None
         candidates = [least_loaded]
         if request.adapter_id is not None:
-            candidates += self._adapters.latest(request.adapter_id, self._config.max_holders)
+            candidates += self._adapters.latest(request.adapter_id, self._config.max_holders, self._states)
         for key in reversed(request.prefix_keys):
-            holders = self._prefixes.latest(key, self._config.max_holders)
+            holders = self._prefixes.latest(key, self._config.max_holders, self._states)
             if holders:
                 candidates += holders
                 break
-        states = (self._states.get(candidate) for candidate in candidates)
-        return min(self.cost(request, state) for state in states if state is not None)[2]
+        return min(self.cost(request, self._states[candidate]) for candidate in candidates)[2]
 
     def cost(self, request: RouteRequest, replica: ReplicaState) -> tuple[float, int, ReplicaId]:
         """What replicas are compared by, smallest best: seconds, load, number."""
@@ -132,8 +131,8 @@ class CreditAffinity:
         least_loaded = self._least_loaded.choose(request)
         if least_loaded is None or request.adapter_id is None:
             return least_loaded
-        latest = self._adapters.latest(request.adapter_id, self._config.max_holders)
-        holders = [self._states[holder] for holder in latest if holder in self._states]
+        latest = self._adapters.latest(request.adapter_id, self._config.max_holders, self._states)
+        holders = [self._states[holder] for holder in latest]
         if not holders:
             return least_loaded
         best = min(holders, key=lambda state: (state.num_requests, state.replica_id))

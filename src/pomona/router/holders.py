@@ -6,7 +6,7 @@ puts the belief right. Lookups cost the number of holders asked for, never the n
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable
 from typing import Generic, TypeVar
 
 from pomona.core.ids import ReplicaId
@@ -67,9 +67,16 @@ class Holders(Generic[Thing]):
         """True if the replica is believed to hold it."""
         return replica_id in self._holders.get(thing, ())
 
-    def latest(self, thing: Thing, num_holders: int) -> list[ReplicaId]:
-        """Up to so many holders, the one that used it last first."""
-        return list(itertools.islice(reversed(self._holders.get(thing, {})), num_holders))
+    def latest(self, thing: Thing, num_holders: int, among: Container[ReplicaId]) -> list[ReplicaId]:
+        """Up to so many holders, the one that used it last first; those that take no requests are passed over.
+
+        Args:
+            thing: what they hold.
+            num_holders: how many at most.
+            among: the replicas that take requests.
+        """
+        holders = (holder for holder in reversed(self._holders.get(thing, {})) if holder in among)
+        return list(itertools.islice(holders, num_holders))
 
     def _let_go(self, replica_id: ReplicaId, thing: Thing) -> None:
         holders = self._holders[thing]
