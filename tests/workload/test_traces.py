@@ -138,6 +138,17 @@ def test_a_selection_cuts_time_and_lengths_and_runs_faster():
         TraceSelection(speed=0)
 
 
+def test_times_that_are_no_seconds_are_refused():
+    lines = ["arrival_s,num_prompt_tokens,num_output_tokens", "0,2,3", "600000000000,2,3"]
+    with pytest.raises(ConfigError, match=r"^line 3: its time is 6e\+11 s after the first: must be at most 1e\+09$"):
+        read_plain(lines)
+
+
+def test_a_selection_that_would_take_decades_is_refused():
+    with pytest.raises(ConfigError, match=r"^speed is 1e-06: requests would arrive for 2e\+09 s: must be at most 1e"):
+        TraceSelection(speed=1e-6).apply([TraceRow(0.0, 1, 1), TraceRow(2000.0, 1, 1)])
+
+
 def test_a_selection_of_nothing_says_how_long_a_part_was_asked_for():
     rows = [TraceRow(0.0, 100, 50), TraceRow(9.0, 100, 50)]
     with pytest.raises(ConfigError, match=r"^start_s is 2.0: the trace has no rows in the 4 s from there on$"):

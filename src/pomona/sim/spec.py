@@ -15,14 +15,12 @@ from pomona.sim.cluster_config import MAX_REPLICAS, LossConfig
 from pomona.sim.hardware import MACHINES, MODELS
 from pomona.sim.sections import STRICT, problem, refuse_huge, section
 from pomona.workload.arrivals import AllAtOnce, ConstantArrivals, GammaArrivals, PoissonArrivals
-from pomona.workload.checks import MAX_COUNT
+from pomona.workload.checks import MAX_COUNT, MAX_SECONDS
 from pomona.workload.lengths import FixedLength, LognormalLength, UniformLength
 from pomona.workload.popularity import BaseOnly, GroupPopularity, ZipfPopularity
 from pomona.workload.traces import TraceSelection
 
 MAX_RANK = 4096
-MAX_SECONDS = 1e9
-"""Longest time that a spec may name: thirty years."""
 MIN_INTERVAL_S = 1e-3
 """Shortest time between two looks at the fleet."""
 

@@ -6,6 +6,8 @@ from pomona.core.errors import ConfigError
 
 MAX_TOKENS = 10_000_000
 """Most tokens of a prompt or an answer; prompts of a simulation are held in memory."""
+MAX_SECONDS = 1e9
+"""Longest time: thirty years. A simulation looks at its fleet every few seconds, whether anything comes or not."""
 MAX_COUNT = 10**12
 """Most of anything that is only counted, such as requests."""
 

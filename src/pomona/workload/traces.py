@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pomona.core.errors import ConfigError
 from pomona.core.ids import TenantId
-from pomona.workload.checks import MAX_COUNT, MAX_TOKENS, require_between, require_positive
+from pomona.workload.checks import MAX_COUNT, MAX_SECONDS, MAX_TOKENS, require_between, require_positive
 from pomona.workload.popularity import Popularity
 from pomona.workload.spec import DEFAULT_TENANT, WorkloadRequest
 
@@ -67,6 +67,10 @@ def _checked(rows: Iterable[tuple[int, float, int, int, tuple[int, ...]]]) -> li
             first_s = last_s = time_s
         if time_s < last_s:
             raise fail_line(line, f"its time is {last_s - time_s:g} s before the one above: times must not descend")
+        if time_s - first_s > MAX_SECONDS:
+            raise fail_line(
+                line, f"its time is {time_s - first_s:g} s after the first: must be at most {MAX_SECONDS:g}"
+            )
         last_s = time_s
         found.append(TraceRow(time_s - first_s, num_prompt, num_output, hashes))
     if not found:
@@ -221,7 +225,7 @@ class TraceSelection:
         """The rows selected, times from the start of the selection.
 
         Raises:
-            ConfigError: none is left.
+            ConfigError: none is left, or they would take too long.
         """
         end_s = float("inf") if self.duration_s is None else self.start_s + self.duration_s
         chosen = [
@@ -237,6 +241,11 @@ class TraceSelection:
         if not chosen:
             where = "from there on" if self.duration_s is None else f"in the {self.duration_s:g} s from there on"
             raise ConfigError(f"start_s is {self.start_s}: the trace has no rows {where}")
+        if chosen[-1].arrival_s > MAX_SECONDS:
+            raise ConfigError(
+                f"speed is {self.speed:g}: requests would arrive for {chosen[-1].arrival_s:g} s: must be at most "
+                f"{MAX_SECONDS:g}"
+            )
         return chosen
 
 
