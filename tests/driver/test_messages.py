@@ -22,6 +22,7 @@ _ERRORS: list[errors.PomonaError] = [
     errors.ModelNotFoundError("pirate"),
     errors.QueueFullError("full"),
     errors.EngineUnavailableError("restarting"),
+    errors.EngineDiedError("killed"),
     errors.AdapterError("bad"),
     errors.AdapterNotFoundError("nothing there"),
     errors.AdapterForbiddenError("outside"),
