@@ -127,6 +127,17 @@ def test_a_new_file_that_another_process_is_writing_into_is_waited_for(tmp_path)
     other.close()
 
 
+def test_a_new_file_is_its_owners_alone(tmp_path):
+    """In a folder that was there before, and that others may read."""
+    database = Database(f"sqlite:///{tmp_path / 'new.db'}")
+    database.migrate()
+    with database.write() as connection:
+        connection.execute(sqlalchemy.text("INSERT INTO buckets (name, level, at_s) VALUES ('b', 1.0, 1.0)"))
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("new.db*")}
+    database.close()
+    assert modes == {"new.db": 0o600, "new.db-shm": 0o600, "new.db-wal": 0o600}
+
+
 def test_a_block_that_raises_leaves_nothing_behind(database):
     def fail():
         with database.session(is_change=True) as session:

@@ -77,6 +77,7 @@ class Database:
         except sqlalchemy.exc.ArgumentError as error:
             raise ConfigError("database_url: not a database URL") from error
         if self.is_sqlite:
+            _make_private(self._engine.url.database)
             event.listen(self._engine, "connect", _set_up_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="pomona-database")
@@ -206,6 +207,13 @@ class Database:
                 self.down_since_s = time.monotonic()
             raise DatabaseUnavailableError(_reason(error)) from error
         self.down_since_s = None
+
+
+def _make_private(path: str | None) -> None:
+    """Make a new file of SQLite one that nobody else may read; its log takes the same mode. It has tenants' secrets."""
+    if path and path != ":memory:" and not path.startswith("file:"):
+        with contextlib.suppress(OSError):  # connecting says why
+            Path(path).touch(mode=0o600)
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:
