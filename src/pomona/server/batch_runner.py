@@ -61,8 +61,8 @@ class BatchRunner:
         self._leased_until_s: dict[str, float] = {}
         """Batch -> monotonic time from which on another process may work on it."""
         self._requests = asyncio.Semaphore(_MAX_REQUESTS)
-        self._turns = asyncio.Lock()
-        """Of taking places among them, in order."""
+        self._suspects = asyncio.Lock()
+        """For lines with which the engine died: one at a time, so that only the one to blame dies with it again."""
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -166,10 +166,9 @@ class BatchRunner:
             return None if now is None else _end_of(now)
         todo = iter([line for line in lines if line.custom_id not in files.done])
         renewal = asyncio.create_task(self._renew(batch, files))
-        workers = [
-            asyncio.create_task(self._worker(batch, todo, files))
-            for _ in range(self._accounts.config.batch_concurrency)
-        ]
+        num_workers = self._accounts.config.batch_concurrency
+        places = _Places(num_workers)
+        workers = [asyncio.create_task(self._worker(batch, todo, files, places)) for _ in range(num_workers)]
         try:
             return await self._wait(workers, renewal)
         finally:
@@ -234,14 +233,14 @@ class BatchRunner:
             self._leased_until_s[batch.id] = now_s + LEASE_S
         return now
 
-    async def _worker(self, batch: Batch, todo: Iterator[Line], files: OutputFiles) -> None:
+    async def _worker(self, batch: Batch, todo: Iterator[Line], files: OutputFiles, places: "_Places") -> None:
         for line in todo:
-            answer = await self._ask_until_answered(batch, line)
+            answer = await self._ask_until_answered(batch, line, places)
             while time.monotonic() >= self._leased_until_s[batch.id]:
                 await asyncio.sleep(_RETRY_S)  # until the database says whose the batch is: two must not write
             files.write(line, answer)
 
-    async def _ask_until_answered(self, batch: Batch, line: Line) -> Answer:
+    async def _ask_until_answered(self, batch: Batch, line: Line, places: "_Places") -> Answer:
         wait_s, num_deaths = _RETRY_S, 0
         body = await self._accounts.database.run(line.read, self._input_path(batch))
         while True:
@@ -249,23 +248,15 @@ class BatchRunner:
             if principal is None:
                 error = {"message": "The API key that made this batch is no longer valid.", "code": "invalid_api_key"}
                 return Answer(401, "", {"error": error}, 0.0)
-            async with self._turn(is_alone=num_deaths > 0):
+            is_suspect = num_deaths > 0
+            suspects = self._suspects if is_suspect else contextlib.nullcontext()
+            async with suspects, places.taken(is_alone=is_suspect), self._requests:
                 answer = await self._ask(principal, batch.endpoint, body)
             num_deaths += answer.is_of_a_death
             if answer.is_final or num_deaths == _MAX_DEATHS:
                 return answer
             await asyncio.sleep(max(wait_s, min(answer.retry_after_s, _MAX_RETRY_S)))
             wait_s = min(2 * wait_s, _MAX_RETRY_S)
-
-    @contextlib.asynccontextmanager
-    async def _turn(self, *, is_alone: bool) -> AsyncIterator[None]:
-        """One of the places in flight; all of them for a line with which the engine died, so that of all lines only the
-        one to blame dies with it again."""
-        async with contextlib.AsyncExitStack() as places:
-            async with self._turns:
-                for _ in range(_MAX_REQUESTS if is_alone else 1):
-                    await places.enter_async_context(self._requests)
-            yield
 
     async def _ask(self, principal: Principal, path: str, body: bytes) -> Answer:
         """Send one request through the application, without a connection."""
@@ -290,6 +281,25 @@ class BatchRunner:
 
     def _input_path(self, batch: Batch) -> Path:
         return self._store.path_of(batch.input_file_id)
+
+
+class _Places:
+    """Of lines of one batch in flight: one each; or all for a line that is to be alone. Other tenants' batches do not
+    wait for that."""
+
+    def __init__(self, num_places: int) -> None:
+        self._num_places = num_places
+        self._free = asyncio.Semaphore(num_places)
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def taken(self, *, is_alone: bool) -> AsyncIterator[None]:
+        """Have one or all for the length of the block."""
+        async with contextlib.AsyncExitStack() as taken:
+            async with self._turn:
+                for _ in range(self._num_places if is_alone else 1):
+                    await taken.enter_async_context(self._free)
+            yield
 
 
 def _end_of(batch: Batch) -> str | None:
