@@ -128,11 +128,12 @@ class Accounts:
             while self._are_facts_stale:
                 self._are_facts_stale = False
                 try:
-                    self._adapters = await self.database.run(self.shares.adapters)
+                    adapters = await self.database.run(self.shares.adapters)
                     self._adapter_limits = await self.database.run(self.tenants.adapter_limits)
                 except BaseException:
                     self._are_facts_stale = True
                     raise
+                self._adapters = adapters
                 for listener in self._adapter_listeners:
                     try:
                         listener(self._adapters)
