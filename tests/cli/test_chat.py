@@ -48,6 +48,7 @@ async def test_what_the_server_refuses_is_said_and_the_conversation_goes_on(url,
 
 async def test_a_stream_is_cut_at_newlines_only(url):
     body = {"model": BASE, "messages": [{"role": "user", "content": TEXT}], "stream": True, "max_tokens": 64}
+    body["temperature"] = 0.0  # a random seed may turn the echo such that it begins within the bytes of U+2028
     payloads = await asyncio.to_thread(lambda: list(Api(url).stream("/v1/chat/completions", body)))
     assert all(payload.startswith(b"{") and payload.endswith(b"}") for payload in payloads)
     assert "\u2028".encode() in b"".join(payloads)
