@@ -5,8 +5,13 @@ import pytest
 from pomona.cli.reference import FOLDER, render_all
 
 
-def test_the_generated_reference_is_fresh():
-    for name, text in render_all().items():
+@pytest.fixture(scope="module")
+def pages():
+    return render_all()
+
+
+def test_the_generated_reference_is_fresh(pages):
+    for name, text in pages.items():
         assert (FOLDER / name).read_text() == text, f"docs/reference/{name} is stale: run `make docs`"
 
 
@@ -24,5 +29,5 @@ def test_the_generated_reference_is_fresh():
         ("metrics.md", "counted together as `(other)`"),
     ],
 )
-def test_what_people_look_for_is_there(page, said):
-    assert said in render_all()[page]
+def test_what_people_look_for_is_there(pages, page, said):
+    assert said in pages[page]

@@ -157,16 +157,20 @@ def test_ctrl_c_while_the_model_is_loaded_exits_130(base_path, tmp_path):
     [
         (["/no/such/model"], "/no/such/model"),
         (["org/model-that-is-not-cached"], "hub"),
-        (["{base}", "--adapter", "x=/no/such/adapter"], "x"),
-        (["{base}", "--adapter", "no-equals-sign"], "NAME=PATH"),
-        (["{base}", "--max-model-len", "100000"], "max_model_len"),
-        (["{base}", "--device", "abacus"], "device"),
         (["{base}", "--kv-cache-bytes", "1KiB"], "kv_cache_bytes"),
         (["{base}", "--config", "/no/such/file.toml"], "/no/such/file.toml"),
+        # Without weights: minutes of reading them are not spent before these are said.
+        (["{bare}", "--adapter", "x=/no/such/adapter"], "'x' from '/no/such/adapter'"),
+        (["{bare}", "--adapter", "no-equals-sign"], "NAME=PATH"),
+        (["{bare}", "--adapter", "bare={bare}"], "another name than the base model's"),
+        (["{bare}", "--adapters-dir", "/no/such/folder"], "/no/such/folder"),
+        (["{bare}", "--max-model-len", "100000"], "max_model_len"),
+        (["{bare}", "--device", "abacus"], "device"),
     ],
 )
-def test_a_server_started_wrongly_says_why_in_one_line_and_exits_1(base_path, arguments, message):
-    filled = [argument.replace("{base}", str(base_path)) for argument in arguments]
+def test_a_server_started_wrongly_says_why_in_one_line_and_exits_1(base_path, tmp_path, arguments, message):
+    bare = shutil.copytree(base_path, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    filled = [argument.replace("{base}", str(base_path)).replace("{bare}", str(bare)) for argument in arguments]
     command = [sys.executable, "-m", "pomona.cli.main", "serve", *filled, "--port", "0"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)

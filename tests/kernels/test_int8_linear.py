@@ -29,9 +29,9 @@ from support.tolerances import TOLERANCES, assert_close
 DTYPES = list(TOLERANCES)
 CPU_DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 7, 16, 133, 1024]
-SHAPES = [(64, 96), (37, 50), (1, 1), (4301, 33), (130, 1000), (576, 48), (8455, 20)]
-"""(in_features, out_features): whole tiles, odd numbers of inputs, one of each, many blocks of inputs, many groups,
-blocks of which the last is short, more inputs than one pass takes."""
+SHAPES = [(64, 96), (37, 50), (1, 1), (4301, 33), (576, 48), (8455, 20), (130, 1000)]
+"""(in_features, out_features): whole tiles, odd numbers of inputs, one of each, many blocks of inputs, blocks of which
+the last is short, more inputs than one pass takes, many groups."""
 BLOCK = 256
 """Consecutive inputs that share a fixed point."""
 

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ from pomona.kernels.linear import pack, packed_linear
 
 _LARGE = (512, 1024)
 """In float32: 2 MiB."""
+
+
+@pytest.fixture(autouse=True)
+def _collections_leave_out_what_other_tests_left() -> Iterator[None]:
+    """Or each would go through all that was ever imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def test_results_in_use_never_overlap_and_gaps_are_used_again():

@@ -25,7 +25,7 @@ async def check(tmp_path: Path, monkeypatch, scale: Scale) -> None:
 
 
 async def test_every_answer_is_of_a_version_that_was_current_and_nothing_is_left(tmp_path: Path, monkeypatch):
-    await check(tmp_path, monkeypatch, Scale(num_answers=250, num_kills=1, seed=1))
+    await check(tmp_path, monkeypatch, Scale(num_answers=150, num_kills=1, seed=1))
 
 
 @pytest.mark.slow

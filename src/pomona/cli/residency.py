@@ -12,7 +12,7 @@ from pomona.adapters.disk_cache import DiskCache
 from pomona.adapters.remote import RemoteFolders, is_url
 from pomona.adapters.sources import AdapterSources
 from pomona.adapters.stores import AdapterStore, FolderStore, RemoteStore
-from pomona.cli.build import adapters_dirs, named_adapters, sources_of_operator
+from pomona.cli.build import AdapterSource, adapters_dirs, named_adapters, sources_of_operator
 from pomona.cli.config import AppConfig
 from pomona.core.errors import AdapterUnavailableError, ConfigError, PomonaError
 from pomona.core.interfaces import EngineClient
@@ -65,6 +65,23 @@ def open_places(config: AppConfig) -> Iterator[AdapterPlaces]:
             cache.close()
 
 
+def check_adapters(config: AppConfig, places: AdapterPlaces, base_name: str) -> None:
+    """Refuse adapters that cannot be there, before minutes of loading the base model: what they are is seen later.
+
+    Raises:
+        ConfigError: as ``give_names``.
+    """
+    names = Catalogue(base_name)
+    for adapter in named_adapters(config):
+        with _named(adapter):
+            names.validate_name(adapter.name)
+            if not is_url(adapter.source):
+                sources_of_operator(adapter.source).resolve(adapter.source)
+    for store in places.stores:
+        if isinstance(store, FolderStore):
+            store.list()
+
+
 def make_service(config: AppConfig, client: EngineClient, places: AdapterPlaces, base_name: str) -> AdapterService:
     """The server's adapters; none has a name yet."""
     limits = ResidencyLimits(
@@ -83,10 +100,8 @@ async def give_names(config: AppConfig, service: AdapterService, places: Adapter
     seen: dict[str, str] = {}
     for adapter in named_adapters(config):
         sources = places.sources if is_url(adapter.source) else sources_of_operator(adapter.source)
-        try:
+        with _named(adapter):
             await service.load(adapter.name, adapter.source, sources)
-        except PomonaError as error:
-            raise ConfigError(f"adapter {adapter.name!r} from {adapter.source!r}: {error}") from error
         seen[adapter.name] = adapter.source
     for store in places.stores:
         try:
@@ -99,6 +114,15 @@ async def give_names(config: AppConfig, service: AdapterService, places: Adapter
                 raise ConfigError(f"adapter {line.name!r} is given twice: {seen[line.name]} and {line.source}")
             seen[line.name] = line.source
         service.announce(stored)
+
+
+@contextlib.contextmanager
+def _named(adapter: AdapterSource) -> Iterator[None]:
+    """Say of what goes wrong with which adapter it does."""
+    try:
+        yield
+    except PomonaError as error:
+        raise ConfigError(f"adapter {adapter.name!r} from {adapter.source!r}: {error}") from error
 
 
 def _memory_bytes() -> int:

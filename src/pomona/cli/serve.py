@@ -20,10 +20,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from pomona.cli.accounts import check_settings, open_accounts
-from pomona.cli.build import engine_builder
+from pomona.cli.build import BuildEngine, engine_builder
 from pomona.cli.config import AppConfig
 from pomona.cli.hub import model_name
-from pomona.cli.residency import give_names, make_service, open_places
+from pomona.cli.residency import AdapterPlaces, check_adapters, give_names, make_service, open_places
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import ConfigError, PomonaError
 from pomona.driver.client import ProcessClient
@@ -191,15 +191,29 @@ def _bind(config: AppConfig) -> socket.socket:
 @contextlib.asynccontextmanager
 async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple[FastAPI, AdapterService, str]]:
     """Everything behind the door, started; closed on the way out."""
-    check_settings(config)  # before minutes of loading, not after
+    check_settings(config)  # before minutes of loading, not after: this and all up to the engine's start
     server_config = _server_config(config)
     build = engine_builder(config)
     folder = Path(build.model_path)
     tokenizer = Tokenizer.load(folder)
+    template = ChatTemplate.load(folder, tokenizer)
     base_name = config.served_model_name or model_name(config.model)
-    services: list[AdapterService] = []  # empty until the engine, which it needs, has started
-    exits = contextlib.ExitStack()
+    with open_places(config) as places:
+        check_adapters(config, places, base_name)
+        async with _start(config, build, places, base_name, console) as (client, service, info):
+            console.print(_summary(base_name, info), markup=False, soft_wrap=True)
+            model = ServedModel(base_name, info.max_model_len, info.vocab_size, info.eos_token_ids)
+            async with open_accounts(config, service) as accounts:
+                app = create_app(client, tokenizer, template, service, model, server_config, accounts=accounts)
+                yield app, service, base_name
 
+
+@contextlib.asynccontextmanager
+async def _start(
+    config: AppConfig, build: BuildEngine, places: AdapterPlaces, base_name: str, console: Console
+) -> AsyncIterator[tuple[ProcessClient, AdapterService, EngineInfo]]:
+    """The engine, with the adapters that the settings name, for the length of the block."""
+    services: list[AdapterService] = []  # empty until the engine, which it needs, has started
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -207,44 +221,29 @@ async def _build_app(config: AppConfig, console: Console) -> AsyncIterator[tuple
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        start = progress.add_task(f"{escape(base_name)}: starting", total=None)
+    progress = Progress(*columns, console=console, transient=True)
+    start = progress.add_task(f"{escape(base_name)}: starting", total=None)
 
-        def show_state(state: str) -> None:
-            if not progress.live.is_started:
-                _LOGGER.info("Engine %s", state)
-            else:
-                progress.update(start, description=escape(f"{base_name}: {state}"))
-            if state == "ready":
-                for service in services:
-                    service.restage()
+    def show_state(state: str) -> None:
+        if not progress.live.is_started:
+            _LOGGER.info("Engine %s", state)
+        else:
+            progress.update(start, description=escape(f"{base_name}: {state}"))
+        if state == "ready":
+            for service in services:
+                service.restage()
 
-        client = ProcessClient(
-            build,
-            DriverConfig(hang_limit_s=config.step_timeout_s),
-            on_state=show_state,
-        )
-        try:
-            places = exits.enter_context(open_places(config))
+    client = ProcessClient(build, DriverConfig(hang_limit_s=config.step_timeout_s), on_state=show_state)
+    try:
+        with progress:
             info = await client.start()
             progress.update(start, visible=False)
             service = make_service(config, client, places, base_name)
             await give_names(config, service, places)
             services.append(service)
-        except BaseException:
-            await client.close()
-            exits.close()
-            raise
-    console.print(_summary(base_name, info), markup=False, soft_wrap=True)
-    try:
-        model = ServedModel(base_name, info.max_model_len, info.vocab_size, info.eos_token_ids)
-        template = ChatTemplate.load(folder, tokenizer)
-        async with open_accounts(config, service) as accounts:
-            app = create_app(client, tokenizer, template, service, model, server_config, accounts=accounts)
-            yield app, service, base_name
+        yield client, service, info
     finally:
         await client.close()
-        exits.close()
 
 
 def _server_config(config: AppConfig) -> ServerConfig:

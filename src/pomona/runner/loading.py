@@ -58,13 +58,14 @@ def load_runner(config: RunnerConfig, report_progress: Callable[[str], None] = l
         CheckpointError: the checkpoint is unreadable or of an unsupported kind.
         ConfigError: a setting does not fit the model or the machine.
     """
-    weights = _load_weights(config, report_progress)
-    spec, device, dtype = weights.spec, weights.device, weights.dtype
+    spec = read_spec(Path(config.model_path))
     max_model_len = config.max_model_len or spec.max_position_embeddings
     if max_model_len > spec.max_position_embeddings:
         raise ConfigError(
             f"max_model_len is {max_model_len} but the model was made for {spec.max_position_embeddings} positions"
         )
+    weights = _load_weights(config, spec, report_progress)
+    device, dtype = weights.device, weights.dtype
     report_progress("allocating the KV cache")
     layout = PageLayout(spec, config.rows_per_page)
     decoder = Decoder(spec, weights, max_model_len)
@@ -157,9 +158,7 @@ def load_adapter_host(config: RunnerConfig) -> StagedAdapters:
     return StagedAdapters(AdapterLoader(weights, PageLayout(weights.spec, config.rows_per_page)), sys.maxsize)
 
 
-def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) -> DecoderWeights:
-    folder = Path(config.model_path)
-    spec = read_spec(folder)
+def _load_weights(config: RunnerConfig, spec: ModelSpec, report_progress: Callable[[str], None]) -> DecoderWeights:
     device = torch_device(config)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads or num_usable_cores())
@@ -167,7 +166,7 @@ def _load_weights(config: RunnerConfig, report_progress: Callable[[str], None]) 
     else:
         torch.cuda.set_device(device)
     return load_weights(
-        folder,
+        Path(config.model_path),
         spec,
         torch_dtype(config, spec, device),
         device,
