@@ -154,7 +154,7 @@ def load_adapter_host(config: RunnerConfig) -> StagedAdapters:
     Raises:
         CheckpointError: the checkpoint is unreadable or of an unsupported kind.
     """
-    weights = _load_weights(config, lambda text: None)
+    weights = _load_weights(config, read_spec(Path(config.model_path)), lambda text: None)
     return StagedAdapters(AdapterLoader(weights, PageLayout(weights.spec, config.rows_per_page)), sys.maxsize)
 
 
