@@ -16,12 +16,22 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def migrated(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a database that has all tables, and nothing in them."""
+    url = postgres.create_database()
+    database = Database(AccountsConfig(data_dir=tmp_path_factory.mktemp("migrated"), database_url=url).url)
+    database.migrate()
+    database.close()
+    return url.rpartition("/")[2]
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
-    """None is the SQLite file in the data folder."""
+def database_url(request: pytest.FixtureRequest) -> str | None:
+    """None is the SQLite file in the data folder. The other has its tables already, which saves a tenth of a second."""
     if request.param == "sqlite":
         return None
-    return request.getfixturevalue("postgres").create_database()
+    return request.getfixturevalue("postgres").create_database(request.getfixturevalue("migrated"))
 
 
 @pytest.fixture

@@ -30,6 +30,12 @@ from pomona.core.ids import TenantId
 from support.driver import until
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request):
+    """Empty databases: migrations are what is tested here."""
+    return None if request.param == "sqlite" else request.getfixturevalue("postgres").create_database()
+
+
 def test_migrations_make_exactly_the_tables_of_the_models(database):
     with database.read() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []

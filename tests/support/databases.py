@@ -86,11 +86,11 @@ class PostgresServer:
         """Stop at once, as a crash would."""
         self._run("pg_ctl", "stop", "-w", "-m", "immediate", "-D", str(self._data))
 
-    def create_database(self) -> str:
-        """Make an empty database; returns its URL."""
+    def create_database(self, template: str = "template1") -> str:
+        """Make a database that is empty, or has what another one has to which nobody is connected; returns its URL."""
         name = f"test_{secrets.token_hex(6)}"
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')  # type: ignore[arg-type,unused-ignore]
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')  # type: ignore[arg-type,unused-ignore]
         return self.url(name)
 
     def url(self, name: str) -> str:
