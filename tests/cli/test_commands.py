@@ -32,6 +32,7 @@ from pomona.cli.config import load_config
 from pomona.cli.hub import bundled_dir
 from pomona.cli.main import app
 from pomona.cli.serve import Running
+from pomona.core import machine
 from pomona.core.errors import ConfigError, PomonaError
 
 CARD = {"name": "legal", "state": "ready", "lora_rank": 8, "id": "0" * 64}
@@ -214,8 +215,9 @@ def test_a_spawned_server_ends_with_a_benchmark_that_is_terminated(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-def test_without_affinity_as_on_macos_all_cores_are_used(monkeypatch):
+def test_without_affinity_as_on_macos_all_cores_are_used(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)  # without a container's limits
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     pomona("adapters", "inspect", bundled_dir() / "adapters" / "reverse", "--model", "pippin")

@@ -132,19 +132,6 @@ def test_where_nothing_is_left_for_adapters_there_are_no_pages_rather_than_fewer
         plan_capacity(config, spec, layout, max_model_len=64, device=cpu, reserved_bytes=2**30)
 
 
-def test_in_a_container_memory_that_holds_files_which_were_read_is_free(tmp_path, monkeypatch):
-    mib = 2**20
-    (tmp_path / "memory.max").write_text(f"{100 * mib}\n")
-    (tmp_path / "memory.current").write_text(f"{98 * mib}\n")
-    (tmp_path / "memory.stat").write_text(
-        f"anon {40 * mib}\nfile {58 * mib}\nshmem {3 * mib}\ninactive_file {50 * mib}\nactive_file {5 * mib}\n"
-    )
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.available_host_bytes() == 57 * mib
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available_host_bytes() > 57 * mib
-
-
 @pytest.mark.parametrize("percent", [50, 90, 120])
 def test_adapters_take_no_more_of_a_gpu_than_a_kv_cache_of_fixed_size_leaves(base_path, percent, monkeypatch):
     engine = TinyEngine(base_path)

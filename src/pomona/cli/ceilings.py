@@ -27,9 +27,8 @@ import pomona
 from pomona.bench.machine import describe_hardware, find_commit
 from pomona.bench.report import check_writable
 from pomona.core.errors import ConfigError
-from pomona.core.machine import num_usable_cores
+from pomona.core.machine import available_host_bytes, num_usable_cores
 from pomona.kernels.linear import PackedWeight, pack, packed_linear
-from pomona.runner.memory import available_host_bytes
 
 LARGE = 4096
 MODEL_SHAPES = {

@@ -88,7 +88,7 @@ class AppConfig(BaseSettings):
         description="Folder or URL from which the API may load adapters, besides the adapters dirs; repeatable.",
     )
     host_adapter_bytes: ByteSize | None = Field(
-        None, description="Host memory for adapters, such as 8GiB; default: a quarter of the machine's."
+        None, description="Host memory for adapters, such as 8GiB; default: a quarter of the machine's or container's."
     )
     adapter_cache_dir: str | None = Field(
         None, description="Folder that keeps adapters fetched from URLs (s3://...), over restarts; URLs need it."
@@ -122,7 +122,9 @@ class AppConfig(BaseSettings):
         "of the memory for both: half of the free host memory, or on a GPU what is left of GPU_MEMORY_FRACTION.",
     )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of the model step; default: all cores.")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads of the model step; default: all cores, or a container's share of them."
+    )
     overlap_steps: bool | None = Field(
         None, description="Prepare the next step while one runs. Default: on CUDA; a CPU has no time to hide."
     )

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pomona.cli.build import AdapterSource, adapters_dirs, named_adapters, sourc
 from pomona.cli.config import AppConfig
 from pomona.core.errors import AdapterUnavailableError, ConfigError, PomonaError
 from pomona.core.interfaces import EngineClient
+from pomona.core.machine import host_bytes
 from pomona.server.adapter_loading import ResidencyLimits
 from pomona.server.adapter_service import AdapterService
 
@@ -85,7 +85,7 @@ def check_adapters(config: AppConfig, places: AdapterPlaces, base_name: str) -> 
 def make_service(config: AppConfig, client: EngineClient, places: AdapterPlaces, base_name: str) -> AdapterService:
     """The server's adapters; none has a name yet."""
     limits = ResidencyLimits(
-        host_adapter_bytes=int(config.host_adapter_bytes or _DEFAULT_HOST_SHARE * _memory_bytes()),
+        host_adapter_bytes=int(config.host_adapter_bytes or _DEFAULT_HOST_SHARE * host_bytes()),
         load_wait_s=config.adapter_load_wait_s,
     )
     return AdapterService(client, places.sources, Catalogue(base_name), places.stores, limits)
@@ -123,7 +123,3 @@ def _named(adapter: AdapterSource) -> Iterator[None]:
         yield
     except PomonaError as error:
         raise ConfigError(f"adapter {adapter.name!r} from {adapter.source!r}: {error}") from error
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

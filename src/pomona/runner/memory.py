@@ -1,20 +1,17 @@
-"""How much memory there is, and how it is split between KV blocks and adapter pages."""
+"""How much of the memory is taken, and how it is split between KV blocks and adapter pages."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from pomona.core.errors import ConfigError
+from pomona.core.machine import available_host_bytes
 from pomona.model.lora import PageLayout
 from pomona.model.spec import ModelSpec
 from pomona.runner.config import GIB, RunnerConfig
 from pomona.runner.kv_cache import block_bytes
 from pomona.runner.sampler import DRAW_BYTES, rows_at_once
 
-_CGROUP = Path("/sys/fs/cgroup")
-"""Where a container finds its own limits."""
 _CPU_FRACTION = 0.5
 """Share of the free host memory that KV blocks and adapter pages may take together."""
 _ADAPTER_FRACTION = 0.2
@@ -38,23 +35,6 @@ class Capacity:
     def num_blocks_in_all(self) -> int:
         """KV blocks that there may be while no adapter is resident."""
         return self.num_kv_blocks + self.num_adapter_pages * self.blocks_per_page
-
-
-def available_host_bytes() -> int:
-    """Free memory of this machine, or of this container if that is less."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    limit = _CGROUP / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        # Files that were read, such as the checkpoint, stay in memory that counts as used until somebody wants it.
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        used = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"]) - int(stat["active_file"])
-        available = min(available, max(int(text) - used, 0))
-    return available
 
 
 def plan_capacity(
