@@ -63,7 +63,15 @@ def test_small_kernels_are_captured_and_launched_although_inference_mode_is_left
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_runs": 0}, {"run_s": -1.0}, {"run_s": math.nan}, {"run_s": math.inf}, {"num_threads": 0}, {"device": "tpu"}],
+    [
+        {"num_runs": 0},
+        {"run_s": -1.0},
+        {"run_s": math.nan},
+        {"run_s": math.inf},
+        {"num_threads": 0},
+        {"num_threads": 1025},
+        {"device": "tpu"},
+    ],
 )
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -46,6 +46,7 @@ def test_flags_beat_environment_beats_file_beats_defaults(monkeypatch, tmp_path)
         ({"dtype": "int3"}, "dtype"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"gpu_memory_fraction": 1.5}, "gpu_memory_fraction"),
+        ({"num_threads": 1025}, "num_threads.*1024.*1025"),
         ({"kv_cache_bytes": "lots"}, "kv_cache_bytes"),
         ({"no_such_setting": 1}, "no_such_setting"),
     ],

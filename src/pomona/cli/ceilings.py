@@ -27,7 +27,7 @@ import pomona
 from pomona.bench.machine import describe_hardware, find_commit
 from pomona.bench.report import check_writable
 from pomona.core.errors import ConfigError
-from pomona.core.machine import available_host_bytes, num_usable_cores
+from pomona.core.machine import MAX_THREADS, available_host_bytes, num_usable_cores
 from pomona.kernels.linear import PackedWeight, pack, packed_linear
 
 LARGE = 4096
@@ -64,6 +64,8 @@ class CeilingsConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} is {value}: must be more than 0, and finite")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"num_threads is {self.num_threads}: must be at most {MAX_THREADS}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"device is {self.device!r}: must be auto, cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 
 from pomona.core.errors import ConfigError
+from pomona.core.machine import MAX_THREADS
 from pomona.sched.adapter_arrivals import AdapterLoading
 
 BUNDLED_MODEL = "pippin"
@@ -123,7 +124,10 @@ class AppConfig(BaseSettings):
     )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of GPU memory to use.")
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads of the model step; default: all cores, or a container's share of them."
+        None,
+        ge=1,
+        le=MAX_THREADS,
+        description="CPU threads of the model step; default: all cores, or a container's share of them.",
     )
     overlap_steps: bool | None = Field(
         None, description="Prepare the next step while one runs. Default: on CUDA; a CPU has no time to hide."

@@ -6,6 +6,10 @@ A container finds its limits in files: those of cgroup version 2 in one folder, 
 import os
 from pathlib import Path
 
+MAX_THREADS = 1024
+"""Of a step: the processors that glibc's sets have room for. OpenMP keeps a record of each on the caller's stack, and
+where it cannot start one, or its records find no room, the process is gone without a word to anybody.
+"""
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_FILES = (
     ("memory.max", "memory.current", "memory.stat", ""),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pomona.core.errors import ConfigError
+from pomona.core.machine import MAX_THREADS
 
 GIB = 2**30
 
@@ -61,6 +62,8 @@ class RunnerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}: must be at least 1")
+        if self.num_threads is not None and self.num_threads > MAX_THREADS:
+            raise ConfigError(f"num_threads is {self.num_threads}: must be at most {MAX_THREADS}")
         sizes = self.graph_batch_sizes
         if any(size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
             raise ConfigError(f"graph_batch_sizes is {sizes}: must be positive and ascending")
