@@ -115,7 +115,7 @@ def server(arguments: Sequence[str], log: Path) -> Iterator[tuple[str, int, floa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "pomona.cli.main", "serve", *arguments, "--port", url.rpartition(":")[2]]
+    command = [sys.executable, "-m", "pomona", "serve", *arguments, "--port", url.rpartition(":")[2]]
     began_s = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

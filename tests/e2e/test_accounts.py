@@ -15,7 +15,7 @@ from support.live import live_server
 def pomona(*arguments, folder):
     """Run a command; returns what it printed."""
     environment = {**os.environ, "COLUMNS": "200"}
-    command = [sys.executable, "-m", "pomona.cli.main", *arguments]
+    command = [sys.executable, "-m", "pomona", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
@@ -72,7 +72,7 @@ def test_no_secret_is_in_the_printed_settings(folder):
         "POMONA_DATABASE_URL": "postgresql://ann:hunter2@db/pomona",
         "POMONA_API_KEY": "opensesame",
     }
-    command = [sys.executable, "-m", "pomona.cli.main", "serve", "--print-config"]
+    command = [sys.executable, "-m", "pomona", "serve", "--print-config"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment).stdout
     assert "database_url" in shown
     assert "hunter2" not in shown

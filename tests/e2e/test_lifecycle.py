@@ -134,22 +134,48 @@ def test_a_second_signal_ends_streams_with_an_error_that_their_clients_get(tmp_p
     assert "Traceback" not in server.log.read_text()
 
 
-def test_ctrl_c_while_the_model_is_loaded_exits_130(base_path, tmp_path):
-    command = [sys.executable, "-m", "pomona.cli.main", "serve", str(base_path), "--port", "0"]
+ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "status"), ENDINGS)
+def test_a_signal_while_the_model_is_loaded_ends_the_server_and_leaves_nothing_behind(
+    base_path, tmp_path, number, status
+):
+    command = [sys.executable, "-m", "pomona", "serve", str(base_path), "--port", "0"]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background do not
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with (
         (tmp_path / "log").open("wb") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=heed) as process,
+        subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=heed, env=environment) as process,
     ):
         try:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            while not children.read_text():
+            while not (engine := children.read_text()):
                 time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=60) == 130
+            process.send_signal(number)
+            assert process.wait(timeout=60) == status
         finally:
             process.kill()
+    assert not Path(f"/proc/{engine.strip()}").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), ENDINGS)
+def test_a_signal_while_the_command_is_imported_ends_it_quietly(tmp_path, number, status):
+    (tmp_path / "typer.py").write_text(f"import signal\nsignal.raise_signal({int(number)})\n")
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background do not
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "pomona", "version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        preexec_fn=heed,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +197,7 @@ def test_ctrl_c_while_the_model_is_loaded_exits_130(base_path, tmp_path):
 def test_a_server_started_wrongly_says_why_in_one_line_and_exits_1(base_path, tmp_path, arguments, message):
     bare = shutil.copytree(base_path, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     filled = [argument.replace("{base}", str(base_path)).replace("{bare}", str(bare)) for argument in arguments]
-    command = [sys.executable, "-m", "pomona.cli.main", "serve", *filled, "--port", "0"]
+    command = [sys.executable, "-m", "pomona", "serve", *filled, "--port", "0"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert done.returncode == 1, done.stderr

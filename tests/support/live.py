@@ -51,7 +51,7 @@ def live_server(arguments: Sequence[str], log: Path) -> Iterator[LiveServer]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pomona.cli.main", "serve", *arguments, "--port", str(port)]
+    command = [sys.executable, "-m", "pomona", "serve", *arguments, "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

@@ -61,7 +61,7 @@ def spawned_server(arguments: Sequence[str], api_key: str | None = None) -> Iter
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "pomona.cli.main", "serve", *arguments, "--port", str(port)]
+    command = [sys.executable, "-m", "pomona", "serve", *arguments, "--port", str(port)]
     # By environment: other users of the machine can read command lines.
     environment = os.environ | ({} if api_key is None else {"POMONA_API_KEY": api_key})
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,7 +1,8 @@
 """``pomona``: the command line. Commands are thin; what they do lives in the modules they import when run, so that
 ``pomona --help`` is quick.
 
-Exit codes: 0 done, 1 the thing asked for failed (one line says why and what to do), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 the thing asked for failed (one line says why and what to do), 2 wrong usage, 130 interrupted, 143
+terminated.
 """
 
 import sys
@@ -365,7 +366,3 @@ def main() -> None:
             f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True
         )
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
