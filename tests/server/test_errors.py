@@ -9,6 +9,7 @@ import pytest
 from pomona.core.errors import (
     AccountConflictError,
     AdapterFailedError,
+    EngineDiedError,
     EngineUnavailableError,
     PomonaError,
     QueueFullError,
@@ -207,6 +208,8 @@ async def test_a_full_queue_is_a_429_and_passes(tmp_path):
         (RateLimitError("a", None), False),
         (RateLimitError("a", 0.5), True),
         (QueueFullError("a"), True),
+        (EngineDiedError("a"), False),
+        (EngineUnavailableError("a"), True),
     ],
 )
 def test_clients_are_told_not_to_repeat_what_cannot_pass(error: PomonaError, can_pass: bool):

@@ -74,6 +74,25 @@ async def test_a_request_whose_adapter_kills_the_engine_says_so(tmp_path: Path):
         await service.close()
 
 
+async def test_requests_and_loads_that_a_server_gives_up_when_it_shuts_down_may_be_sent_again(tmp_path: Path):
+    tokenizer = Tokenizer.load(make_tokenizer_files(tmp_path / "tokenizer"))
+    async with ProcessClient(TinyBuilder(step_s=0.002), DriverConfig(stop_limit_s=0.1)) as client:
+        service = AdapterService(client, AdapterSources((str(tmp_path),)), Catalogue("base"))
+        app = create_app(client, tokenizer, None, service, ServedModel("base", 4096, VOCAB_SIZE, ()), ServerConfig())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=60) as http:
+            slow = {"name": "a", "source": make_adapter(tmp_path / "a", seconds=30)}
+            loading = asyncio.create_task(http.post("/v1/adapters", json=slow))
+            running = [asyncio.create_task(http.post("/v1/completions", json={**LONG, "n": n})) for n in (1, 2)]
+            await until(lambda: client.stats().num_running == 3, "requests run")
+            await client.close()
+            for answer in await asyncio.gather(loading, *running):
+                error = answer.json()["error"]
+                assert (answer.status_code, error["code"]) == (503, "engine_unavailable"), error
+                assert "shutting down" in error["message"]
+                assert "x-should-retry" not in answer.headers
+        await service.close()
+
+
 class _SlowReader(Connection):
     """Takes the start of an answer, and the rest when it is told to."""
 

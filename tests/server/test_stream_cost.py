@@ -7,6 +7,7 @@ from types import FrameType
 
 import pytest
 
+from pomona.core.errors import EngineUnavailableError
 from pomona.core.output import RequestOutput
 from support.tokenizers import make_tokenizer_files
 from support.turns import TurnClient, Wire, open_streams, turn_app
@@ -37,7 +38,7 @@ async def streams(tmp_path):
     await _turn(client)
     assert all(b"data: " in wire.writes[-1] for wire in wires)
     yield client, wires
-    client.session.end("the test is over")
+    client.session.end(EngineUnavailableError("the test is over"))
     for _ in range(10):
         await asyncio.sleep(0)
 

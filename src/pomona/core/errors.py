@@ -92,7 +92,8 @@ class EngineUnavailableError(PomonaError):
 
 
 class EngineDiedError(EngineUnavailableError):
-    """The model process died with the request, or the load of its adapter, in it, which may be why."""
+    """The model process died with the request, or the load of its adapter, in it, which may be why: clients should not
+    send it again by themselves."""
 
 
 class DatabaseUnavailableError(PomonaError):

@@ -11,7 +11,7 @@ from typing import ParamSpec, Self
 
 from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
-from pomona.core.errors import EngineUnavailableError, PomonaError
+from pomona.core.errors import EngineDiedError, EngineUnavailableError, PomonaError
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.output import EngineStats
 from pomona.core.request import Request
@@ -114,7 +114,7 @@ class ProcessClient:
             self._set_state(f"failed: {error}")
             raise
         if self._state == "closed":
-            await self._life.end(_CLOSED)
+            await self._life.end(EngineUnavailableError(_CLOSED))
             raise EngineUnavailableError(_CLOSED)
         self._set_state("ready")
         self._supervisor = asyncio.create_task(self._supervise(self._life), name="pomona-engine-supervisor")
@@ -127,7 +127,7 @@ class ProcessClient:
             self._supervisor.cancel()
             await asyncio.wait((self._supervisor,))
         if self._life is not None:
-            await self._life.end(_CLOSED)
+            await self._life.end(EngineUnavailableError(_CLOSED))
             self._life = None
 
     def submit(self, request: Request) -> RequestStream:
@@ -175,14 +175,14 @@ class ProcessClient:
                 _LOGGER.error("The engine ended: %s", reason)
                 # Not ready first: whoever sees a request fail must also see why.
                 self._set_state(f"restarting: {reason}")
-                await next_life.end(reason)
+                await next_life.end(EngineDiedError(reason))
                 next_life = await self._restart(reason)
         except Exception as error:
             _LOGGER.exception("The engine's supervisor failed")
             reason = f"{type(error).__name__}: {error}"
             self._set_state(f"failed: {reason}")
             if self._life is not None:  # nobody watches it any more: what is in flight would never end
-                self._life.session.end(reason)
+                self._life.session.end(EngineDiedError(reason))
 
     async def _restart(self, reason: str) -> EngineLife | None:
         """Start engines until one is ready; None when there were too many deaths."""

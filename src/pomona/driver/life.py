@@ -65,7 +65,7 @@ class EngineLife:
             return life, life._ready.result()
         except BaseException:
             life._ready.cancel()
-            await life.end("the engine did not start")
+            await life.end(EngineUnavailableError("the engine did not start"))
             raise
 
     @property
@@ -81,12 +81,12 @@ class EngineLife:
             self._over.set_result(str(error))
         return self._over.result()
 
-    async def end(self, reason: str) -> None:
-        """Shut the engine down, or kill it if it does not listen; everything in flight ends with ``reason``.
+    async def end(self, error: EngineUnavailableError) -> None:
+        """Shut the engine down, or kill it if it does not listen; everything in flight ends with ``error``.
 
         Returns when the process is gone and nothing of it is left. May be called twice.
         """
-        self.session.end(reason)
+        self.session.end(error)
         try:
             if self._is_listening and self._channel.send(Shutdown()):
                 await self._wait_for_exit(self._config.stop_limit_s)

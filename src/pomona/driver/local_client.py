@@ -12,7 +12,7 @@ from typing import Self
 
 from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
-from pomona.core.errors import EngineUnavailableError
+from pomona.core.errors import EngineDiedError, EngineUnavailableError
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.output import EngineStats
 from pomona.core.request import Request
@@ -88,7 +88,7 @@ class LocalClient:
         """Stop the thread. Requests in flight end with FinishReason.FAIL. May be called twice."""
         self._state = "closed"
         if self._open_session is not None and self._channel is not None:
-            self._open_session.end(_CLOSED)
+            self._open_session.end(EngineUnavailableError(_CLOSED))
             self._channel.send(Shutdown())
             deadline_s = time.monotonic() + self._config.stop_limit_s
             while self._thread.is_alive() and time.monotonic() < deadline_s:
@@ -141,4 +141,4 @@ class LocalClient:
             case Ended(error) if error is not None and self.is_ready:
                 reason = str(unpack_error(error))
                 self._state = f"failed: {reason}"
-                self._open_session.end(reason)
+                self._open_session.end(EngineDiedError(reason))

@@ -9,7 +9,7 @@ import logging
 from typing import Any, Self
 
 from pomona.core.adapter import AdapterInfo
-from pomona.core.errors import EngineDiedError, EngineUnavailableError, PomonaError, QueueFullError
+from pomona.core.errors import EngineUnavailableError, PomonaError, QueueFullError
 from pomona.core.ids import AdapterId, RequestId
 from pomona.core.output import EngineStats, RequestOutput
 from pomona.core.request import FinishReason, Request
@@ -208,18 +208,18 @@ class EngineSession:
         for reply in turn.replies:
             self._on_reply(reply)
 
-    def end(self, reason: str) -> None:
-        """The engine is gone: requests in flight get FinishReason.FAIL, calls EngineDiedError."""
+    def end(self, error: EngineUnavailableError) -> None:
+        """The engine is gone: requests in flight get FinishReason.FAIL with the error's text, calls the error."""
         if self._end_reason is not None:
             return
-        self._end_reason = reason
+        self._end_reason = reason = str(error)
         self.stats = EngineStats()
         for request_id, inbox in self._inboxes.items():
             inbox.put(RequestOutput(request_id, finish_reason=FinishReason.FAIL, error=reason))
         self._inboxes.clear()
         for call in self._calls.values():
             if not call.done():
-                call.set_exception(EngineDiedError(reason))
+                call.set_exception(error)
         self._calls.clear()
 
     def _send(self, command: Command) -> None:

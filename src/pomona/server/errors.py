@@ -76,7 +76,8 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     core.AccountNotFoundError: _Row(404, _INVALID, "not_found"),
     core.AccountConflictError: _Row(409, _INVALID, "conflict", is_final=True),
     core.EngineUnavailableError: _Row(503, _SERVER, "engine_unavailable", retry_after_s=5),
-    core.EngineDiedError: _Row(503, _SERVER, "engine_died", retry_after_s=5),
+    # Sent again by itself, what killed the engine would use up the deaths that it is allowed.
+    core.EngineDiedError: _Row(503, _SERVER, "engine_died", retry_after_s=5, is_final=True),
     core.AdapterError: _Row(422, _INVALID, "adapter_invalid", param="source"),
     core.AdapterNotFoundError: _Row(404, _INVALID, "adapter_source_not_found", param="source"),
     core.AdapterForbiddenError: _Row(403, _INVALID, "adapter_source_forbidden", param="source"),

@@ -192,6 +192,8 @@ class FanOut:
             return RequestAbortedError("The request was ended by the operator.")
         if output.finish_reason is FinishReason.FAIL:
             message = output.error or "The engine failed."
+            if self._client.state == "closed":
+                return EngineUnavailableError(message)
             is_same_engine = self._client.is_ready and self._client.num_restarts == self._num_restarts
             return RequestFailedError(message) if is_same_engine else EngineDiedError(message)
         return None
