@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pomona.adapters import patterns
 from pomona.adapters.patterns import match_patterns
-from pomona.core.errors import AdapterConfigError
+from pomona.core.errors import AdapterConfigError, AdapterUnavailableError
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", "lm_head"]
 
@@ -33,6 +33,12 @@ def test_a_pattern_that_would_run_for_years_is_stopped(pattern: str, monkeypatch
     monkeypatch.setattr(patterns, "TIME_LIMIT_S", 0.5)
     with pytest.raises(AdapterConfigError, match="target_modules: the pattern took longer than"):
         match_patterns("target_modules", [pattern], ["model.layers.0.self_attn.q_proj" * 2], is_full_match=True)
+
+
+def test_where_no_process_can_be_started_the_adapter_is_unavailable_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns.sys, "executable", "/no/such/program")
+    with pytest.raises(AdapterUnavailableError, match="rank_pattern: no process can be started"):
+        match_patterns("rank_pattern", ["(a+)+"], NAMES)
 
 
 def test_more_patterns_than_any_model_has_modules_are_refused_unread() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -12,6 +13,7 @@ import pytest
 from pomona.core.errors import (
     AdapterError,
     AdapterNotFoundError,
+    AdapterUnavailableError,
     EngineUnavailableError,
     InvalidRequestError,
     PomonaError,
@@ -205,6 +207,21 @@ async def test_an_adapter_that_cannot_be_used_is_refused_and_nothing_changes(
             await client.load_adapter(path)
         assert type(caught.value) is error
         request = make_request("r", adapter_id=good.adapter_id)
+        assert (await read(client.submit(request)))[0] == expected_tokens(request)
+
+
+async def test_an_adapter_that_no_thread_can_be_started_for_is_refused_and_can_be_loaded_later(tmp_path, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    path = make_adapter(tmp_path / "a")
+    async with LocalClient(TinyBuilder().build()) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(AdapterUnavailableError, match="can't start new thread"):
+                await client.load_adapter(path)
+        info = await client.load_adapter(path)
+        request = make_request("r", adapter_id=info.adapter_id)
         assert (await read(client.submit(request)))[0] == expected_tokens(request)
 
 

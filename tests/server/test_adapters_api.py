@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ async def test_a_loaded_adapter_is_there_at_once_and_says_what_it_is(served: Ser
     }
     assert (await served.http.get("/v1/adapters/team/summary")).json() == card
     assert await _text(served, "team/summary") != await _text(served, BASE)
+
+
+async def test_an_adapter_that_no_thread_can_be_started_for_is_unavailable_for_now(served: Served, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        refused = await _load(served, "a", "one")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "adapter_unavailable")
+    assert (await _load(served, "a", "one")).status_code == 200
 
 
 async def test_adapters_are_listed_in_pages_by_name(served: Served):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pomona.adapters import pattern_worker
-from pomona.core.errors import AdapterConfigError
+from pomona.core.errors import AdapterConfigError, AdapterUnavailableError
 
 TIME_LIMIT_S = 5.0
 MAX_PATTERNS = 2048
@@ -39,6 +39,7 @@ def match_patterns(
     Raises:
         AdapterConfigError: not a regular expression, or it took longer than TIME_LIMIT_S seconds, or there are more
             than MAX_PATTERNS.
+        AdapterUnavailableError: no process can be started now.
     """
     if len(patterns) > MAX_PATTERNS:
         raise AdapterConfigError(field, f"has {len(patterns)} patterns: at most {MAX_PATTERNS} are matched")
@@ -67,6 +68,8 @@ def _match_in_process(field: str, request: dict[str, object]) -> list[list[str |
         raise AdapterConfigError(
             field, f"the pattern took longer than {TIME_LIMIT_S:g} s to match module names; simplify it"
         ) from error
+    except OSError as error:
+        raise AdapterUnavailableError(f"{field}: no process can be started to match its patterns: {error}") from error
     if done.returncode != 0:
         raise AdapterConfigError(field, "the pattern could not be evaluated; simplify it")
     answer: dict[str, object] = json.loads(done.stdout)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pomona.core.adapter import AdapterInfo
 from pomona.core.engine_info import EngineInfo
-from pomona.core.errors import EngineUnavailableError, PomonaError
+from pomona.core.errors import AdapterUnavailableError, EngineUnavailableError, PomonaError
 from pomona.core.ids import AdapterId
 from pomona.core.interfaces import AdapterHost
 from pomona.core.output import RequestOutput
@@ -166,7 +166,13 @@ class EngineLoop:
                 pass
 
     def _stage(self, load: LoadAdapter) -> None:
-        self._staging.append(_Staging(load.call_id, load.path, self._pool.submit(self._host.stage, load.path)))
+        try:
+            future = self._pool.submit(self._host.stage, load.path)
+        except RuntimeError as error:  # the system refuses another thread; it may be staged later, to no harm
+            refusal = AdapterUnavailableError(f"the adapter cannot be read now: {error}")
+            self._replies.append(CallFailed(load.call_id, pack_error(refusal)))
+        else:
+            self._staging.append(_Staging(load.call_id, load.path, future))
 
     def _register_staged(self) -> None:
         """Make adapters whose staging has ended known to the engine, and answer their calls."""

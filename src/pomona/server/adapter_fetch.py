@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from pomona.core.errors import AdapterUnavailableError
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -25,12 +27,20 @@ class FetchLanes:
         *args: _Arguments.args,
         **kwargs: _Arguments.kwargs,
     ) -> _Result:
-        """Call ``function`` in a thread of a lane. If the caller is cancelled, the call goes on."""
+        """Call ``function`` in a thread of a lane. If the caller is cancelled, the call goes on.
+
+        Raises:
+            AdapterUnavailableError: the system refuses another thread.
+        """
         pool = self._pools.get(lane)
         if pool is None:
             pool = self._pools[lane] = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="pomona-fetch")
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(pool, lambda: function(*args, **kwargs))
+        try:
+            call = loop.run_in_executor(pool, lambda: function(*args, **kwargs))
+        except RuntimeError as error:
+            raise AdapterUnavailableError(f"the adapter cannot be fetched now: {error}") from error
+        return await call
 
     def close(self) -> None:
         """Begin nothing more; what is under way ends by itself."""
