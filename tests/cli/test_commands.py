@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -213,6 +214,23 @@ def test_a_spawned_server_ends_with_a_benchmark_that_is_terminated(monkeypatch):
     assert app(["bench", "serve", "--spawn"], standalone_mode=False) == 130
     assert sent == [signal.SIGINT]
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--url", "ftp://x"], "--url is 'ftp://x': must be"),
+        (["--rate", "0"], "--rate is 0.0: must be positive, or inf"),
+        (["--popularity", "base,base"], "--popularity is base, base: must name each once"),
+        (["--prompt-tokens", "0"], "--prompt-tokens '0': num_tokens is 0: must be"),
+        (["--output-tokens", "5-3"], "--output-tokens '5-3': max_tokens is 3: must be"),
+        (["--slo-ttft-ms", "-1"], "--slo-ttft-ms, in seconds, is -0.001: must be"),
+        (["--url", "http://127.0.0.1:9"], "--url: no answer from http://127.0.0.1:9/v1/models"),
+    ],
+)
+def test_what_is_wrong_with_a_benchmark_is_said_of_its_options(arguments, said):
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        app(["bench", "serve", *arguments], standalone_mode=False)
 
 
 def test_without_affinity_as_on_macos_all_cores_are_used(monkeypatch, tmp_path):

@@ -22,6 +22,29 @@ from pomona.core.errors import ConfigError
 from pomona.workload.lengths import FixedLength, Lengths, UniformLength
 
 _START_LIMIT_S = 600.0
+_OPTIONS = {
+    "adapters": "--adapter",
+    "base_url": "--url",
+    "output_file": "--output",
+    "popularities": "--popularity",
+    "request_rate_per_s": "--rate",
+    "tpot_s": "--slo-tpot-ms, in seconds,",
+    "ttft_s": "--slo-ttft-ms, in seconds,",
+}
+"""Of the command, where they have other names than what they set."""
+
+
+@contextlib.contextmanager
+def options_named() -> Iterator[None]:
+    """Errors in the block name the command's options: what they set is named otherwise within."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        name = text.split(maxsplit=1)[0].rstrip(":")
+        if name not in _OPTIONS:
+            raise
+        raise ConfigError(_OPTIONS[name] + text.removeprefix(name)) from error
 
 
 def run_bench(config: ServeBenchConfig) -> None:
@@ -37,12 +60,15 @@ def read_lengths(flag: str, text: str) -> Lengths:
     """``128`` is a fixed length, ``64-256`` a uniform one.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or out of range.
     """
     low, separator, high = text.partition("-")
     if not low.isdigit() or (separator and not high.isdigit()):
         raise ConfigError(f"{flag} {text!r}: must be a number of tokens such as 128, or a range such as 64-256")
-    return UniformLength(int(low), int(high)) if separator else FixedLength(int(low))
+    try:
+        return UniformLength(int(low), int(high)) if separator else FixedLength(int(low))
+    except ConfigError as error:
+        raise ConfigError(f"{flag} {text!r}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ terminated.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -252,31 +253,29 @@ def bench_serve(
         pomona bench serve --url http://127.0.0.1:9000 --rate 5 --num-requests 200 --popularity base,zipf-1.5
     """
     from pomona.bench.config import ServeBenchConfig, expand_popularities
-    from pomona.cli.bench import read_lengths, run_bench, spawned_server
+    from pomona.cli.bench import options_named, read_lengths, run_bench, spawned_server
     from pomona.metrics.slo import Slo
 
-    slo = Slo(*(None if ms is None else ms / 1000 for ms in (slo_ttft_ms, slo_tpot_ms)))
-    config = ServeBenchConfig(
-        base_url=url,
-        api_key=api_key,
-        model=model,
-        adapters=tuple(adapter or ()),
-        popularities=expand_popularities(popularity),
-        num_requests=num_requests,
-        request_rate_per_s=rate,
-        arrival_cv=arrival_cv,
-        max_concurrency=max_concurrency,
-        prompt_lengths=read_lengths("--prompt-tokens", prompt_tokens),
-        output_lengths=read_lengths("--output-tokens", output_tokens),
-        seed=seed,
-        slo=None if slo == Slo() else slo,
-        output_file=output,
-    )
-    if not spawn:
-        run_bench(config)
-        return
-    with spawned_server([], api_key) as spawned_url:
-        run_bench(replace(config, base_url=spawned_url))
+    with options_named():
+        slo = Slo(*(None if ms is None else ms / 1000 for ms in (slo_ttft_ms, slo_tpot_ms)))
+        config = ServeBenchConfig(
+            base_url=url,
+            api_key=api_key,
+            model=model,
+            adapters=tuple(adapter or ()),
+            popularities=expand_popularities(popularity),
+            num_requests=num_requests,
+            request_rate_per_s=rate,
+            arrival_cv=arrival_cv,
+            max_concurrency=max_concurrency,
+            prompt_lengths=read_lengths("--prompt-tokens", prompt_tokens),
+            output_lengths=read_lengths("--output-tokens", output_tokens),
+            seed=seed,
+            slo=None if slo == Slo() else slo,
+            output_file=output,
+        )
+        with spawned_server([], api_key) if spawn else nullcontext(url) as found_url:
+            run_bench(replace(config, base_url=found_url))
 
 
 @bench_app.command("accuracy")
