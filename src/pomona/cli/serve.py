@@ -38,6 +38,8 @@ from pomona.text.tokenizer import Tokenizer
 
 _LOGGER = logging.getLogger(__name__)
 _MAX_FILES = 65_536
+_BACKLOG = 2048
+"""Connections that may wait to be taken."""
 _DRAIN_S = 5
 """Seconds that open streams get after Ctrl-C."""
 _CUT_S = 5
@@ -91,6 +93,7 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
     _allow_many_files()
     with _bind(config) as listener:
         async with _build_app(config, console) as (app, running_adapters, base_name):
+            _listen(listener, config)
             host = f"[{config.host}]" if ":" in config.host else config.host
             # What is there now lives as long as the server: no collection need ever look at it again.
             gc.collect()
@@ -103,6 +106,7 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
                     ws="none",
                     log_config=None,  # its log is printed like ours
                     log_level="warning",
+                    backlog=_BACKLOG,
                     timeout_graceful_shutdown=_DRAIN_S + _CUT_S,
                     server_header=False,
                 ),
@@ -182,10 +186,21 @@ def _bind(config: AppConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; choose another --port"
-        ) from error
+        raise _port_error(config, error) from error
     return listener
+
+
+def _listen(listener: socket.socket, config: AppConfig) -> None:
+    """Have clients come. Of servers that took the same port while they all loaded, one can; uvloop would not tell."""
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise _port_error(config, error) from error
+
+
+def _port_error(config: AppConfig, error: OSError) -> ConfigError:
+    what = error.strerror or error
+    return ConfigError(f"cannot listen on {config.host}:{config.port}: {what}; choose another --port")
 
 
 @contextlib.asynccontextmanager

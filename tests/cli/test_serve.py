@@ -1,0 +1,27 @@
+"""``pomona serve`` around the model: what happens while that is loaded, with nothing to load."""
+
+import contextlib
+import socket
+
+import pytest
+from rich.console import Console
+
+from pomona.cli import serve
+from pomona.cli.config import load_config
+from pomona.core.errors import ConfigError
+
+
+async def test_of_servers_that_took_a_port_while_they_loaded_one_says_that_it_cannot_have_it(monkeypatch):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+
+        @contextlib.asynccontextmanager
+        async def load(config, console):
+            other.listen()
+            yield None, None, "base"
+
+        monkeypatch.setattr(serve, "_build_app", load)
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            await serve._serve(load_config({"port": port}), Console(), None)
