@@ -216,6 +216,16 @@ def test_a_spawned_server_ends_with_a_benchmark_that_is_terminated(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
+def test_a_server_on_this_machine_is_not_asked_through_the_proxy_of_the_environment(server, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    server.answer = b"data: " + json.dumps(CHUNK).encode() + b"\n\ndata: [DONE]\n\n"
+    answers, _ = asyncio.run(demo.ask_all(server.url, "base", ["reverse"]))
+    assert {answer.text for answer in answers} == {"ananab"}
+    bench._wait_until_ready(server.url, SimpleNamespace(poll=lambda: None))
+    with pytest.raises(PomonaError, match=r"no answer from http://127\.0\.0\.1:9: "):
+        asyncio.run(demo.ask_all("http://127.0.0.1:9", "base", []))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -111,7 +111,7 @@ def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]") -> None:
         if process.poll() is not None:
             raise ConfigError(f"the server that --spawn started ended with exit code {process.returncode}")
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == 200:
+            if httpx.get(f"{url}/ready", timeout=5.0, trust_env=False).status_code == 200:
                 return
         time.sleep(0.1)
     raise ConfigError(f"the server that --spawn started was not ready within {_START_LIMIT_S:g} s")

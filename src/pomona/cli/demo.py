@@ -87,12 +87,18 @@ async def ask_all(
 
     Returns:
         The answers, and the seconds until the last was complete.
+
+    Raises:
+        PomonaError: one was refused, or there was none.
     """
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120.0) as client:
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120.0, trust_env=False) as client:
         started_s = time.perf_counter()
         asked = [_ask(client, model, word) for word in _WORDS for model in (base_name, *adapters)]
-        answers = await asyncio.gather(*asked)
+        try:
+            answers = await asyncio.gather(*asked)
+        except httpx.HTTPError as error:
+            raise PomonaError(f"no answer from {url}: {error or type(error).__name__}") from error
         return list(answers), time.perf_counter() - started_s
 
 
