@@ -265,8 +265,9 @@ class TestKey:
         assert (await http.get("/health", headers=headers)).status_code == 200
         assert (await http.get("/ready", headers=headers)).status_code == 200
 
-    async def test_with_the_key_everything_works(self, http):
-        headers = {"authorization": "Bearer sk-right"}
+    @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+    async def test_with_the_key_everything_works(self, http, scheme):
+        headers = {"authorization": f"{scheme} sk-right"}
         assert (await http.get("/v1/models", headers=headers)).status_code == 200
         assert (await http.post(COMPLETIONS, json=GOOD, headers=headers)).status_code == 200
 

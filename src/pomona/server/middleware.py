@@ -63,12 +63,13 @@ class KeyCheck:
 
     def __init__(self, app: ASGIApp, api_key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._expected = f"bearer {api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = HTTPConnection(scope).headers.get("authorization", "").encode()
+            scheme, space, key = HTTPConnection(scope).headers.get("authorization", "").partition(" ")
+            given = f"{scheme.lower()}{space}{key}".encode()
             if not hmac.compare_digest(given, self._expected):
                 what = "is wrong" if given else "is missing"
                 error = AuthenticationError(f"The API key {what}: send it as 'Authorization: Bearer KEY'.")
