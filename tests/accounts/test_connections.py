@@ -78,6 +78,49 @@ async def test_an_offer_of_another_protocol_is_not_taken_and_the_body_is_the_req
                 await client.reader.readuntil(b'"system_fingerprint":null}')
 
 
+async def test_an_offer_of_another_protocol_may_come_in_pieces(url):
+    body = json.dumps({"model": BASE, "prompt": "one two", "max_tokens": 2}).encode()
+    head = HEAD + b"Connection: Upgrade\r\ncontent-length: %d" % len(body)
+    offer = b"\r\nUpgrade: h2c\r\n\r\n"
+    async with Client(url) as client:
+        for cut in range(1, 14):
+            client.send(head + offer[:cut])
+            await asyncio.sleep(0.01)
+            client.send(offer[cut:] + body)
+            async with asyncio.timeout(20):
+                assert (await client.reader.readline()).startswith(b"HTTP/1.1 200 ")
+                await client.reader.readuntil(b'"system_fingerprint":null}')
+
+
+@pytest.mark.parametrize("cut", range(5))
+async def test_a_body_is_left_as_it_is_however_its_head_came(tmp_path, cut):
+    """A line of it may look like a header."""
+    head, body = HEAD + b"content-length: 14\r\n\r\n", b"\r\nupgrade: h2c"
+    bodies = []
+
+    async def app(scope, receive, send):
+        bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async with listen(app, protocol=Impatient) as url, Client(url) as client:
+        client.send(head[: len(head) - cut])
+        await asyncio.sleep(0.01)
+        client.send(head[len(head) - cut :] + body)
+        await client.reader.readuntil(b"\r\n\r\n")
+    assert bodies == [body]
+
+
+async def test_requests_that_come_in_one_piece_have_their_offers_ignored_each(url, caplog):
+    offer = b"GET /ready HTTP/1.1\r\nhost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+    async with Client(url) as client:
+        client.send(b"\r\n" + 3 * offer)
+        for _ in range(3):
+            async with asyncio.timeout(20):
+                assert (await client.reader.readuntil(b"}")).lstrip().startswith(b"HTTP/1.1 200 ")
+    assert not caplog.messages
+
+
 async def test_a_head_that_never_ends_is_refused(url):
     async with Client(url) as client:
         client.send(b"GET /health HTTP/1.1\r\n")

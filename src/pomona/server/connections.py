@@ -14,7 +14,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 _TIMEOUT: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-_UPGRADE: Final = re.compile(rb"\nupgrade(?=[ \t]*:)", re.IGNORECASE)
+_HEAD_END: Final = b"\r\n\r\n"
+_UPGRADE: Final = re.compile(rb"\r\nupgrade(?=:)", re.IGNORECASE)
+_UNDECIDED: Final = re.compile(rb"\r(\n(\r|u(p(g(r(a(de?)?)?)?)?)?)?)?\Z", re.IGNORECASE)
+"""The end of a piece of a head that may become, with the next one, the head's own end or such a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class GuardedProtocol(HttpToolsProtocol):
     _is_in_head = True
     _has_begun = False
     """A byte of a request has come."""
+    _undecided = b""
+    """Of the head, and not parsed yet."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock."""
@@ -74,13 +79,23 @@ class GuardedProtocol(HttpToolsProtocol):
         """
         if self._is_in_head:
             self._num_head_bytes += len(data)
-            head, end, rest = data.partition(b"\r\n\r\n")
-            data = _UPGRADE.sub(b"\nignored", head) + end + rest
-        super().data_received(data)
+            data = self._receive_heads(self._undecided + data)
+        if data:
+            super().data_received(data)
         if self._read_timer is None and (self.cycle is None or self.cycle.response_complete):
             self._expect(self.limits.head_timeout_s)  # empty lines, which begin no head
         if self._is_in_head and self._num_head_bytes > self.limits.max_head_bytes:
             self._refuse(_TOO_LARGE)
+
+    def _receive_heads(self, data: bytes) -> bytes:
+        """Parse heads, however many pieces they come in; returns what follows them, a body."""
+        self._undecided = b""
+        while data and self._is_in_head and not self.transport.is_closing():
+            head, end, data = data.partition(_HEAD_END)
+            if not end and (undecided := _UNDECIDED.search(head)) is not None:
+                head, self._undecided = head[: undecided.start()], undecided[0]
+            super().data_received(_UPGRADE.sub(b"\r\nignored", head) + end)
+        return b"" if self.transport.is_closing() else data
 
     def on_message_begin(self) -> None:
         """A head begins."""
