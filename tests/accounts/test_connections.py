@@ -121,6 +121,24 @@ async def test_requests_that_come_in_one_piece_have_their_offers_ignored_each(ur
     assert not caplog.messages
 
 
+async def test_a_client_of_http_1_0_gets_a_stream_that_ends_with_the_connection(url):
+    """It does not know what chunks are."""
+    fields = {"model": BASE, "prompt": "one two", "max_tokens": 4, "temperature": 0}
+    answers = []
+    for is_stream in (False, True):
+        body = json.dumps({**fields, "stream": is_stream}).encode()
+        async with Client(url) as client:
+            client.send(HEAD.replace(b"1.1", b"1.0") + b"content-length: %d\r\n\r\n" % len(body) + body)
+            answers.append((await client.rest()).partition(b"\r\n\r\n"))
+    (whole_head, _, whole), (head, _, events) = answers
+    assert b"content-length: %d" % len(whole) in whole_head
+    assert json.loads(whole)["choices"][0]["text"]
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"}\n\ndata: [DONE]\n\n")
+
+
 async def test_a_head_that_never_ends_is_refused(url):
     async with Client(url) as client:
         client.send(b"GET /health HTTP/1.1\r\n")

@@ -5,11 +5,13 @@ that does not read its answer, and on the number of connections.
 """
 
 import asyncio
+import functools
 import re
 from collections import deque
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _TIMEOUT: Final = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -127,6 +129,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._unanswered.popleft()
         self._unanswered.append(self.cycle)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        is_old = cycle.scope["http_version"] == "1.0"
+        super()._start_asgi_task(cycle, functools.partial(_answer_without_chunks, app, cycle) if is_old else app)
+
     def on_body(self, body: bytes) -> None:
         """Give a client that goes on sending more time."""
         self._num_body_bytes += len(body)
@@ -176,3 +182,22 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+
+async def _answer_without_chunks(
+    app: Any, cycle: RequestResponseCycle, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Run the application for a client of HTTP/1.0: an answer without a length ends with the connection."""
+    has_length = True
+
+    async def send_on(message: Message) -> None:
+        nonlocal has_length
+        if message["type"] == "http.response.start":
+            has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not has_length:
+                cycle.chunked_encoding = False
+        elif not has_length:
+            cycle.expected_content_length = len(message.get("body", b""))  # what uvicorn holds it against
+        await send(message)
+
+    await app(scope, receive, send_on)
