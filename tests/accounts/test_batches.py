@@ -238,6 +238,28 @@ async def test_forms_that_are_wrong_are_refused(served, clients):
         assert response.json()["error"]["message"]
 
 
+async def test_a_part_of_a_file_can_be_read_and_parts_that_are_not_there_are_refused(served):
+    headers = {"authorization": f"Bearer {served.keys['acme']}"}
+    form = {"files": {"file": b"0123456789"}, "data": {"purpose": "batch"}}
+    path = (await served.served.http.post("/v1/files", headers=headers, **form)).json()["id"]
+    for wanted, status, what in (
+        ("bytes=2-4", 206, b"234"),
+        ("bytes=0-1,8-", 206, None),
+        ("bytes=10-", 416, "invalid_range"),
+        ("bytes=4-2", 400, "invalid_value"),
+        ("lines=1-2", 400, "invalid_value"),
+        ("nonsense", 400, "invalid_value"),
+    ):
+        url = f"/v1/files/{path}/content"
+        response = await served.served.http.get(url, headers={**headers, "range": wanted})
+        assert response.status_code == status, wanted
+        if status == 206:
+            assert what in (None, response.content)
+            continue
+        assert response.json()["error"]["code"] == what
+        assert response.headers.get("content-range") == ("bytes */10" if status == 416 else None)
+
+
 async def test_files_have_a_limit_together(config, tmp_path):
     async with serve_accounts(tmp_path, replace(config, max_tenant_file_bytes=100)) as served:
         headers = {"authorization": f"Bearer {served.keys['acme']}"}

@@ -152,7 +152,7 @@ def _add_batches(app: FastAPI) -> None:
         openapi_extra=file_id,
         responses=openapi.answers(wire.FileDeleted, 403, 404, 409, 503),
     )(files.delete_file)
-    content = openapi.answers(wire.FileCard, 403, 404, 503)
+    content = openapi.answers(wire.FileCard, 400, 403, 404, 416, 503)
     content[200] = {"description": "The content.", "content": {"application/octet-stream": {}}}
     app.get("/v1/files/{file_id}/content", tags=["batch"], openapi_extra=file_id, responses=content)(files.get_content)
     example = {"input_file_id": "file-...", "endpoint": "/v1/chat/completions", "completion_window": "24h"}

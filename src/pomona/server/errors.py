@@ -21,6 +21,18 @@ class BodyTooLargeError(core.PomonaError):
     """The request body exceeds the limit."""
 
 
+class RangeError(core.PomonaError):
+    """Nothing of a file is in the range that was asked for.
+
+    Args:
+        num_bytes: of the file.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(f"Range: the file has {num_bytes} bytes: nothing of it is in that range.")
+        self.num_bytes = num_bytes
+
+
 class AuthenticationError(core.PomonaError):
     """No API key, or a wrong one."""
 
@@ -88,6 +100,7 @@ _TABLE: Final[Mapping[type[BaseException], _Row]] = {
     UnknownAdapterError: _Row(404, _INVALID, "adapter_not_found", param="name"),
     BodyError: _Row(400, _INVALID, "invalid_json"),
     BodyTooLargeError: _Row(413, _INVALID, "body_too_large"),
+    RangeError: _Row(416, _INVALID, "invalid_range"),
     AuthenticationError: _Row(401, _INVALID, "invalid_api_key"),
     NoSuchRouteError: _Row(404, _INVALID, "not_found"),
     ForbiddenError: _Row(403, _INVALID, "insufficient_permissions"),
@@ -128,6 +141,8 @@ def error_response(error: core.PomonaError) -> Response:
         headers["x-should-retry"] = "false"  # OpenAI's clients would ask again, twice
     if row.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, RangeError):
+        headers["content-range"] = f"bytes */{error.num_bytes}"
     return Response(error_body(error), row.status, headers, "application/json")
 
 

@@ -9,19 +9,34 @@ from pathlib import Path
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, MalformedRangeHeader, RangeNotSatisfiable, Response
 
 from pomona.accounts.batches import StoredFile
 from pomona.core.errors import AccountNotFoundError, InvalidRequestError
 from pomona.server import account_types as wire
 from pomona.server.admin import accounts_of, json_answer
-from pomona.server.errors import BodyError, BodyTooLargeError
+from pomona.server.errors import BodyError, BodyTooLargeError, RangeError
 from pomona.server.paging import check_names, page_of
 from pomona.server.tenant import principal_of
 
 _MAX_FORM_BYTES = 16 * 1024
 """Of everything in the form but the file."""
 _MAX_NAME_CHARS = 200
+
+
+class _Content(FileResponse):
+    """A file whose errors are like all others."""
+
+    @classmethod
+    def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+        try:
+            return super()._parse_range_header(http_range, file_size)
+        except MalformedRangeHeader as error:
+            raise InvalidRequestError(
+                "Range", f"Range is {http_range[:_MAX_NAME_CHARS]!r}: must read like bytes=0-99"
+            ) from error
+        except RangeNotSatisfiable as error:
+            raise RangeError(file_size) from error
 
 
 def tenant_of(request: Request) -> str:
@@ -89,7 +104,7 @@ async def get_content(request: Request) -> Response:
     except FileNotFoundError as error:
         raise AccountNotFoundError(f"The content of the file {file.id} is gone.") from error
     headers = {"cache-control": "no-store"}
-    return FileResponse(path, headers=headers, media_type="application/octet-stream", stat_result=found)
+    return _Content(path, headers=headers, media_type="application/octet-stream", stat_result=found)
 
 
 async def delete_file(request: Request) -> Response:

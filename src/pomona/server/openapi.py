@@ -60,6 +60,7 @@ _ERRORS: Final = {
     404: "There is nothing of that name, as far as this API key can see.",
     409: "It exists already, or is in use. Of `model`: the adapter cannot be used; the message says why.",
     413: "The body is larger than the limit.",
+    416: "Nothing of the file is in the range.",
     422: "The adapter cannot be used; the message says why. Nothing has changed.",
     429: "The queue is full or a limit is reached; nothing was admitted. Try again after `Retry-After` seconds.",
     500: "The server failed.",
