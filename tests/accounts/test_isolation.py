@@ -256,10 +256,14 @@ async def test_a_tenant_sees_its_own_usage_only(served):
     for who in ("acme", "bolt", "bolt"):
         assert (await served.complete(who)).status_code == 200
     await served.accounts.ledger.flush()
-    for query in ("", "?tenant=acme", "?group_by=tenant"):
+    for query in ("", "?tenant=bolt", "?group_by=tenant"):
         (sums,) = (await served.call("bolt", "GET", f"/v1/usage{query}")).json()["data"]
         assert sums["num_requests"] == 2
-    lines = (await served.call("bolt", "GET", "/v1/usage?format=csv&tenant=acme")).text.splitlines()
+    for query in ("?tenant=acme", "?tenant=absent", "?format=csv&tenant=acme", "?tenant="):
+        refused = await served.call("bolt", "GET", f"/v1/usage{query}")
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].endswith(": must be left out: you see your own usage")
+    lines = (await served.call("bolt", "GET", "/v1/usage?format=csv")).text.splitlines()
     assert len(lines) == 3
     assert all(",bolt," in line for line in lines[1:])
     everything = (await served.call("auditor", "GET", "/v1/usage?group_by=tenant")).json()["data"]

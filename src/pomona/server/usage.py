@@ -72,9 +72,11 @@ def _filter_of(request: Request) -> UsageFilter:
     query = request.query_params
     principal = principal_of(request)
     assert principal is not None, "every request has a key"
-    key_id = query.get("key")
+    key_id, tenant_id = query.get("key"), query.get("tenant")
+    if principal.tenant_id is not None and tenant_id not in (None, principal.tenant_id):
+        raise InvalidRequestError.out_of_range("tenant", tenant_id[:100], "left out: you see your own usage")
     return UsageFilter(
-        tenant_id=principal.tenant_id or query.get("tenant"),
+        tenant_id=principal.tenant_id or tenant_id,
         key_id=None if key_id is None else key_id.removeprefix("pk-"),
         adapter=query.get("adapter"),
         start_s=_moment("start", query.get("start")),
