@@ -97,6 +97,7 @@ class ServerMetrics:
     """
 
     def __init__(self, client: EngineClient, base_name: str, max_adapter_labels: int) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series
         self._registry = prometheus_client.CollectorRegistry()
         self._registry.register(_EngineCollector(client))
         self.ttft = self._histogram(table.TTFT_SECONDS)
