@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -5,7 +6,9 @@ from pomona.core.plan import TokenLogprobs
 from pomona.core.request import FinishReason
 from pomona.server.choice import Choice, Piece, PromptEcho, TextRules
 from pomona.text.stop import StopStrings
+from pomona.text.tokenizer import Tokenizer
 from support.server import output
+from support.tokenizers import make_tokenizer_files
 
 EOS = 2
 
@@ -134,3 +137,22 @@ def test_control_tokens_written_in_an_echoed_prompt_take_their_place_in_its_text
     assert all(text[entry.text_offset :].startswith(tokenizer.token_text(entry.token_id)) for entry in piece.logprobs)
     ids_only = PromptEcho(tokenizer, token_ids, None, _rules(has_logprobs=True)).piece(_logprobs(token_ids[1:]))
     assert (ids_only.text, ids_only.logprobs[-1].text_offset) == ("édog!", 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The quick", ["", "The ", "qu", "ick"]),
+        ("<s>The quick", ["", "<s>", "The ", "qu", "ick"]),
+        ("<s><s> The quick", ["", "<s>", "<s>", " ", "The ", "qu", "ick"]),
+        ("The <s>quick", ["", "The ", "<s>", "", "qu", "ick"]),
+        ("<s>", ["", "<s>"]),
+    ],
+)
+def test_what_a_tokenizer_adds_to_an_echoed_prompt_takes_no_place_in_its_text(tmp_path, text, words):
+    """A beginning-of-sequence token, also before one that is written there, and spaces behind control tokens."""
+    tokenizer = Tokenizer.load(make_tokenizer_files(tmp_path, kind="sentencepiece"))
+    token_ids = tokenizer.encode(text)
+    piece = PromptEcho(tokenizer, token_ids, text, _rules(has_logprobs=True)).piece(_logprobs(token_ids[1:]))
+    offsets = [entry.text_offset for entry in piece.logprobs]
+    assert [text[start:end] for start, end in zip(offsets, [*offsets[1:], None], strict=True)] == words

@@ -3,6 +3,7 @@
 Streaming and non-streaming answers are both made of the pieces that this yields, so they cannot differ.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -181,13 +182,29 @@ class PromptEcho:
         if not self._has_logprobs:
             return Piece(self.text)
         detokenizer = Detokenizer(self._tokenizer, skip_special_tokens=False)
-        num_chars = 0
+        num_chars, num_added = 0, self._num_added()
         positioned = []
-        for values, token_id in zip([None, *logprobs], self._token_ids, strict=True):
+        for index, (values, token_id) in enumerate(zip([None, *logprobs], self._token_ids, strict=True)):
             positioned.append(PositionedLogprobs(min(num_chars, len(self.text)), values, token_id))
-            if token_id not in self._tokenizer.special_token_ids or self._is_written_at(num_chars, token_id):
-                num_chars += len(detokenizer.push(token_id))
+            is_control = token_id in self._tokenizer.special_token_ids
+            if not is_control or (index >= num_added and self._is_written_at(num_chars, token_id)):
+                num_chars += self._num_chars_at(num_chars, detokenizer.push(token_id))
         return Piece(self.text, positioned)
+
+    def _num_added(self) -> int:
+        """Control tokens at the beginning that the tokenizer has put before the same ones, written in the text."""
+        first = self._token_ids[0]
+        written = self._tokenizer.token_text(first)
+        num_equal = sum(1 for _ in itertools.takewhile(first.__eq__, self._token_ids))
+        num_written = 0
+        while num_written < num_equal and self.text.startswith(written, num_written * len(written)):
+            num_written += 1
+        return num_equal - num_written
+
+    def _num_chars_at(self, num_chars: int, piece: str) -> int:
+        """Length of a token's text there; behind a control token some tokenizers begin with a space of their own."""
+        spaces = piece[: len(piece) - len(piece.lstrip(" "))]
+        return len(piece) if self.text.startswith(spaces, num_chars) else len(piece) - 1
 
     def _is_written_at(self, num_chars: int, token_id: int) -> bool:
         """True if this control token is in the text there; the tokenizer adds some, and decoding may leave them out."""
