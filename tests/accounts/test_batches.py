@@ -388,10 +388,10 @@ async def test_a_batch_that_our_bug_ends_has_failed_and_others_go_on(served, cli
     client = clients["acme"]
     ask = BatchRunner._ask
 
-    async def ask_or_fail(runner, principal, path, content):
+    async def ask_or_fail(runner, principal, batch, line, content):
         if b"poison" in content:
             raise RecursionError("a bug")
-        return await ask(runner, principal, path, content)
+        return await ask(runner, principal, batch, line, content)
 
     monkeypatch.setattr(BatchRunner, "_ask", ask_or_fail)
     monkeypatch.setattr("pomona.accounts.batches.LEASE_S", 0.1)
@@ -408,12 +408,12 @@ async def test_a_line_with_which_the_engine_dies_twice_has_failed_and_the_others
     client, ask, beside = clients["acme"], BatchRunner._ask, asyncio.Barrier(4)
     asked = []
 
-    async def ask_or_die(runner, principal, path, content):
+    async def ask_or_die(runner, principal, batch, line, content):
         asked.append(content)
         if len(asked) <= 4:
             await beside.wait()  # all four are in the engine when it dies
         elif b"poison" not in content:
-            return await ask(runner, principal, path, content)
+            return await ask(runner, principal, batch, line, content)
         return Answer(503, "", {"error": {"message": "it died", "code": "engine_died"}}, 0.0)
 
     monkeypatch.setattr(BatchRunner, "_ask", ask_or_die)
@@ -432,7 +432,7 @@ async def test_of_several_lines_that_kill_the_engine_none_takes_another_with_it(
     client, ask = clients["acme"], BatchRunner._ask
     in_engine, died = set(), set()
 
-    async def ask_or_die(runner, principal, path, content):
+    async def ask_or_die(runner, principal, batch, line, content):
         me = object()
         in_engine.add(me)
         await asyncio.sleep(0.01 if b"poison" in content else 0.05)
@@ -441,7 +441,7 @@ async def test_of_several_lines_that_kill_the_engine_none_takes_another_with_it(
         in_engine.discard(me)
         if me in died:
             return Answer(503, "", {"error": {"message": "it died", "code": "engine_died"}}, 0.0)
-        return await ask(runner, principal, path, content)
+        return await ask(runner, principal, batch, line, content)
 
     monkeypatch.setattr(BatchRunner, "_ask", ask_or_die)
     monkeypatch.setattr("pomona.server.batch_runner._RETRY_S", 0.01)
@@ -545,6 +545,56 @@ async def test_a_batch_goes_on_where_a_dead_process_left_it(served, clients, mon
     assert len(await served.usage()) == 4
 
 
+async def test_lines_that_a_stop_cuts_off_are_charged_when_they_are_answered(served, clients, monkeypatch):
+    client, executor, ledger = clients["acme"], served.served.executor, served.accounts.ledger
+    monkeypatch.setattr("pomona.accounts.batches.LEASE_S", 0.1)
+    executor.pause_at_token = 2
+    async with working(served):
+        batch = await start(client, lines(*(body() for _ in range(3))))
+        await until(lambda: not executor.gate.is_set(), "lines are under way")
+        asyncio.get_running_loop().call_later(0.1, executor.gate.set)
+    await until(lambda: not ledger.num_open, "all are cut off")
+    assert await served.usage() == []
+    async with working(served):
+        batch = await until_ended(client, batch)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 3)
+    rows, answers = await served.usage(), await results(client, batch.output_file_id)
+    assert {row["request_id"] for row in rows} == {answer["response"]["body"]["id"] for answer in answers.values()}
+    assert [(row["outcome"], row["output_tokens"]) for row in rows] == [("finish", 4)] * 3
+
+
+async def test_a_line_that_is_answered_twice_is_charged_once(served, clients, monkeypatch):
+    """The first answer was lost: whoever got it ended before it was written."""
+    client, write = clients["acme"], OutputFiles.write
+    monkeypatch.setattr("pomona.accounts.batches.LEASE_S", 0.1)
+    monkeypatch.setattr(OutputFiles, "write", lambda *_: asyncio.current_task().cancel())
+    async with working(served):
+        batch = await start(client, lines(body()))
+        await until(lambda: served.accounts.ledger.totals()["rows"], "it is answered")
+    monkeypatch.setattr(OutputFiles, "write", write)
+    await asyncio.sleep(0.2)
+    async with working(served):
+        batch = await until_ended(client, batch)
+    assert batch.request_counts.completed == 1
+    assert len(await served.usage()) == 1
+
+
+async def test_a_stop_before_the_first_line_leaves_no_file_that_nobody_knows(served, clients, monkeypatch):
+    client, is_begun, go_on = clients["acme"], threading.Event(), threading.Event()
+    folder = served.accounts.config.data_dir / "files"
+    monkeypatch.setattr("pomona.accounts.batches.LEASE_S", 0.1)
+    monkeypatch.setattr("pomona.server.batch_runner.read_lines", lambda *_: is_begun.set() or (go_on.wait(20) and []))
+    async with working(served):
+        batch = await start(client, lines(body()))
+        await until(is_begun.is_set, "the files are open")
+    go_on.set()
+    monkeypatch.undo()
+    await asyncio.sleep(0.2)
+    async with working(served):
+        batch = await until_ended(client, batch)
+    assert {path.name for path in folder.iterdir()} == {batch.input_file_id, batch.output_file_id}
+
+
 @pytest.mark.parametrize("slow", ["read_lines", "OutputFiles.open"])
 async def test_a_batch_stays_its_owners_while_large_files_are_read(served, clients, monkeypatch, slow):
     for module in ("accounts.batches", "server.batch_runner"):
@@ -598,7 +648,7 @@ async def test_a_process_whose_lease_has_run_out_writes_nothing_until_it_knows_t
         monkeypatch.setattr(store, "update", update)
         batch = await until_ended(client, batch)
     assert (batch.status, batch.request_counts.completed) == ("completed", 1)
-    assert len(await served.usage()) == 2
+    assert len(await served.usage()) == 1
 
 
 async def test_lines_of_a_batch_give_way_to_everything_else(served, clients, monkeypatch):

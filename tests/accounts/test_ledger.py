@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import msgspec
 import pytest
 import sqlalchemy
 
@@ -281,6 +282,22 @@ def test_the_table_of_progress_has_its_place_on_the_disk(tmp_path):
     table = (tmp_path / "p1" / "progress").stat()
     assert table.st_blocks * 512 >= table.st_size
     journal.close()
+
+
+def test_a_batchs_line_is_a_row_when_it_is_answered(database, tmp_path):
+    """What a death or a stop has cut off is done again, under the same id."""
+    journal = Journal(tmp_path / "journal", "p1")
+    for outcome in ("lost", "abort", "fail", "finish"):
+        begun = journal.start(msgspec.structs.replace(start("line"), is_batch=True))
+        if outcome != "lost":
+            journal.finish(begun, msgspec.structs.replace(usage(begun, outcome), is_batch=True))
+    journal.close()
+    with dead_journals(tmp_path / "journal") as found, database.write() as connection:
+        ((_, ended),) = found
+        assert [one.outcome for one in ended] == ["abort", "fail", "finish", "lost"]
+        (*_, spent) = insert_usage(connection, ended, {})
+    assert [row["outcome"] for row in rows(database)] == ["finish"]
+    assert spent.num_requests == 1
 
 
 def test_a_torn_record_ends_its_segment_and_nothing_else(tmp_path):

@@ -39,6 +39,8 @@ class Booking:
     prompt_tokens: tuple[int, ...]
     """Of each prompt."""
     choices_per_prompt: int = 1
+    is_batch: bool = False
+    """A batch's line."""
 
 
 class Accounts:
@@ -164,6 +166,7 @@ class Accounts:
             adapter_id=booking.adapter_id,
             prompt_tokens=booking.prompt_tokens,
             started_s=clock.now_s(),
+            is_batch=booking.is_batch,
         )
         return self.ledger.begin(start, booking.choices_per_prompt)
 

@@ -244,7 +244,8 @@ class BatchStore:
             return [_batch(row) for row in rows]
 
     def claim(self, process_id: str, busy_tenants: Collection[str] = ()) -> Batch | None:
-        """Take the oldest batch that nobody works on; its lease must be renewed by ``update``.
+        """Take the oldest batch that nobody works on; its lease must be renewed by ``update``. The files that it will
+        write have their ids by then: whoever takes it over finds them.
 
         Args:
             process_id: this process.
@@ -262,9 +263,12 @@ class BatchStore:
                 BatchRow.id == batch_id, BatchRow.leased_until_s < now, BatchRow.status.in_(ACTIVE)
             )
             # Another process may have taken it since it was found, or its owner cancelled it: then no row fits.
-            taken = session.execute(
-                take.values(process_id=process_id, leased_until_s=now + LEASE_S).returning(BatchRow.id)
-            ).first()
+            files = {
+                column.key: func.coalesce(column, self.new_file_id())
+                for column in (BatchRow.output_file_id, BatchRow.error_file_id)
+            }
+            mine = take.values(process_id=process_id, leased_until_s=now + LEASE_S, **files)
+            taken = session.execute(mine.returning(BatchRow.id)).first()
             row = None if taken is None else session.get(BatchRow, batch_id)
             return None if row is None else _batch(row)
 

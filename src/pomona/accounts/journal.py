@@ -61,6 +61,8 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     """Of each prompt."""
     started_s: float
     """Unix time."""
+    is_batch: bool = False
+    """A batch's line: it is run again if this run is cut off."""
 
 
 class Usage(msgspec.Struct, frozen=True, tag="finish"):
@@ -81,6 +83,12 @@ class Usage(msgspec.Struct, frozen=True, tag="finish"):
     outcome: str
     started_s: float
     ended_s: float
+    is_batch: bool = False
+
+    @property
+    def is_void(self) -> bool:
+        """True if it is no row of the ledger: a batch's line has one, of the run that has answered it."""
+        return self.is_batch and self.outcome != "finish"
 
 
 _DECODER: Final = msgspec.msgpack.Decoder(Start | Usage)
@@ -357,4 +365,5 @@ def _lost(start: Start, progress: bytes) -> Usage:
         outcome="lost",
         started_s=start.started_s,
         ended_s=at_s,
+        is_batch=start.is_batch,
     )

@@ -123,6 +123,7 @@ class Entry:
             outcome=outcome,
             started_s=start.started_s,
             ended_s=clock.now_s(),
+            is_batch=start.is_batch,
         )
         self._ledger.finish(start, usage)
 

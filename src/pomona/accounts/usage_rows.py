@@ -59,11 +59,14 @@ def read_prices(connection: Connection) -> Prices:
 
 
 def insert_usage(connection: Connection, rows: Sequence[Usage], prices: Prices) -> list[Spending]:
-    """Insert rows that are not there yet, and add those, and only those, to their month's sums.
+    """Insert rows that are not there yet and not void, and add those, and only those, to their month's sums.
 
     Returns:
         The new sums of every tenant, key and adapter that got a row.
     """
+    rows = [row for row in rows if not row.is_void]
+    if not rows:
+        return []
     default = prices.get("", Price())
     values = [
         {

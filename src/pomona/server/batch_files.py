@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -70,9 +71,11 @@ class OutputFiles:
         self._error = error[1].open("ab", buffering=0)
 
     @classmethod
-    def open(cls, path_of: Any, batch: Batch, new_id: Any) -> "OutputFiles":
+    def open(cls, path_of: Callable[[str], Path], batch: Batch) -> "OutputFiles":
         """Begin, or go on where somebody else ended."""
-        output_id, error_id = batch.output_file_id or new_id(), batch.error_file_id or new_id()
+        output_id, error_id = batch.output_file_id, batch.error_file_id
+        assert output_id is not None, "whoever claims a batch names its files"
+        assert error_id is not None, "whoever claims a batch names its files"
         return cls((output_id, path_of(output_id)), (error_id, path_of(error_id)))
 
     def write(self, line: Line, answer: Answer) -> None:

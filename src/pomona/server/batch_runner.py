@@ -2,7 +2,8 @@
 
 Every line takes the way of a request from outside, with the limits, the ledger and the errors of the key that made the
 batch; only its urgency differs. Answers are appended to the output files as they come, so that whoever takes the batch
-over after a death goes on after the last whole line. A line whose answer was not yet written then runs again.
+over after a death goes on after the last whole line. A line whose answer was not yet written then runs again, under
+the same id: the ledger has one row of it, of the first run that has answered it.
 
 Batches of different tenants are worked on beside each other, one of each: whatever a tenant's lines have to wait for,
 only its own batches wait with them.
@@ -10,6 +11,7 @@ only its own batches wait with them.
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -113,7 +115,7 @@ class BatchRunner:
     async def _carry_out(self, batch: Batch) -> None:
         run_long = self._accounts.database.run_long
         async with self._leased(batch):
-            files = await run_long(OutputFiles.open, self._store.path_of, batch, self._store.new_file_id)
+            files = await run_long(OutputFiles.open, self._store.path_of, batch)
         problems: Problems = []
         try:
             ended = _end_of(batch)
@@ -251,14 +253,14 @@ class BatchRunner:
             is_suspect = num_deaths > 0
             suspects = self._suspects if is_suspect else contextlib.nullcontext()
             async with suspects, places.taken(is_alone=is_suspect), self._requests:
-                answer = await self._ask(principal, batch.endpoint, body)
+                answer = await self._ask(principal, batch, line, body)
             num_deaths += answer.is_of_a_death
             if answer.is_final or num_deaths == _MAX_DEATHS:
                 return answer
             await asyncio.sleep(max(wait_s, min(answer.retry_after_s, _MAX_RETRY_S)))
             wait_s = min(2 * wait_s, _MAX_RETRY_S)
 
-    async def _ask(self, principal: Principal, path: str, body: bytes) -> Answer:
+    async def _ask(self, principal: Principal, batch: Batch, line: Line, body: bytes) -> Answer:
         """Send one request through the application, without a connection."""
         messages: list[Message] = []
         is_sent = False
@@ -273,7 +275,7 @@ class BatchRunner:
         async def send(message: Message) -> None:
             messages.append(message)
 
-        await self._app(_scope(principal, path), receive, send)
+        await self._app(_scope(principal, batch, line), receive, send)
         headers = {name.decode().lower(): value.decode() for name, value in messages[0]["headers"]}
         content = b"".join(message.get("body", b"") for message in messages[1:])
         retry_after_s = float(headers.get("retry-after", "-1"))
@@ -309,7 +311,9 @@ def _end_of(batch: Batch) -> str | None:
     return "expired" if clock.now_s() >= batch.expires_s else None
 
 
-def _scope(principal: Principal, path: str) -> dict[str, Any]:
+def _scope(principal: Principal, batch: Batch, line: Line) -> dict[str, Any]:
+    path, name = batch.endpoint, f"{batch.id} {line.custom_id}"
+    request_id = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -323,7 +327,7 @@ def _scope(principal: Principal, path: str) -> dict[str, Any]:
         "headers": [(b"content-type", b"application/json")],
         "client": None,
         "server": None,
-        "state": {"is_batch": True},
+        "state": {"is_batch": True, "request_id": request_id},
         TRUSTED_PRINCIPAL: principal,
     }
 

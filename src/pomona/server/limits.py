@@ -35,13 +35,17 @@ class Admitted:
         principal: who asks.
         base_name: of the model.
         size: of the request.
+        is_batch: it is a batch's line.
     """
 
-    def __init__(self, accounts: Accounts, principal: Principal, base_name: str, size: RequestSize) -> None:
+    def __init__(
+        self, accounts: Accounts, principal: Principal, base_name: str, size: RequestSize, *, is_batch: bool
+    ) -> None:
         self._accounts = accounts
         self._principal = principal
         self._base_name = base_name
         self._size = size
+        self._is_batch = is_batch
         self._entry: Entry | None = None
 
     def begin(self, lease: Lease, request_id: str) -> Entry:
@@ -56,7 +60,14 @@ class Admitted:
         """
         assert self._entry is None, "a request has one line"
         adapter, size = lease.adapter_name or self._base_name, self._size
-        booking = Booking(request_id, adapter, lease.adapter_id or "", size.prompt_tokens, size.choices_per_prompt)
+        booking = Booking(
+            request_id,
+            adapter,
+            lease.adapter_id or "",
+            size.prompt_tokens,
+            size.choices_per_prompt,
+            is_batch=self._is_batch,
+        )
         self._entry = self._accounts.begin(self._principal, booking)
         return self._entry
 
@@ -94,7 +105,7 @@ async def admitted(
         connection.scope["state"]["limit_headers"] = lambda: limit_headers(accounts, scopes)
     num_tokens = sum(size.prompt_tokens) + size.max_output_tokens
     admission = await accounts.limiter.admit(scopes, num_tokens) if scopes else None
-    generation = Admitted(accounts, principal, base_name, size)
+    generation = Admitted(accounts, principal, base_name, size, is_batch="is_batch" in connection.scope["state"])
     used = 0
     try:
         try:

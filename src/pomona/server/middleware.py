@@ -31,9 +31,8 @@ class Boundary:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(16)
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        request_id = state.setdefault("request_id", secrets.token_hex(16))  # a batch's line has its own
         state["send_body"] = send
         status = _CLIENT_GONE
 
