@@ -11,6 +11,7 @@ import sqlalchemy
 from pomona.accounts import clock
 from pomona.accounts import database as database_module
 from pomona.accounts.accounts import Accounts
+from pomona.accounts.batches import BatchStore
 from pomona.accounts.buckets import Buckets, RateLimit
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
@@ -192,11 +193,11 @@ async def test_a_lease_taken_while_leases_are_settled_is_kept(database):
 
 async def test_slots_of_a_process_that_died_come_back(database, monkeypatch):
     now_s = clock.now_s()
-    monkeypatch.setattr(clock, "now_s", lambda: now_s)
+    monkeypatch.setattr(Database, "now_s", lambda *_: now_s)
     dead, alive = Slots(database, "dead"), Slots(database, "alive")
     assert await dead.take("acme", 1)
     assert not await alive.take("acme", 1)
-    monkeypatch.setattr(clock, "now_s", lambda: now_s + EXPIRY_S + 0.1)
+    monkeypatch.setattr(Database, "now_s", lambda *_: now_s + EXPIRY_S + 0.1)
     assert await alive.take("acme", 1)
     with database.read() as connection:
         rows = connection.execute(sqlalchemy.text("SELECT process_id FROM slots WHERE process_id <> ''"))
@@ -357,10 +358,10 @@ async def test_what_was_taken_without_the_database_is_not_given_back_to_it(confi
 async def test_a_clock_that_is_put_back_locks_nobody_out(database, monkeypatch):
     limit, now_s = RateLimit("clock", 10), clock.now_s()
     assert await num_taken(Buckets(database), limit, 10) == 10
-    monkeypatch.setattr(clock, "now_s", lambda: now_s - 3600)
+    monkeypatch.setattr(Database, "now_s", lambda *_: now_s - 3600)
     buckets = Buckets(database)
     assert await num_taken(buckets, limit, 20) == 10
-    monkeypatch.setattr(clock, "now_s", lambda: now_s - 3600 + 30)
+    monkeypatch.setattr(Database, "now_s", lambda *_: now_s - 3600 + 30)
     assert await num_taken(Buckets(database), limit, 10) == 5
 
 
@@ -376,3 +377,26 @@ async def test_nobody_waits_long_for_a_database_that_hangs(config, database, mon
     del database.write
     await database.run(database.revision)
     await limiter.maintain()
+
+
+async def test_servers_whose_clocks_differ_keep_limits_and_leases_together(postgres, tmp_path, monkeypatch):
+    """What decides is the clock of the database."""
+    database = Database(AccountsConfig(tmp_path, postgres.create_database()).url)
+    database.migrate()
+    TenantStore(database).create_tenant("acme")
+    store, limit, now_s = BatchStore(database, tmp_path), RateLimit("tenant:acme:requests", 10), clock.now_s
+    file_id = store.new_file_id()
+    store.path_of(file_id).touch()
+    store.add_file(file_id, "acme", "in.jsonl", "batch")
+    batch = store.create_batch("acme", "key", "/v1/completions", file_id, None)
+    slots = [Slots(database, process_id) for process_id in ("here", "ahead", "behind")]
+    taken = []
+    for skew_s, own in zip((0.0, 3600.0, -3600.0), slots, strict=True):
+        monkeypatch.setattr("pomona.accounts.clock.now_s", lambda skew_s=skew_s: now_s() + skew_s)
+        claimed = store.claim("process")
+        is_left = store.cancel(batch.id, "acme").status == "cancelling"
+        taken.append(
+            (claimed is not None, is_left, await num_taken(Buckets(database), limit, 10), await own.take("acme", 1))
+        )
+    assert taken == [(True, True, 10, True), *[(False, True, 0, False)] * 2]
+    database.close()

@@ -251,11 +251,11 @@ class BatchStore:
             process_id: this process.
             busy_tenants: whose batches are left alone.
         """
-        now = now_s()
-        free = select(BatchRow.id).where(
-            BatchRow.status.in_(ACTIVE), BatchRow.leased_until_s < now, BatchRow.tenant_id.not_in(busy_tenants)
-        )
         with self._database.session(is_write=True) as session:
+            now = self._database.now_s(session)
+            free = select(BatchRow.id).where(
+                BatchRow.status.in_(ACTIVE), BatchRow.leased_until_s < now, BatchRow.tenant_id.not_in(busy_tenants)
+            )
             batch_id = session.scalars(free.order_by(BatchRow.created_s).limit(1)).first()
             if batch_id is None:
                 return None
@@ -284,8 +284,9 @@ class BatchStore:
             How it is now; None, and nothing has changed, if it has ended, or is no longer this process's, or if it was
             to begin or to be complete and has been cancelled meanwhile.
         """
-        values["leased_until_s"] = 0.0 if values.pop("is_released", False) else now_s() + LEASE_S
+        is_released = values.pop("is_released", False)
         with self._database.session(is_write=True) as session:
+            values["leased_until_s"] = 0.0 if is_released else self._database.now_s(session) + LEASE_S
             mine = update(BatchRow).where(
                 BatchRow.id == batch_id, BatchRow.process_id == process_id, BatchRow.status.in_(ACTIVE)
             )
@@ -307,7 +308,8 @@ class BatchStore:
         with self._database.session(is_write=True) as session:
             cancel, now = update(BatchRow).where(BatchRow.id == batch_id), now_s()
             # It may be a day before anybody looks at it: after the tenant's other batches.
-            is_waiting = (BatchRow.status == "validating") & (BatchRow.leased_until_s < now)
+            is_leased = BatchRow.leased_until_s >= self._database.now_s(session)
+            is_waiting = (BatchRow.status == "validating") & ~is_leased
             session.execute(cancel.where(is_waiting).values(status="cancelled", ended_s=now))
             is_running = or_(BatchRow.status == "validating", BatchRow.status == "in_progress")
             session.execute(cancel.where(is_running).values(status="cancelling"))

@@ -14,7 +14,6 @@ from typing import Final
 
 from sqlalchemy import text
 
-from pomona.accounts import clock
 from pomona.accounts.database import Database
 
 _CHUNKS_PER_MINUTE: Final = 16
@@ -224,17 +223,17 @@ class Buckets:
         return wait_s
 
     def _take(self, limit: RateLimit, amount: float) -> float | None:
-        values = {"name": limit.name, "amount": amount, "now": clock.now_s()}
+        values = {"name": limit.name, "amount": amount, "rate": limit.rate_per_s, "capacity": limit.per_minute}
         with self._database.write() as connection:
-            row = connection.execute(_TAKE, {**values, "rate": limit.rate_per_s, "capacity": limit.per_minute}).first()
+            row = connection.execute(_TAKE, {**values, "now": self._database.now_s(connection)}).first()
         return None if row is None else float(row[0])
 
     def _level(self, limit: RateLimit) -> float:
         with self._database.read() as connection:
-            row = connection.execute(_LEVEL, {"name": limit.name}).first()
+            row, now_s = connection.execute(_LEVEL, {"name": limit.name}).first(), self._database.now_s(connection)
         if row is None:
             return 0.0
-        return max(0.0, float(row[0]) - max(0.0, clock.now_s() - float(row[1])) * limit.rate_per_s)
+        return max(0.0, float(row[0]) - max(0.0, now_s - float(row[1])) * limit.rate_per_s)
 
     def _put(self, name: str, amount: float) -> None:
         with self._database.write() as connection:

@@ -15,6 +15,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
+from pomona.accounts import clock
 from pomona.accounts.tables import RevisionRow
 from pomona.core.errors import ConfigError, DatabaseUnavailableError, InvalidRequestError
 
@@ -184,6 +185,12 @@ class Database:
                     return await self.run(work, *args, **kwargs)
             self.down_since_s = time.monotonic()
         raise DatabaseUnavailableError("the accounts database does not answer")
+
+    def now_s(self, connection: Connection | Session) -> float:
+        """Return Unix time as all processes that share the database see it: their own clocks may differ."""
+        if self.is_sqlite:  # they are on one machine
+            return clock.now_s()
+        return float(connection.execute(sqlalchemy.text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
 
     def revision(self) -> int:
         """Return how often identities, limits, prices and shares have been changed."""

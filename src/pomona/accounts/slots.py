@@ -11,7 +11,6 @@ from typing import Final
 
 from sqlalchemy import text
 
-from pomona.accounts import clock
 from pomona.accounts.database import Database
 
 EXPIRY_S: Final = 15.0
@@ -140,17 +139,17 @@ class Slots:
         return False
 
     def _take(self, name: str, limit: int, wanted: int) -> int | None:
-        now_s = clock.now_s()
         values = {"name": name, "process": self._process_id, "wanted": wanted, "limit": limit}
         with self._database.write() as connection:
             connection.execute(_LOCK, {"name": name})
+            now_s = self._database.now_s(connection)
             connection.execute(_BURY, {"name": name, "now": now_s})
             row = connection.execute(_TAKE, {**values, "expires": now_s + EXPIRY_S}).first()
         return None if row is None else int(row[0])
 
     def _keep(self, held: list[tuple[str, int]]) -> None:
-        expires_s = clock.now_s() + EXPIRY_S
         with self._database.write() as connection:
+            expires_s = self._database.now_s(connection) + EXPIRY_S
             for name, num_held in sorted(held):  # in order, so that two processes never wait for each other
                 values = {"name": name, "process": self._process_id}
                 if num_held:
