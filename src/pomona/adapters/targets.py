@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from pomona.adapters.patterns import match_patterns
+from pomona.adapters.patterns import Patience, match_patterns
 from pomona.core.adapter import EMBEDDING_NAME, HEAD_NAME, AdapterSpec, BaseModules, ModuleLora, ResolvedAdapter
 from pomona.core.errors import AdapterConfigError
 
@@ -29,6 +29,7 @@ class _Request:
     targets: tuple[str, ...] | str
     saved: tuple[str, ...]
     tie: Literal["nothing", "lora", "saved_module"]
+    patience: Patience
 
 
 def resolve(spec: AdapterSpec, base: BaseModules) -> ResolvedAdapter:
@@ -56,7 +57,7 @@ def resolve(spec: AdapterSpec, base: BaseModules) -> ResolvedAdapter:
         # embedding; it cannot put them under anything else
         is_named = any(name == HEAD_NAME for name, _ in spec.trainable_token_indices)
         _check_disjoint(matched if spec.use_dora or is_named else set(), saved, {HEAD_NAME})
-    loras = _ranks(spec, tuple(name for name in base.names if name in matched))
+    loras = _ranks(spec, request.patience, tuple(name for name in base.names if name in matched))
     if request.tie == "lora" and loras[HEAD_NAME].lora_rank != loras[EMBEDDING_NAME].lora_rank:
         raise AdapterConfigError("rank_pattern", "gives the tied embed_tokens and lm_head different ranks")
     return ResolvedAdapter(
@@ -72,23 +73,24 @@ def _request(spec: AdapterSpec, base: BaseModules) -> _Request:
     """Defaults, "all-linear", and what ensure_weight_tying adds and removes."""
     targets = DEFAULT_TARGETS if spec.target_modules is None else spec.target_modules
     saved = spec.modules_to_save
+    patience = Patience()
     tie: Literal["nothing", "lora", "saved_module"] = "nothing"
     if spec.ensure_weight_tying and base.is_tied:
         if any(_last_part(name) in _TIED_NAMES for name in saved):
             tie = "saved_module"
             saved = (*(name for name in saved if name != HEAD_NAME), EMBEDDING_NAME)
-        elif _names_tied_target(spec.target_modules):
+        elif _names_tied_target(patience, spec.target_modules):
             tie = "lora"
             if not isinstance(targets, str):
                 targets = (*(name for name in targets if name != HEAD_NAME), EMBEDDING_NAME)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = base.linears
-    return _Request(targets=targets, saved=saved, tie=tie)
+    return _Request(targets=targets, saved=saved, tie=tie, patience=patience)
 
 
-def _names_tied_target(targets: tuple[str, ...] | str | None) -> bool:
+def _names_tied_target(patience: Patience, targets: tuple[str, ...] | str | None) -> bool:
     if isinstance(targets, str):
-        return any(row is not None for row in _full_match("target_modules", targets, _TIED_NAMES))
+        return any(row is not None for row in _full_match(patience, "target_modules", targets, _TIED_NAMES))
     return any(_last_part(name) in _TIED_NAMES for name in targets or ())
 
 
@@ -98,7 +100,7 @@ def _matching_targets(spec: AdapterSpec, request: _Request, base: BaseModules) -
     if isinstance(targets, str):
         if targets == DUMMY_TARGETS:
             return []
-        found = _full_match("target_modules", targets, names)
+        found = _full_match(request.patience, "target_modules", targets, names)
         matched = [name for name, row in zip(names, found, strict=True) if row is not None]
         # with ensure_weight_tying PEFT extends the pattern by the embedding and sets lm_head aside
         if request.tie == "lora":
@@ -108,15 +110,17 @@ def _matching_targets(spec: AdapterSpec, request: _Request, base: BaseModules) -
     suffixes = tuple(f".{target}" for target in targets)
     by_suffix = [name for name in names if name not in exact and name.endswith(suffixes)]
     if spec.layers_to_transform is not None:
-        by_suffix = _in_layers(spec.layers_to_transform, spec.layers_pattern, by_suffix)
+        by_suffix = _in_layers(request.patience, spec.layers_to_transform, spec.layers_pattern, by_suffix)
     # a module listed by its full name is adapted whatever layers_to_transform says
     return [name for name in names if name in exact] + by_suffix
 
 
-def _in_layers(layers: tuple[int, ...], layers_pattern: tuple[str, ...], names: list[str]) -> list[str]:
+def _in_layers(
+    patience: Patience, layers: tuple[int, ...], layers_pattern: tuple[str, ...], names: list[str]
+) -> list[str]:
     """The names whose layer number, as the first pattern that fits sees it, is one of ``layers``."""
     if layers_pattern:
-        table = match_patterns("layers_pattern", layers_pattern, names, wrap=_LAYER_UNDER)
+        table = match_patterns("layers_pattern", layers_pattern, names, patience, wrap=_LAYER_UNDER)
     else:
         table = [[_first_layer(name) for name in names]]
     kept = []
@@ -137,12 +141,12 @@ def _excluded(spec: AdapterSpec, request: _Request, base: BaseModules) -> set[st
     exclude, names = spec.exclude_modules, base.names
     excluded: set[str] = set()
     if isinstance(exclude, str):
-        found = _full_match("exclude_modules", exclude, names)
+        found = _full_match(request.patience, "exclude_modules", exclude, names)
         excluded.update(name for name, row in zip(names, found, strict=True) if row is not None)
     elif exclude:
         suffixes = tuple(f".{part}" for part in exclude)
         excluded.update(name for name in names if name in exclude or name.endswith(suffixes))
-    for row in match_patterns("modules_to_save", request.saved, names, wrap=_NAME_IN_PATH):
+    for row in match_patterns("modules_to_save", request.saved, names, request.patience, wrap=_NAME_IN_PATH):
         excluded.update(name for name, match in zip(names, row, strict=True) if match is not None)
     return excluded
 
@@ -204,10 +208,10 @@ def _check_disjoint(matched: set[str], saved: set[str], tokens: set[str]) -> Non
         raise AdapterConfigError("trainable_token_indices", f"{name!r} is adapted by target_modules as well")
 
 
-def _ranks(spec: AdapterSpec, names: tuple[str, ...]) -> dict[str, ModuleLora]:
+def _ranks(spec: AdapterSpec, patience: Patience, names: tuple[str, ...]) -> dict[str, ModuleLora]:
     """Own rank and scaling of each module: the first pattern in the file that fits wins."""
-    ranks = _first_match("rank_pattern", spec.rank_pattern, names)
-    alphas = _first_match("alpha_pattern", spec.alpha_pattern, names)
+    ranks = _first_match(patience, "rank_pattern", spec.rank_pattern, names)
+    alphas = _first_match(patience, "alpha_pattern", spec.alpha_pattern, names)
     loras = {}
     for name in names:
         lora_rank = int(ranks.get(name, spec.lora_rank))
@@ -217,8 +221,10 @@ def _ranks(spec: AdapterSpec, names: tuple[str, ...]) -> dict[str, ModuleLora]:
     return loras
 
 
-def _first_match(field: str, table: tuple[tuple[str, float], ...], names: tuple[str, ...]) -> dict[str, float]:
-    rows = match_patterns(field, [pattern for pattern, _ in table], names, wrap=_PATTERN_KEY)
+def _first_match(
+    patience: Patience, field: str, table: tuple[tuple[str, float], ...], names: tuple[str, ...]
+) -> dict[str, float]:
+    rows = match_patterns(field, [pattern for pattern, _ in table], names, patience, wrap=_PATTERN_KEY)
     found: dict[str, float] = {}
     for (_, number), row in zip(table, rows, strict=True):
         for name, match in zip(names, row, strict=True):
@@ -227,8 +233,8 @@ def _first_match(field: str, table: tuple[tuple[str, float], ...], names: tuple[
     return found
 
 
-def _full_match(field: str, pattern: str, names: tuple[str, ...]) -> list[str | None]:
-    return match_patterns(field, [pattern], names, is_full_match=True)[0]
+def _full_match(patience: Patience, field: str, pattern: str, names: tuple[str, ...]) -> list[str | None]:
+    return match_patterns(field, [pattern], names, patience, is_full_match=True)[0]
 
 
 def _last_part(name: str) -> str:
