@@ -164,6 +164,30 @@ def test_tokens_are_what_the_config_declares_as_in_transformers(folder, is_added
     assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer_config": {"additional_special_tokens": ["<|user|>", "<|tool|>"]}},
+        {"tokenizer_config": {"extra_special_tokens": ["<|tool|>", "<|im_end|>"], "sep_token": "<|user|>"}},
+        {"tokenizer_config": {"extra_special_tokens": {"tool_token": "<|tool|>"}, "audio_token": "<|user|>"}},
+        {"tokenizer_config": {"added_tokens_decoder": {"435": {"content": "<|tool|>"}}, "cls_token": "<|tool|>"}},
+        {"tokenizer_config": {"added_tokens_decoder": {"435": {"content": "<|tool|>"}}}},
+        {"special_tokens_map": {"unk_token": {"content": "e", "rstrip": True}, "mask_token": "<|tool|>"}},
+        {"special_tokens_map": {"additional_special_tokens": ["<|tool|>"]}, "added_tokens": {"<|user|>": 435}},
+    ],
+)
+def test_tokens_that_only_the_config_names_are_added_as_in_transformers(folder, files):
+    assert Tokenizer.load(folder).vocab_size == 435
+    for name, fields in files.items():
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **fields}))
+    ours, theirs = Tokenizer.load(folder), _of_transformers(folder)
+    token_ids = theirs.encode("a <|tool|>b e c<|user|> d")
+    assert ours.encode("a <|tool|>b e c<|user|> d") == token_ids
+    assert ours.decode(token_ids) == theirs.decode(token_ids, skip_special_tokens=True)
+    assert ours.special_tokens == {name: str(token) for name, token in theirs.special_tokens_map.items()}
+
+
 def test_a_checkpoint_without_tokenizer_json_says_what_to_do(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no tokenizer.json.*save_pretrained"):
         Tokenizer.load(tmp_path)
@@ -182,6 +206,7 @@ def test_a_broken_tokenizer_json_is_named(folder, content):
         {"added_tokens_decoder": ["<|tool|>"]},
         {"added_tokens_decoder": {"last": {"content": "<|tool|>"}}},
         {"additional_special_tokens": 5},
+        {"extra_special_tokens": "<|tool|>"},
     ],
 )
 def test_tokens_of_a_config_that_are_no_list_or_object_are_named(folder, fields):

@@ -14,7 +14,9 @@ from pomona.core.errors import CheckpointError
 from pomona.text.token_bytes import DecodeRule
 
 TOKENIZER_FILE: Final = "tokenizer.json"
-_NAMED_SPECIALS: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_NAMED_SPECIALS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""In the order in which those that tokenizer.json lacks get their ids."""
+_FLAGS: Final = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -89,9 +91,15 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:
             # In older checkpoints this file has the last word; beside the newer field transformers does not read it.
             config |= read_json_object(folder / "special_tokens_map.json")
-        _add_missing_tokens(backend, config, folder / "tokenizer_config.json")
-        special_tokens = {name: text for name in _NAMED_SPECIALS if (text := _content_of(config.get(name)))}
-        return cls(backend, special_tokens, str(path))
+            added = read_json_object(folder / "added_tokens.json")
+            config["added_tokens_decoder"] = {str(token_id): text for text, token_id in added.items()}
+        where = folder / "tokenizer_config.json"
+        named = _named_specials(config)
+        specials = [*named.values(), *_extra_specials(config, where)]
+        _add_declared_tokens(backend, config, specials, where)
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_tokens([token for token in specials if token.content not in known])
+        return cls(backend, {name: token.content for name, token in named.items()}, str(path))
 
     def _id_of(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -139,22 +147,52 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
 
-def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], where: Path) -> None:
-    """Add tokens that only tokenizer_config.json knows, and make all that it declares what it says of them."""
+def _token_of(entry: Any, *, is_special: bool) -> tokenizers.AddedToken | None:
+    """What a file says of a token as text or object; None if it says nothing."""
+    text = _content_of(entry)
+    if text is None:
+        return None
+    flags = {name: bool(entry[name]) for name in _FLAGS if isinstance(entry, Mapping) and name in entry}
+    return tokenizers.AddedToken(text, special=is_special, **flags)
+
+
+def _named_specials(config: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]:
+    """Special tokens by name: those that every model may have, and a model's own, as ``image_token``."""
+    own = {name: entry for name, entry in config.items() if name.endswith("_token") and isinstance(entry, str)}
+    extra = config.get("extra_special_tokens")
+    entries = {name: config.get(name) for name in _NAMED_SPECIALS} | own | (extra if isinstance(extra, dict) else {})
+    tokens = {name: _token_of(entry, is_special=True) for name, entry in entries.items()}
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _extra_specials(config: Mapping[str, Any], where: Path) -> list[tokenizers.AddedToken]:
+    """Special tokens without a name."""
+    name = "extra_special_tokens"
+    if isinstance(config.get(name), dict) or not config.get(name):  # then its older name counts
+        name = "additional_special_tokens"
+    extra = config.get(name) or []
+    if not isinstance(extra, list):
+        raise CheckpointError(f"{where}: {name}: must be a list of tokens")
+    return [token for entry in extra if (token := _token_of(entry, is_special=True)) is not None]
+
+
+def _add_declared_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], specials: list[tokenizers.AddedToken], where: Path
+) -> None:
+    """Add tokens that only ``added_tokens_decoder`` knows, and make all that it declares what it says of them."""
     declared = config.get("added_tokens_decoder") or {}
     if not isinstance(declared, Mapping) or not all(key.isdecimal() for key in declared):
         raise CheckpointError(f"{where}: added_tokens_decoder: must be an object of token ids and what they are")
     before = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    # What tokenizer.json has as special stays so: the library never forgets it.
+    special_texts = {token.content for token in (*before.values(), *specials) if token.special}
     for key, entry in sorted(declared.items(), key=lambda item: int(item[0])):
         text = _content_of(entry)
         is_new = text is not None and backend.token_to_id(text) is None
         if text is None or not (is_new or isinstance(entry, Mapping)):
             continue
-        fields = entry if isinstance(entry, Mapping) else {}
-        flags = {name: bool(fields.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-        # What tokenizer.json has as special stays so: the library never forgets it.
-        is_special = bool(fields.get("special", False)) or (text in before and before[text].special)
-        token = tokenizers.AddedToken(text, special=is_special, **flags)
+        is_declared = isinstance(entry, Mapping) and bool(entry.get("special", False))
+        token = _token_of(entry, is_special=is_declared or text in special_texts)
         if token != before.get(text):
             backend.add_tokens([token])
         if is_new and backend.token_to_id(text) != int(key):
@@ -162,11 +200,3 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
                 f"{where}: added_tokens_decoder: token {text!r} has id {key}, but {TOKENIZER_FILE} leaves it "
                 f"{backend.token_to_id(text)}"
             )
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    extra = config.get("additional_special_tokens") or []
-    if not isinstance(extra, list):
-        raise CheckpointError(f"{where}: additional_special_tokens: must be a list of tokens")
-    for entry in [config.get("bos_token"), config.get("eos_token"), *extra]:
-        text = _content_of(entry)
-        if text is not None and text not in known and backend.token_to_id(text) is not None:
-            backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
