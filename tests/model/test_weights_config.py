@@ -215,6 +215,11 @@ def test_dynamic_rope_is_the_default_within_the_configured_positions(tmp_path: P
     assert torch.equal(cos_sin_table(spec.rope, 16, 50, device), default)
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_checkpoint_of_float64_is_one_to_serve_in_float32(name: str, tmp_path: Path) -> None:
+    assert _spec(tmp_path, {**LLAMA, "torch_dtype": ..., name: "torch.float64"}).dtype == "float32"
+
+
 REFUSALS = [
     ({"architectures": ["GPT2LMHeadModel"]}, r"architectures .*GPT2LMHeadModel.*Llama.*Mistral.*Qwen2.*Qwen3"),
     ({"architectures": ...}, r"architectures is None: supported are Llama"),

@@ -85,7 +85,7 @@ def test_every_file_layout_loads_to_the_same_weights(layout: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_any_storage_dtype_is_cast_to_the_serving_dtype(
     storage_dtype: torch.dtype, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -107,6 +107,13 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(
     with pytest.raises(CheckpointError, match=rf"tensor {Q_PROJ} is not finite in float16: choose another dtype"):
         _load(folder, torch.float16)
     assert _load(folder, torch.bfloat16).target_weight(1, Target.Q)[3, 5] == torch.tensor(value).bfloat16()
+
+
+def test_a_weight_that_only_float64_can_hold_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, storage_dtype=torch.float64)
+    _rewrite(folder, lambda tensors: tensors[Q_PROJ].__setitem__((3, 5), 1e40))
+    with pytest.raises(CheckpointError, match=rf"tensor {Q_PROJ} is not finite in float32: choose another dtype"):
+        _load(folder)
 
 
 def test_a_tied_head_is_the_embedding_itself_whether_or_not_it_is_stored(tmp_path: Path) -> None:

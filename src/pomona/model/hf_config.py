@@ -277,6 +277,8 @@ def _dtype(fields: _Fields) -> str:
     if value is None:
         return "float32"
     dtype = str(value).removeprefix("torch.")
+    if dtype == "float64":
+        return "float32"  # the widest that there is to serve in
     if dtype not in _DTYPES:
         raise fields.refuse(name, f"supported are {', '.join(_DTYPES)}")
     return dtype

@@ -71,7 +71,7 @@ class ModelSpec:
     sliding_windows: tuple[int | None, ...] = ()
     """One per layer: attend to this many latest tokens (itself included); None is full attention."""
     dtype: str = "float32"
-    """The checkpoint's own dtype: float32, float16 or bfloat16."""
+    """The checkpoint's own dtype: float32 (also for float64), float16 or bfloat16."""
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 

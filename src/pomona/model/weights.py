@@ -239,7 +239,7 @@ def load_weights(
     Args:
         folder: holds model.safetensors, or its shards and index, or pytorch_model.bin, or its shards and index.
         spec: what config.json promises.
-        dtype: the serving dtype, to which float32, float16 and bfloat16 sources are cast.
+        dtype: the serving dtype, to which float32, float16, bfloat16 and float64 sources are cast.
         device: where the weights go.
         progress: called with (bytes in place, bytes in total) after every tensor.
         quantization: how to store the matrices.
@@ -263,8 +263,8 @@ def load_weights(
     with torch.no_grad():
         for path in files:
             for name, source in read_tensors(path, [name for name in found[path] if name in expected]):
-                if dtype is torch.float16 and source.dtype is not dtype:
-                    _check_finite(path, name, source)
+                if source.dtype is torch.float64 or (dtype is torch.float16 and source.dtype is not dtype):
+                    _check_finite(path, name, source, dtype)
                 if name in matrices:
                     matrices[name].fill(name, source, device)
                 else:
@@ -275,10 +275,11 @@ def load_weights(
     return replace(weights, embed=tables[_EMBED], lm_head=tables.get(_LM_HEAD, tables[_EMBED]))
 
 
-def _check_finite(path: Path, name: str, source: Tensor) -> None:
-    """float16 holds less than the others: one infinity in a weight, and no logit is a number."""
-    if not all(torch.isfinite(extreme.half()) for extreme in source.aminmax()):
-        raise CheckpointError(f"{path}: tensor {name} is not finite in float16: choose another dtype")
+def _check_finite(path: Path, name: str, source: Tensor, dtype: torch.dtype) -> None:
+    """float16 holds less than the others, float64 more: one infinity in a weight, and no logit is a number."""
+    if not all(torch.isfinite(extreme.to(dtype)) for extreme in source.aminmax()):
+        dtype_name = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path}: tensor {name} is not finite in {dtype_name}: choose another dtype")
 
 
 def _check(
