@@ -14,6 +14,7 @@ from pomona.adapters.remote import RemoteFolders
 from pomona.adapters.sources import AdapterSources, read_files
 from pomona.adapters.stores import RemoteStore
 from pomona.core.errors import (
+    AdapterError,
     AdapterForbiddenError,
     AdapterNotFoundError,
     AdapterUnavailableError,
@@ -156,6 +157,15 @@ def test_urls_outside_are_forbidden(faulty, sources: AdapterSources, source):
 def test_nothing_at_a_url_is_not_found(faulty, sources: AdapterSources):
     with pytest.raises(AdapterNotFoundError):
         sources.fetch("faulty://bucket/nothing")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_that_lacks_a_file_is_one_that_cannot_be_used(faulty, sources: AdapterSources, name: str):
+    faulty.rm_file(f"faulty://bucket/a/{name}")
+    missing = r"no adapter_config\.json at" if name == "adapter_config.json" else "no weights at"
+    with pytest.raises(AdapterError, match=f"{missing} faulty://bucket/a") as refusal:
+        sources.fetch("faulty://bucket/a")
+    assert not isinstance(refusal.value, AdapterNotFoundError)
 
 
 def test_a_store_is_listed_or_says_itself_what_it_has(faulty, cache):

@@ -68,7 +68,8 @@ class RemoteFolders:
             expected_id: if it is here already, the store is not asked at all.
 
         Raises:
-            AdapterNotFoundError: the store has no adapter there.
+            AdapterNotFoundError: the store has nothing there.
+            AdapterError: what it has there is no adapter.
             AdapterUnavailableError: the store or the disk fails, and nothing of before can be used.
         """
         if expected_id is not None and (path := self.cache.take(expected_id)) is not None:
@@ -90,12 +91,21 @@ class RemoteFolders:
         folder = url.rstrip("/")
         config = self._stat(f"{folder}/{CONFIG_FILE}", MAX_CONFIG_BYTES)
         if config is None:
-            raise AdapterNotFoundError(f"no {CONFIG_FILE} at {url}: not a PEFT adapter folder")
+            # As of local folders: of one that is there, its name is known, and what is wrong with it may be told.
+            kind = AdapterError if self._has(folder) else AdapterNotFoundError
+            raise kind(f"no {CONFIG_FILE} at {url}: not a PEFT adapter folder")
         for name, weights_format in WEIGHTS_FILES:
             weights = self._stat(f"{folder}/{name}", MAX_WEIGHTS_BYTES)
             if weights is not None:
                 return _RemoteFiles(folder, config, name, weights, weights_format)
         raise AdapterError(f"no weights at {url}: expected {' or '.join(name for name, _ in WEIGHTS_FILES)}")
+
+    def _has(self, url: str) -> bool:
+        """True if there is anything at a URL."""
+        try:
+            return bool(self.system(url).exists(url))
+        except Exception as error:
+            raise _unavailable(url, error) from error
 
     def _stat(self, url: str, max_bytes: int) -> tuple[int, str] | None:
         """Size and version of a file; None if there is none."""
