@@ -89,6 +89,7 @@ def test_a_packed_layer_multiplies_as_the_weight_does(
     packed = pack(weight)
     assert packed.layout is Layout.GROUPED
     assert torch.equal(unpack(packed), weight)
+    assert torch.equal(unpack(packed, slice(7, 40)), weight[7:40])
     expected = x.double() @ weight.double().T
     _check(lambda: packed_linear(x, packed), expected)
     _check(lambda: packed_linear(x, packed, bias), expected + bias.double())

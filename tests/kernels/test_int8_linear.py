@@ -143,10 +143,12 @@ def test_rows_and_the_whole_weight_come_back_dequantized(
     weight = _weight(out_features, in_features, dtype)
     packed = pack(quantize(weight))
     assert torch.equal(unpack(packed), quantize(weight).dequantize())
+    for rows in (slice(7, 12), slice(16, 48), slice(30, None), slice(out_features, None)):
+        assert torch.equal(unpack(packed, rows), unpack(packed)[rows])
     row_ids = torch.randint(0, out_features, (9,))
-    rows = gather_rows(packed, row_ids)
-    assert rows.dtype is packed.dtype is dtype
-    assert torch.equal(rows, unpack(packed)[row_ids].to(dtype))
+    gathered = gather_rows(packed, row_ids)
+    assert gathered.dtype is packed.dtype is dtype
+    assert torch.equal(gathered, unpack(packed)[row_ids].to(dtype))
     assert is_served_as(weight, packed)
     assert not is_served_as(-weight, packed)
 

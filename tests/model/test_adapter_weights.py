@@ -29,6 +29,7 @@ from pomona.model.adapter_state import parse_tensors
 from pomona.model.adapter_weights import AdapterLoader, AdapterWeights
 from pomona.model.lora import PageLayout
 from pomona.model.spec import Site, Target
+from pomona.model.weights import Quantization
 from support.adapters import ALL_TARGETS, ROWS_PER_PAGE, AdaptedDecoder, make_adapter
 from support.models import ARCHITECTURES, load_transformers, make_checkpoint
 
@@ -154,14 +155,20 @@ class _LargestFloat(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("quantization", Quantization)
 @pytest.mark.parametrize(
     ("modules", "is_table_read"),
     [(ALL_TARGETS, False), (["embed_tokens", "lm_head"], True)],  # with the latter, PEFT saves the tables in float32
 )
 def test_dora_is_scaled_without_float32_copies_of_whole_weights(
-    modules: list[str], is_table_read: bool, kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    modules: list[str],
+    is_table_read: bool,
+    quantization: Quantization,
+    kit: Kit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    base = AdaptedDecoder(kit.base, torch.bfloat16)
+    base = AdaptedDecoder(kit.base, torch.bfloat16, quantization=quantization)
     files = read_files(str(make_adapter(tmp_path / "a", kit.base, use_dora=True, target_modules=modules)))
     whole = kit.load(files, base.loader).extras
     monkeypatch.setattr(adapter_weights, "_ROWS_AT_ONCE", 8)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from pomona.core.ids import AdapterId
-from pomona.kernels.linear import gather_rows
+from pomona.kernels.linear import gather_rows, unpack
 from pomona.model import lora as adapters
 from pomona.model.lora import AdapterExtras, LoraState
 from pomona.model.spec import Site, Target
@@ -46,7 +46,7 @@ def test_without_extras_inputs_are_handed_back_as_they_are(decoder: AdaptedDecod
     logits = torch.randn(6, 131)
     embedded = gather_rows(weights.embed, IDS)
     adapters.adapt_embeddings(embedded, IDS, state)
-    assert torch.equal(embedded, functional.embedding(IDS, weights.embed_weight))
+    assert torch.equal(embedded, functional.embedding(IDS, unpack(weights.embed)))
     assert adapters.adapt_norm(hidden, hidden, 0, "input_layernorm", state, 1e-6) is hidden
     before = logits.clone()
     assert adapters.adapt_logits(logits, hidden, state) is logits
@@ -68,7 +68,7 @@ def test_only_rows_of_the_segment_change(decoder: AdaptedDecoder, plain: Adapter
     embedded = gather_rows(weights.embed, IDS)
     adapters.adapt_embeddings(embedded, IDS, state)
     assert not embedded[1:3].any()  # token 9, replaced by zeros
-    assert torch.equal(embedded[[0, 3, 4, 5]], weights.embed_weight[IDS[[0, 3, 4, 5]]])
+    assert torch.equal(embedded[[0, 3, 4, 5]], unpack(weights.embed)[IDS[[0, 3, 4, 5]]])
     hidden = torch.randn(6, 64)
     normed = adapters.adapt_norm(hidden, hidden.clone(), 0, "input_layernorm", state, 1e-6)
     assert not normed[1:3].any()

@@ -153,39 +153,36 @@ def gather_rows(packed: PackedWeight, row_ids: Tensor) -> Tensor:
     return result
 
 
-def unpack(packed: PackedWeight) -> Tensor:
-    """The weight as it was given to ``pack``: [out_features, in_features], bit for bit.
+def unpack(packed: PackedWeight, rows: slice = slice(None)) -> Tensor:
+    """The weight as it was given to ``pack``: [out_features, in_features], bit for bit; or consecutive rows of it.
 
     Of a quantized weight, what is served instead of the original: float32, dequantized.
     """
-    matrix = _matrix(packed)
+    matrix = _matrix(packed, rows)
     return matrix if isinstance(matrix, Tensor) else matrix.dequantize()
 
 
-def _matrix(packed: PackedWeight) -> Tensor | QuantizedWeight:
-    """What was given to ``pack``."""
+def _matrix(packed: PackedWeight, rows: slice) -> Tensor | QuantizedWeight:
+    """Rows of what was given to ``pack``."""
+    start, stop, _ = rows.indices(packed.out_features)
     if packed.layout is Layout.DENSE:
-        matrix = packed.data
+        matrix = packed.data[start:stop]
     else:
-        groups, units, _, per_unit = packed.data.shape
-        rows = packed.data.permute(0, 2, 1, 3).reshape(groups * GROUP, units * per_unit)
-        matrix = rows[: packed.out_features, : packed.in_features].contiguous()
+        first = start // GROUP
+        data = packed.data[first : -(-stop // GROUP)]
+        units = data.view(torch.int16 if packed.scales is not None else torch.int32).squeeze(3)
+        in_order = units.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(0, 1).view(data.dtype)
+        matrix = in_order[start - first * GROUP : stop - first * GROUP, : packed.in_features].contiguous()
     if packed.scales is None:
         return matrix
-    return QuantizedWeight(matrix, packed.scales[: packed.out_features], packed.dtype)
+    return QuantizedWeight(matrix, packed.scales[start:stop], packed.dtype)
 
 
 def is_served_as(weight: Tensor, packed: PackedWeight) -> bool:
     """True if ``packed`` is what this weight [out_features, in_features] becomes in the same precision."""
-    served = _matrix(packed)
     for start in range(0, packed.out_features, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         part = weight[rows].to(device=packed.data.device, dtype=packed.dtype)
-        if isinstance(served, Tensor):
-            is_same = torch.equal(part, served[rows])
-        else:
-            of_served = QuantizedWeight(served.values[rows], served.scales[rows], served.dtype)
-            is_same = torch.equal(quantize(part).dequantize(), of_served.dequantize())
-        if not is_same:
+        if not torch.equal(part if packed.scales is None else quantize(part).dequantize(), unpack(packed, rows)):
             return False
     return True

@@ -2,8 +2,10 @@
 parts laid out in pages, the rest computed once into AdapterExtras. On the host; the runner copies the result.
 """
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +17,14 @@ from pomona.core.adapter import EMBEDDING_NAME, HEAD_NAME, BaseModules, ModuleLo
 from pomona.core.errors import AdapterError
 from pomona.kernels.cpu import binding
 from pomona.kernels.host_memory import mapped_zeros
-from pomona.kernels.linear import is_served_as
+from pomona.kernels.linear import dense, is_served_as, unpack
 from pomona.model.adapter_modules import ModuleMap, map_modules, norm_size
 from pomona.model.adapter_state import AdapterState
 from pomona.model.lora import AdapterExtras, PageLayout
 from pomona.model.spec import Site, Target
 from pomona.model.weights import DecoderWeights
 
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 256
 """Rows of a base weight whose DoRA norm is computed at a time."""
 
 
@@ -183,7 +185,7 @@ class _Parts:
             b = self._state.take(name, "lora_B", (out_features, lora.lora_rank))
             rows[key] = (lora, self._cast(a, f"lora_A of {name}"), self._cast(b, f"lora_B of {name}").T)
             if self._config.use_dora:
-                weight = self._base.target_weight(*key)
+                weight = functools.partial(self._base.target_weight, *key)
                 self.extras.dora_scales[key] = self._dora_scale(name, weight, (b, a), lora.scaling, dim=1)
             if self._config.lora_bias:
                 lora_bias = self._state.take(name, "lora_B.bias", (out_features,))
@@ -235,7 +237,8 @@ class _Parts:
             a = state.take(EMBEDDING_NAME, "lora_embedding_A", (lora.lora_rank, vocab_size))
             b = state.take(EMBEDDING_NAME, "lora_embedding_B", (hidden_size, lora.lora_rank))
             if self._config.use_dora:
-                weight = self._base.embed_weight if extras.embed_weight is None else extras.embed_weight
+                table = self._base.embed if extras.embed_weight is None else dense(extras.embed_weight)
+                weight = functools.partial(unpack, table)
                 extras.embed_dora_scale = self._dora_scale(EMBEDDING_NAME, weight, (a.T, b.T), lora.scaling, dim=0)
             extras.embed_lora = (
                 self._cast(a, f"lora_embedding_A of {EMBEDDING_NAME}").T.contiguous(),
@@ -280,7 +283,8 @@ class _Parts:
             self._check_same(b_cast, extras.embed_lora[0])
         extras.lm_head_lora = (a_cast, b_cast, lora.scaling)
         if self._config.use_dora:
-            weight = self._base.lm_head_weight if extras.lm_head_weight is None else extras.lm_head_weight
+            table = self._base.lm_head if extras.lm_head_weight is None else dense(extras.lm_head_weight)
+            weight = functools.partial(unpack, table)
             extras.lm_head_dora_scale = self._dora_scale(HEAD_NAME, weight, (b, a), lora.scaling, dim=1)
         if self._config.lora_bias:
             lora_bias = state.take(HEAD_NAME, "lora_B.bias", (vocab_size,))
@@ -331,17 +335,18 @@ class _Parts:
         self.extras.biases[key] = self.extras.biases[key] + change if key in self.extras.biases else change
 
     def _dora_scale(
-        self, name: str, weight: Tensor, factors: tuple[Tensor, Tensor], scaling: float, dim: int
+        self, name: str, weight: Callable[[slice], Tensor], factors: tuple[Tensor, Tensor], scaling: float, dim: int
     ) -> Tensor:
         """Magnitude over norm of the adapted weight (DoRA, arXiv 2402.09353, equation 5), float32.
 
         In pieces: the plan of a device's memory has no room for float32 copies of a whole weight.
         """
         left, right = (factor.float() for factor in factors)
-        pieces = [
-            torch.linalg.vector_norm(part.float() + scaling * (rows @ right).to(part.device), dim=dim).cpu()
-            for part, rows in zip(torch.split(weight, _ROWS_AT_ONCE), torch.split(left, _ROWS_AT_ONCE), strict=True)
-        ]
+        pieces = []
+        for start in range(0, left.shape[0], _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            adapted = (left[rows] @ right).mul_(scaling).to(self._base.device).add_(weight(rows))
+            pieces.append(torch.linalg.vector_norm(adapted, dim=dim).cpu())
         norm: Tensor = torch.cat(pieces) if dim == 1 else torch.linalg.vector_norm(torch.stack(pieces), dim=0)
         scale: Tensor = self._state.take(name, "lora_magnitude_vector", norm.shape).float() / norm
         if not torch.isfinite(scale).all():

@@ -73,21 +73,12 @@ class DecoderWeights:
         """Where the weights are."""
         return self.norm.device
 
-    @property
-    def embed_weight(self) -> Tensor:
-        """[vocab_size, hidden_size] as served: a copy if the backend has a layout of its own, float32 if quantized."""
-        return unpack(self.embed)
-
-    @property
-    def lm_head_weight(self) -> Tensor:
-        """[vocab_size, hidden_size] as served: a copy if the backend has a layout of its own, float32 if quantized."""
-        return unpack(self.lm_head)
-
-    def target_weight(self, layer: int, target: Target) -> Tensor:
-        """One target's weight [out_features, in_features] as served: a view, or a copy if the backend has a layout of
-        its own; float32 if quantized."""
-        site, rows = _site_rows(self.spec, target)
-        return unpack(self.layers[layer].sites[site])[rows]
+    def target_weight(self, layer: int, target: Target, rows: slice = slice(None)) -> Tensor:
+        """One target's weight [out_features, in_features] as served, or consecutive rows of it: a view, or a copy if
+        the backend has a layout of its own; float32 if quantized."""
+        site, of_target = _site_rows(self.spec, target)
+        start, stop, _ = rows.indices(of_target.stop - of_target.start)
+        return unpack(self.layers[layer].sites[site], slice(of_target.start + start, of_target.start + stop))
 
     def target_bias(self, layer: int, target: Target) -> Tensor | None:
         """One target's bias [out_features], a view, or None."""
