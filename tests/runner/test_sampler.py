@@ -18,7 +18,7 @@ from pomona.core.request import SamplingParams
 from pomona.runner import sampler
 from pomona.runner.config import RunnerConfig
 from pomona.runner.memory import _activation_bytes
-from pomona.runner.sampler import Sampled, choose, token_logprobs, uniform
+from pomona.runner.sampler import PROMPT_LOGITS_ROWS, Sampled, choose, token_logprobs, uniform
 from pomona.runner.sequences import SequenceTable
 
 VOCAB = 50
@@ -269,6 +269,12 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
+def _set_aside(vocab_size: int, **limits: int) -> int:
+    """What a GPU's memory plan has for a step of a model that is only a vocabulary."""
+    sizes = {"hidden_size": 0, "intermediate_size": 0, "q_size": 0, "kv_size": 0, "vocab_size": vocab_size}
+    return _activation_bytes(RunnerConfig(model_path="x", **limits), SimpleNamespace(**sizes))
+
+
 @pytest.mark.parametrize("num_at_once", [None, 8], ids=["all rows at once", "eight at once"])
 def test_drawing_stays_within_the_memory_that_is_set_aside_for_it(num_at_once, monkeypatch):
     num_rows, vocab_size = 64, 1000
@@ -278,14 +284,20 @@ def test_drawing_stays_within_the_memory_that_is_set_aside_for_it(num_at_once, m
     expected = sample(logits.clone(), rows, table).token_ids
     if num_at_once is not None:
         monkeypatch.setattr(sampler, "_MOST_DRAWN", num_at_once * vocab_size)
-    sizes = {"hidden_size": 0, "intermediate_size": 0, "q_size": 0, "kv_size": 0, "vocab_size": vocab_size}
-    config = RunnerConfig(model_path="x", max_num_seqs=num_rows)
-    set_aside = _activation_bytes(config, SimpleNamespace(**sizes))
+    set_aside = _set_aside(vocab_size, max_num_seqs=num_rows, max_num_batched_tokens=num_rows)
     with PeakMemory() as peak:
         token_ids = choose(logits.clone(), rows, table).token_ids
     assert token_ids.tolist() == expected.tolist()
     assert logits.nbytes < peak.num_bytes <= set_aside
     assert set_aside == num_rows * vocab_size * 16 + (num_at_once or num_rows) * vocab_size * 64
+
+
+def test_log_probabilities_of_a_prompt_stay_within_the_memory_that_is_set_aside():
+    num_rows, vocab_size = PROMPT_LOGITS_ROWS, 1000
+    logits = torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(1))
+    with PeakMemory() as peak:
+        token_logprobs(logits.clone(), np.arange(num_rows), 5)
+    assert logits.nbytes < peak.num_bytes <= _set_aside(vocab_size, max_num_seqs=2)
 
 
 def test_random_numbers_are_uniform_and_uncorrelated_between_neighbouring_seeds_and_indices():

@@ -10,7 +10,7 @@ from pomona.model.lora import PageLayout
 from pomona.model.spec import ModelSpec
 from pomona.runner.config import GIB, RunnerConfig
 from pomona.runner.kv_cache import block_bytes
-from pomona.runner.sampler import DRAW_BYTES, rows_at_once
+from pomona.runner.sampler import DRAW_BYTES, PROMPT_LOGITS_ROWS, rows_at_once
 
 _CPU_FRACTION = 0.5
 """Share of the free host memory that KV blocks and adapter pages may take together."""
@@ -100,10 +100,11 @@ def _free_bytes(config: RunnerConfig, spec: ModelSpec, device: torch.device) -> 
 
 
 def _activation_bytes(config: RunnerConfig, spec: ModelSpec) -> int:
-    """Upper estimate of a step's temporaries: the widest layer's rows in float32, the logits of every sequence, and
-    what drawing from them takes."""
+    """Upper estimate of a step's temporaries: the widest layer's rows in float32, the logits of every sequence or of a
+    prompt's positions, and what drawing from them takes."""
     row = 4 * (8 * spec.hidden_size + 4 * spec.intermediate_size + 2 * (spec.q_size + 2 * spec.kv_size))
-    logits = 4 * config.max_num_seqs * spec.vocab_size * 4
+    num_logits_rows = max(config.max_num_seqs, min(PROMPT_LOGITS_ROWS, config.max_num_batched_tokens))
+    logits = 4 * num_logits_rows * spec.vocab_size * 4
     drawing = DRAW_BYTES * min(config.max_num_seqs, rows_at_once(spec.vocab_size)) * spec.vocab_size
     return config.max_num_batched_tokens * row + logits + drawing
 

@@ -20,7 +20,7 @@ from pomona.runner.batch import DeviceBatch, HostBatch, gather, to_device
 from pomona.runner.graphs import DecodeGraphs
 from pomona.runner.kv_cache import KVCache
 from pomona.runner.recorded import RecordedDecodes
-from pomona.runner.sampler import Choice, choose, token_logprobs
+from pomona.runner.sampler import PROMPT_LOGITS_ROWS, Choice, choose, token_logprobs
 from pomona.runner.sequences import ExpectedTokens, SequenceTable
 
 _IDLE_WAIT_S = 0.002
@@ -28,8 +28,6 @@ _IDLE_WAIT_S = 0.002
 _MANY_ROWS = 128
 """Of fewer, no result is worth memory of its own."""
 _NONE: frozenset[int] = frozenset()
-_PROMPT_LOGITS_ROWS = 256
-"""Prompt positions whose logits are held at once: bounds memory at this many rows of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +210,6 @@ class ModelRunner:
         """Yield logits [some rows, vocab_size] of consecutive rows of one adapter; the first is row ``start`` of the
         batch."""
         extras = () if lora is None else tuple(extra for first, end, extra in lora.extras if first <= start < end)
-        for part in torch.split(hidden, _PROMPT_LOGITS_ROWS):
+        for part in torch.split(hidden, PROMPT_LOGITS_ROWS):
             logit_extras = tuple((0, part.shape[0], extra) for extra in extras)
             yield self._decoder.logits(part, lora and replace(lora, logit_extras=logit_extras))

@@ -19,6 +19,8 @@ from pomona.kernels.copies import Download, upload
 from pomona.kernels.sample import greedy
 from pomona.runner.sequences import SequenceTable
 
+PROMPT_LOGITS_ROWS = 256
+"""Prompt positions whose logits are held at once: bounds memory at this many rows of the vocabulary."""
 DRAW_BYTES = 64
 """Memory that drawing takes for each probability of the rows that are drawn at once, what sorting takes included."""
 _MOST_DRAWN = 2**23
