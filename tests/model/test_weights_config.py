@@ -201,6 +201,15 @@ def test_yarn_truncates_as_transformers_does(truncate: Any, tmp_path: Path) -> N
     torch.testing.assert_close(cos_sin_table(spec.rope, spec.head_dim, 512, torch.device("cpu")), expected)
 
 
+@pytest.mark.parametrize("mscales", [{"mscale": 0, "mscale_all_dim": 0.0}, {"mscale": 0.7, "mscale_all_dim": 0}])
+def test_an_mscale_of_zero_means_none_as_in_transformers(mscales: dict[str, float], tmp_path: Path) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, **mscales}
+    spec = _spec(tmp_path, {**LLAMA, "rope_scaling": scaling, "max_position_embeddings": 512})
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(rope_parameters=scaling), torch.device("cpu"))
+    first_cosine = cos_sin_table(spec.rope, spec.head_dim, 1, torch.device("cpu"))[0, 0]
+    assert first_cosine == pytest.approx(factor)
+
+
 def test_equal_rope_parameters_per_layer_type_are_one_set(tmp_path: Path) -> None:
     same = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}
     nested = {"full_attention": same, "sliding_attention": dict(same)}

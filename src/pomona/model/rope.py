@@ -96,6 +96,8 @@ def _read_params(name: str, kind: str, scaling: dict[str, Any]) -> dict[str, flo
             continue
         if value is None and field != "truncate":  # where null, unlike nothing, means false
             continue
+        if field in ("mscale", "mscale_all_dim") and value == 0:  # as if it were not there
+            continue
         if field not in (*needed, *optional):
             raise _refuse(f"{name}.{field}", value, f"not supported for the kind {kind!r}")
         params[field] = bool(value) if field == "truncate" else _number(f"{name}.{field}", value)
