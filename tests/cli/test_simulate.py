@@ -202,6 +202,12 @@ def test_page_and_trace_are_not_one_file(spec_file):
         run_simulate(spec_file, SimulateOutputs(page=place, trace=place))
 
 
+def test_the_section_of_pomona_plan_is_passed_over(spec_file):
+    spec = load_spec(spec_file)
+    spec_file.write_text(SPEC + "[plan]\nmax_replicas = 3\n")
+    assert load_spec(spec_file) == spec
+
+
 @pytest.mark.parametrize("name", ["", "a\0b", "~nobody-of-this-name/a.csv", "x" * 5000, "damaged.gz", "latin.csv"])
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, name):
     packed = bytearray(gzip.compress(b"some text that is long enough to be damaged" * 9))
@@ -234,5 +240,6 @@ def test_the_specs_in_the_docs_are_specs():
     page = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
     cluster, plan = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
     parse_spec(cluster, "docs")
+    parse_spec(cluster | plan, "docs")
     parse_plan(cluster | plan, "docs")
     assert re.search(r"extras_share = 0.1 .*", page) and "overlap_steps = true" in page

@@ -12,7 +12,7 @@ from pomona.core.errors import ConfigError
 from pomona.router.fleet import PolicyName
 from pomona.sim.cluster_config import MAX_REPLICAS
 from pomona.sim.plan_search import SearchSpace
-from pomona.sim.sections import STRICT, problem, refuse_huge
+from pomona.sim.sections import STRICT, problem
 from pomona.sim.spec import SimulationSpec, parse_spec
 
 
@@ -61,12 +61,9 @@ def parse_plan(values: Mapping[str, Any], name: str) -> PlanSpec:
     Raises:
         ConfigError: says which key is wrong, and how.
     """
-    refuse_huge(values, f"{name}: ")
-    others = dict(values)
-    section = others.pop("plan", {})
-    simulation = parse_spec(others, name)
+    simulation = parse_spec(values, name)
     try:
-        plan = PlanSection.model_validate(section)
+        plan = PlanSection.model_validate(values.get("plan", {}))
     except ValidationError as error:
         raise ConfigError(f"{name}: {problem(error, {}, 'plan')}") from error
     if simulation.until_s is not None:

@@ -261,7 +261,7 @@ _TAGS: dict[str, Container[str]] = {
 
 
 def parse_spec(values: Mapping[str, Any], name: str) -> SimulationSpec:
-    """Check a spec.
+    """Check a spec. A section ``plan``, which is for ``pomona plan``, is passed over.
 
     Args:
         values: the file's content.
@@ -272,6 +272,6 @@ def parse_spec(values: Mapping[str, Any], name: str) -> SimulationSpec:
     """
     refuse_huge(values, f"{name}: ")
     try:
-        return SimulationSpec.model_validate(values)
+        return SimulationSpec.model_validate({key: value for key, value in values.items() if key != "plan"})
     except ValidationError as error:
         raise ConfigError(f"{name}: {problem(error, _TAGS)}") from error
