@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,15 @@ def test_what_is_not_defined_is_null(tmp_path, capsys):
 def test_a_workload_that_is_refused_at_once_meets_nothing(tmp_path):
     with pytest.raises(ConfigError, match=r"plan\.max_replicas is 16: attainment is then 0\.0% at best"):
         run_plan(_folder(tmp_path, rows=["0,600,20"]), as_json=True)
+
+
+def test_the_window_has_the_capacity_of_its_time(tmp_path):
+    spec = SPEC.replace("window_s = 2.0", "window_start_s = 1.5")
+    losses = "[losses]\ncapacity = [[0.0, 1], [1.0, 4], [9.0, 2]]\n[plan]"
+    always, later = (_runner(_folder(tmp_path, text)) for text in (spec, spec.replace("[plan]", losses)))
+    trial = Trial(PlanSettings(4, 0.4, "affinity"))
+    assert later(trial) == always(trial)
+    assert later(replace(trial, is_whole=True)).attainment < always(replace(trial, is_whole=True)).attainment
 
 
 def test_prompts_that_begin_alike_share_the_prefix_cache_in_a_plan_too(tmp_path):

@@ -2,8 +2,8 @@
 what goes wrong.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from pomona.core.errors import ConfigError
 from pomona.metrics.slo import Slo
@@ -51,6 +51,12 @@ class LossConfig:
             if not 0 <= num_replicas <= MAX_REPLICAS:
                 raise ConfigError(f"capacity[{place}] is {num_replicas} replicas: must be between 0 and {MAX_REPLICAS}")
             last_s = time_s
+
+    def since(self, start_s: float) -> Self:
+        """The same for a simulation that begins at this moment."""
+        before = tuple((0.0, count) for time_s, count in self.capacity if time_s <= start_s)
+        later = tuple((time_s - start_s, count) for time_s, count in self.capacity if time_s > start_s)
+        return replace(self, capacity=before[-1:] + later)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,8 @@ class TrialRunner:
         if trial.rate_scale != 1.0:
             workload = [replace(request, arrival_s=request.arrival_s / trial.rate_scale) for request in workload]
         config = self.cluster_config(trial.settings, trial.relaxation)
+        if not trial.is_whole:
+            config = replace(config, losses=config.losses.since(self._spec.plan.window_start_s))
         prompts = self._whole_prompts if trial.is_whole else self._window_prompts
         sim = ClusterSim(config, self._setup(trial.settings.adapter_share).adapters, prompts)
         sim.run(workload)

@@ -274,11 +274,10 @@ def _losses(spec: SimulationSpec, read_lines: ReadLines) -> LossConfig:
         if section.capacity:
             raise ConfigError("losses.capacity: leave it out; losses.capacity_file says what there is")
         events = _at("losses.capacity_file", lambda: read_spot_events(read_lines(section.capacity_file)))
-        start_s = section.capacity_start_s
-        before = [count for time_s, count in events if time_s <= start_s]
-        later: Sequence[tuple[float, int]] = [(time_s - start_s, count) for time_s, count in events if time_s > start_s]
-        values["capacity"] = ((0.0, before[-1] if before else 0), *later)
+        values["capacity"] = ((0.0, 0), *events)
     losses: LossConfig = _at("losses", lambda: LossConfig(**values), joiner=".")
+    if section.capacity_file is not None:
+        losses = losses.since(section.capacity_start_s)
     if losses.capacity and losses.capacity[-1][1] == 0 and spec.until_s is None:
         key = "capacity" if section.capacity_file is None else "capacity_file"
         raise ConfigError(f"losses.{key}: ends with no instance, and requests may wait for one for ever: set until_s")
