@@ -6,8 +6,15 @@ from pomona.core.errors import ConfigError
 from pomona.router.autoscale import AutoscalerConfig, FleetObservation, make_autoscaler
 
 
-def _seen(*loads: int, num_waiting: int = 0, num_ended: int = 0, num_missed: int = 0, idle: tuple[float, ...] = ()):
-    return FleetObservation(0.0, loads, num_waiting, num_ended, num_missed, idle)
+def _seen(
+    *loads: int,
+    num_waiting: int = 0,
+    num_ended: int = 0,
+    num_missed: int = 0,
+    idle: tuple[float, ...] = (),
+    num_starting: int = 0,
+):
+    return FleetObservation(0.0, loads, num_waiting, num_ended, num_missed, idle, num_starting)
 
 
 def _scaler(policy: str, **changes: object):
@@ -30,6 +37,15 @@ def test_empty_replicas_go_but_one_light_one_stays():
     assert scaler.wanted(_seen(20, 0, 0, 0)) == 2
     assert scaler.wanted(_seen(20, 3, 0, 0)) == 2
     assert scaler.wanted(_seen(0, 0)) == 1
+
+
+def test_a_light_load_fleet_grows_no_further_while_those_that_start_will_do():
+    scaler = _scaler("light-load", light_requests=8)
+    assert scaler.wanted(_seen(20, num_waiting=3)) == 2
+    assert scaler.wanted(_seen(20, 0, num_waiting=7, num_starting=1)) == 2
+    assert scaler.wanted(_seen(20, 0, num_waiting=8, num_starting=1)) == 3
+    assert scaler.wanted(_seen(20, 0, 0, num_waiting=8, num_starting=2)) == 3
+    assert scaler.wanted(_seen(20, 5, num_waiting=1)) == 3
 
 
 def test_late_requests_make_a_load_proportional_fleet_grow_and_an_idle_tail_makes_it_shrink():

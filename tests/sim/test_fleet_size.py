@@ -3,6 +3,8 @@ from typing import ClassVar
 
 import pytest
 
+from pomona.router.autoscale import AutoscalerConfig
+from pomona.router.fleet import RouterConfig
 from pomona.sim.cluster import ClusterSim
 from pomona.sim.cost_model import PerTokenCost
 from pomona.workload.spec import WorkloadRequest
@@ -24,6 +26,14 @@ def test_the_autoscaler_hears_how_idle_replicas_were_since_it_looked_or_they_beg
     sim.run([WorkloadRequest(time_s, 20, count) for time_s, count in ((0.0, 17), (0.0, 40), (5.6, 9), (5.6, 9))])
     assert Scripted.seen_idle[5.0] == pytest.approx((0.75, 0.0))
     assert Scripted.seen_idle[6.0] == pytest.approx((0.6, 0.0, 0.2))
+
+
+def test_one_that_waits_for_a_replica_that_starts_makes_no_others_start():
+    scaler = AutoscalerConfig("light-load", 1, 10, interval_s=1.0, light_requests=2, num_calm=1)
+    punica = RouterConfig("punica", max_requests=2)
+    config = make_cluster(num_replicas=1, router=punica, autoscaler=scaler, start_s=8.0, cost_model=PerTokenCost(0.1))
+    sim = simulate(config, [WorkloadRequest(0.0, 20, 150) for _ in range(3)])
+    assert [record.asked_s for record in sim.replicas.values()] == [0.0, 1.0]
 
 
 def test_a_fleet_is_not_paid_for_once_the_last_request_has_ended_however_late_the_simulation_is_to_stop():

@@ -30,6 +30,8 @@ class FleetObservation:
     idle_share: tuple[float, ...] = ()
     """Share of the time since the last observation, or since it began to serve, that each replica of ``loads`` was
     idle; 0 for one that starts."""
+    num_starting: int = 0
+    """Replicas of ``loads`` that do not serve yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,9 @@ class LightLoad:
         num_light = sum(load < config.light_requests for load in seen.loads)
         num_empty = sum(load == 0 for load in seen.loads)
         if num_light == 0 or seen.num_waiting > 0:
-            return _within(config, self._calm.settle(num_replicas, num_replicas + 1))
+            # Those that start will take who waits, and stay lightly loaded if these are few.
+            is_enough = seen.num_waiting < config.light_requests * seen.num_starting
+            return _within(config, self._calm.settle(num_replicas, num_replicas + (not is_enough)))
         num_spare = min(num_empty, num_light - 1)
         return _within(config, self._calm.settle(num_replicas, num_replicas - num_spare))
 

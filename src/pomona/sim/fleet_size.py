@@ -135,6 +135,7 @@ class FleetSize:
             num_ended=self._num_ended,
             num_missed=self._num_missed,
             idle_share=(*(idle[replica_id] for replica_id in counted), *(0.0 for _ in self._starting)),
+            num_starting=len(self._starting),
         )
         self._num_ended = self._num_missed = 0
         self._resize(self._autoscaler.wanted(seen))
