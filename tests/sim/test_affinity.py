@@ -31,3 +31,16 @@ def test_the_router_counts_the_pages_that_an_adapter_takes_and_not_its_rank(poli
         sim.run(workload)
         placed.append(list(sim.ledger.replica_id))
     assert placed[0] == placed[1]
+
+
+def test_punica_fills_the_memory_that_kv_may_borrow_from_adapters_that_nobody_needs():
+    """A request needs 8 blocks; a replica has 16, and a page of each adapter, which are 8, when no request needs it."""
+    scheduler = make_cluster_scheduler(num_kv_blocks=16, num_adapter_pages=4, blocks_per_page=8)
+    config = make_cluster(num_replicas=1, router=RouterConfig("punica"), scheduler=scheduler, sample_interval_s=0.1)
+    most = []
+    for indices in ((None,) * 8, (0,) * 8, (0, 1, 2, 3) * 2):
+        workload = [WorkloadRequest(0.0, 28, 100, index) for index in indices]
+        sim = ClusterSim(config, AdapterPopulation((4,), AdapterPages(rows_per_page=4)))
+        sim.run(workload)
+        most.append(max(load for sample in sim.samples for _, load in sample.loads))
+    assert most == [6, 5, 3]

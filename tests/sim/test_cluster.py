@@ -90,12 +90,14 @@ def test_a_cluster_of_one_replica_is_that_replica():
     on_notice=st.sampled_from(["move", "stay"]),
     capacity=st.lists(st.tuples(st.floats(0.1, 6.0), st.integers(1, 4)), max_size=4),
     consolidates=st.booleans(),
+    num_lent=st.sampled_from([0, 3]),
     seed=st.integers(0, 3),
 )
 def test_every_request_finishes_once_whatever_is_lost_and_equal_runs_are_equal(
-    workload, policy, scaler, mean_life_s, on_notice, capacity, consolidates, seed
+    workload, policy, scaler, mean_life_s, on_notice, capacity, consolidates, num_lent, seed
 ):
     config = make_cluster(
+        scheduler=make_cluster_scheduler(blocks_per_page=num_lent),
         num_replicas=3,
         router=RouterConfig(policy=policy, max_requests=6),
         autoscaler=AutoscalerConfig(scaler, 1, 4, interval_s=0.5, light_requests=2, target_requests=4.0, num_calm=1),
@@ -107,6 +109,7 @@ def test_every_request_finishes_once_whatever_is_lost_and_equal_runs_are_equal(
     sim = simulate(config, workload)
     check_all_finished(sim, workload)
     assert all(state.num_requests == 0 and state.sum_lora_ranks == 0 for state in sim._fleet.states)
+    assert {state.num_free_kv_tokens for state in sim._fleet.states} <= {16 * (64 + 16 * num_lent)}
     assert _columns(simulate(config, workload)) == _columns(sim)
 
 

@@ -124,7 +124,7 @@ class Fleet:
         """A request is on its way to a replica."""
         state = self._states[replica_id]
         state.num_requests += 1
-        state.num_free_kv_tokens -= request.num_kv_tokens
+        state.take_kv(request)
         state.add_rank(request.lora_rank)
         if self._tracks_adapters:
             if request.adapter_id is not None:
@@ -137,7 +137,7 @@ class Fleet:
         """A request sent to a replica has ended there, however it did."""
         state = self._states[replica_id]
         state.num_requests -= 1
-        state.num_free_kv_tokens += request.num_kv_tokens
+        state.give_kv(request)
         state.remove_rank(request.lora_rank)
         assert state.num_requests >= 0, "ended more often than sent"
         self._changed(state)

@@ -21,6 +21,8 @@ class RouteRequest:
     """Keys of the prompt's leading runs of ``AffinityConfig.prefix_tokens`` tokens, shortest prefix first."""
     num_adapter_rows: int = 0
     """Rank rows of the pages that the adapter takes: its rank, or more if that does not fill them."""
+    num_page_kv_tokens: int = 0
+    """KV slots that those pages are lent as while nobody needs the adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class ReplicaSnapshot:
     num_running: int = 0
     num_waiting: int = 0
     num_kv_tokens: int = 0
-    """KV slots of the replica."""
+    """KV slots of the replica, adapter pages that it may be lent included."""
     num_free_kv_tokens: int = 0
     lora_ranks: tuple[int, ...] = ()
     """Rank of every running and waiting request's adapter, in any order; 0 for the base model alone."""
@@ -46,7 +48,15 @@ class ReplicaSnapshot:
 class ReplicaState:
     """A replica as the router believes it to be now; written by ``Fleet`` only."""
 
-    __slots__ = ("max_lora_rank", "num_free_kv_tokens", "num_requests", "rank_counts", "replica_id", "sum_lora_ranks")
+    __slots__ = (
+        "adapter_counts",
+        "max_lora_rank",
+        "num_free_kv_tokens",
+        "num_requests",
+        "rank_counts",
+        "replica_id",
+        "sum_lora_ranks",
+    )
 
     def __init__(self, replica_id: ReplicaId) -> None:
         self.replica_id = replica_id
@@ -57,6 +67,27 @@ class ReplicaState:
         self.max_lora_rank = 0
         self.rank_counts: dict[int, int] = {}
         """Rank -> requests with an adapter of that rank; no zero counts."""
+        self.adapter_counts: dict[AdapterId, int] = {}
+        """Adapter whose pages could be lent -> requests that were sent with it; no zero counts."""
+
+    def take_kv(self, request: RouteRequest) -> None:
+        """Count the KV of one more request, and its adapter's pages if it is the first that needs them."""
+        self.num_free_kv_tokens -= request.num_kv_tokens
+        if request.num_page_kv_tokens and request.adapter_id is not None:
+            num_users = self.adapter_counts.get(request.adapter_id, 0)
+            self.adapter_counts[request.adapter_id] = num_users + 1
+            if not num_users:
+                self.num_free_kv_tokens -= request.num_page_kv_tokens
+
+    def give_kv(self, request: RouteRequest) -> None:
+        """Count the KV of one request less, and its adapter's pages if it was the last that needed them."""
+        self.num_free_kv_tokens += request.num_kv_tokens
+        if request.num_page_kv_tokens and request.adapter_id is not None:
+            num_users = self.adapter_counts.pop(request.adapter_id, 0)  # 0: it was sent before the last report
+            if num_users > 1:
+                self.adapter_counts[request.adapter_id] = num_users - 1
+            elif num_users:
+                self.num_free_kv_tokens += request.num_page_kv_tokens
 
     def add_rank(self, lora_rank: int) -> None:
         """Count one more request of this rank."""

@@ -15,7 +15,7 @@ from pomona.core.output import RequestOutput
 from pomona.core.request import FinishReason, Request, SamplingParams
 from pomona.router.fleet import Fleet
 from pomona.router.punica import consolidation
-from pomona.router.snapshot import ReplicaSnapshot, RouteRequest
+from pomona.router.snapshot import RouteRequest
 from pomona.sim.clock import EventHeap
 from pomona.sim.cluster_config import ClusterConfig
 from pomona.sim.executor import SimExecutor, hashed_token
@@ -164,6 +164,7 @@ class ClusterSim:
             lora_rank=0 if info is None else info.lora_rank,
             prefix_keys=self._prompts.prefix_keys(number, workload),
             num_adapter_rows=0 if info is None else info.num_pages * self._adapters.pages.rows_per_page,
+            num_page_kv_tokens=0 if info is None else self.config.num_page_kv_tokens(info.num_pages),
         )
         return _Live(number, workload, route)
 
@@ -274,12 +275,7 @@ class ClusterSim:
         if self.observe is not None:
             replica.observe = partial(self.observe, replica_id)
         member = self._members[replica_id] = _Member(record, replica)
-        num_kv_tokens = config.scheduler.num_kv_blocks * config.scheduler.block_size
-        num_rows = config.scheduler.num_adapter_pages * adapters.pages.rows_per_page
-        snapshot = ReplicaSnapshot(
-            replica_id, num_kv_tokens=num_kv_tokens, num_free_kv_tokens=num_kv_tokens, num_adapter_rows=num_rows
-        )
-        self._fleet.report(snapshot)
+        self._fleet.report(config.empty_replica(replica_id, adapters.pages.rows_per_page))
         self.serve_waiting()
 
     def remove(self, replica_id: ReplicaId) -> None:

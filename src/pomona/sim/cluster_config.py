@@ -6,9 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from pomona.core.errors import ConfigError
+from pomona.core.ids import ReplicaId
 from pomona.metrics.slo import Slo
 from pomona.router.autoscale import AutoscalerConfig
 from pomona.router.fleet import RouterConfig
+from pomona.router.snapshot import ReplicaSnapshot
 from pomona.sched.config import SchedulerConfig
 from pomona.sim.cost_model import CostModel, PerTokenCost
 from pomona.workload.spec import WorkloadRequest
@@ -113,3 +115,18 @@ class ClusterConfig:
         for ever."""
         wanted = request.num_prompt_tokens + (request.num_output_tokens if self.counts_output_kv else 0)
         return min(wanted, self.scheduler.max_model_len, self.scheduler.num_kv_blocks * self.scheduler.block_size)
+
+    def num_page_kv_tokens(self, num_pages: int) -> int:
+        """KV that so many adapter pages are lent as while nobody needs them."""
+        return num_pages * self.scheduler.blocks_per_page * self.scheduler.block_size
+
+    def empty_replica(self, replica_id: ReplicaId, rows_per_page: int) -> ReplicaSnapshot:
+        """What the router knows of a replica that joins."""
+        num_pages = self.scheduler.num_adapter_pages
+        num_kv_tokens = self.scheduler.num_kv_blocks * self.scheduler.block_size + self.num_page_kv_tokens(num_pages)
+        return ReplicaSnapshot(
+            replica_id,
+            num_kv_tokens=num_kv_tokens,
+            num_free_kv_tokens=num_kv_tokens,
+            num_adapter_rows=num_pages * rows_per_page,
+        )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from pomona.core.ids import ReplicaId
 from pomona.router.fleet import Fleet
-from pomona.router.snapshot import ReplicaSnapshot, RouteRequest
+from pomona.router.snapshot import RouteRequest
 from pomona.sim.cluster_config import ClusterConfig
 from pomona.sim.ledger import Ending, Ledger
 from pomona.sim.population import AdapterPopulation
@@ -47,17 +47,8 @@ class ShardedSim:
         self._config = config
         self._routes: dict[int, RouteRequest] = {}
         self._fleet = Fleet(config.router)
-        num_kv_tokens = config.scheduler.num_kv_blocks * config.scheduler.block_size
-        num_rows = config.scheduler.num_adapter_pages * adapters.pages.rows_per_page
         for replica_id in range(config.num_replicas):
-            self._fleet.report(
-                ReplicaSnapshot(
-                    ReplicaId(replica_id),
-                    num_kv_tokens=num_kv_tokens,
-                    num_free_kv_tokens=num_kv_tokens,
-                    num_adapter_rows=num_rows,
-                )
-            )
+            self._fleet.report(config.empty_replica(ReplicaId(replica_id), adapters.pages.rows_per_page))
 
     def run(self, workload: Iterable[WorkloadRequest], until_s: float = math.inf) -> None:
         """Simulate until every request has ended, or to the first report at or after a moment.
@@ -91,6 +82,7 @@ class ShardedSim:
             None if info is None else info.adapter_id,
             0 if info is None else info.lora_rank,
             num_adapter_rows=0 if info is None else info.num_pages * self._adapters.pages.rows_per_page,
+            num_page_kv_tokens=0 if info is None else self._config.num_page_kv_tokens(info.num_pages),
         )
         number = self.ledger.arrive(request)
         replica_id = self._fleet.choose(route)
