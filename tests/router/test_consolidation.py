@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pomona.core.ids import ReplicaId
+from pomona.core.ids import AdapterId, ReplicaId
 from pomona.router.punica import consolidation
 from pomona.router.snapshot import ReplicaState, RouteRequest
 
@@ -45,6 +45,15 @@ def test_a_replica_that_cannot_be_emptied_whole_is_left_alone():
 def test_no_more_requests_move_than_allowed():
     states, running = _fleet([(2, 100), (2, 100), (5, 100), (3, 100)])
     assert len(consolidation(states, running, LIMIT, max_moves=3)) <= 3
+
+
+def test_the_pages_of_adapters_that_move_are_counted_where_they_go():
+    states, running = _fleet([(3, 0), (3, 55)])
+    for adapters, num_moves in (("aaa", 3), ("abc", 0)):
+        running[states[0].replica_id] = [
+            ((0, i), RouteRequest(10, 10, AdapterId(name), num_page_kv_tokens=20)) for i, name in enumerate(adapters)
+        ]
+        assert len(consolidation(states, running, LIMIT, max_moves=10)) == num_moves
 
 
 @settings(max_examples=200, deadline=None)

@@ -93,6 +93,7 @@ class _Room(ReplicaState):
         super().__init__(replica.replica_id)
         self.num_requests = replica.num_requests
         self.num_free_kv_tokens = replica.num_free_kv_tokens
+        self.adapter_counts = dict(replica.adapter_counts)
         self.has_received = False
 
 
@@ -108,16 +109,14 @@ def _place(
         target = rooms.choose(request)
         if target is None:
             for move, moved in placed:
-                _shift(rooms, sizes[move.target], moved, -1)
+                sizes[move.target].num_requests -= 1
+                sizes[move.target].give_kv(moved)
+                rooms.put(sizes[move.target])
             return None
         placed.append((Move(key, source, target), request))
-        _shift(rooms, sizes[target], request, 1)
+        sizes[target].num_requests += 1
+        sizes[target].take_kv(request)
+        rooms.put(sizes[target])
     for move, _ in placed:
         sizes[move.target].has_received = True
     return [move for move, _ in placed]
-
-
-def _shift(rooms: LargestWorkingSet, room: _Room, request: RouteRequest, count: int) -> None:
-    room.num_requests += count
-    room.num_free_kv_tokens -= count * request.num_kv_tokens
-    rooms.put(room)
