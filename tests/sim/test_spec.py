@@ -111,6 +111,7 @@ def test_a_bad_spec_is_refused_with_the_path_of_the_key(path, value, complaint):
         ("losses.capacity", [[5.0, 2], [3.0, 1]], r"losses.capacity\[1\] is at 3.0 s"),
         ("losses.capacity", [[0.0, 2], [9.0, 0]], "losses.capacity: ends with no instance"),
         ("losses", {"capacity": [[0.0, 2]], "capacity_file": "spot.csv"}, "losses.capacity: leave it out"),
+        ("losses", {"capacity": [[0.0, 2]], "capacity_start_s": 60}, "losses.capacity_start_s is 60: needs losses"),
         ("replica.num_devices", 4, "replica.num_devices is 4: needs replica.machine"),
         ("replica.use_tables", True, "replica.use_tables is True: needs replica.machine"),
         ("replica.adapter_share", 0.5, "replica.adapter_share is 0.5: needs replica.machine"),

@@ -275,6 +275,8 @@ def _losses(spec: SimulationSpec, read_lines: ReadLines) -> LossConfig:
             raise ConfigError("losses.capacity: leave it out; losses.capacity_file says what there is")
         events = _at("losses.capacity_file", lambda: read_spot_events(read_lines(section.capacity_file)))
         values["capacity"] = ((0.0, 0), *events)
+    elif section.capacity_start_s:
+        raise ConfigError(f"losses.capacity_start_s is {section.capacity_start_s:g}: needs losses.capacity_file")
     losses: LossConfig = _at("losses", lambda: LossConfig(**values), joiner=".")
     if section.capacity_file is not None:
         losses = losses.since(section.capacity_start_s)
