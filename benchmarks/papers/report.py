@@ -1,7 +1,8 @@
-"""Writes docs/benchmarks/simulator.md from the newest result rows: every number on that page comes from them.
+"""Writes docs/benchmarks/simulator.md from the newest result rows: every number on that page comes from them. So do the
+charts of single figures; those over time are drawn by the scripts, which have seen it.
 
 python -m benchmarks.papers.report           # write
-python -m benchmarks.papers.report --check   # fail if the page is stale
+python -m benchmarks.papers.report --check   # fail if the page or a chart is stale
 """
 
 import argparse
@@ -9,6 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.papers import caraserve as caraserve_paper
+from benchmarks.papers import slora as slora_paper
+from benchmarks.papers import slots as slots_paper
 from benchmarks.papers.published import CHARTS
 from benchmarks.results import Row
 
@@ -23,8 +27,7 @@ says.
 
 
 def rows_of(what: str, folder: Path) -> list[Row]:
-    """Rows of the newest file of a kind; of its last run, which begins at the last change of the time it was "
-    "started."""
+    """Rows of the newest file of a kind, of its last run: those that name the time when it was started."""
     path = results.latest(what, folder)
     rows = [] if path is None else results.read(path)
     return [row for row in rows if row["utc"] == rows[-1]["utc"]] if rows else []
@@ -311,15 +314,28 @@ def page(folder: Path = results.RESULTS) -> str:
     return "\n".join(parts)
 
 
+def files() -> dict[Path, str]:
+    """The page, and the charts that rows suffice for."""
+    found = {name: rows_of(f"paper-{name}", results.RESULTS) for name in ("caraserve", "slora", "slots")}
+    attained = {(row["policy"], row["form"]): row["attainment_percent"] for row in found["caraserve"]}
+    rates = {row["num_adapters"]: row["throughput_rps"] for row in results.of_kind(found["slora"], "sweep")}
+    return {
+        PAGE: page(),
+        CHARTS / "paper-caraserve.svg": caraserve_paper.chart(attained),
+        CHARTS / "paper-slora.svg": slora_paper.chart(rates),
+        CHARTS / "paper-slots.svg": slots_paper.chart(list(results.of_kind(found["slots"], "slots")), 512),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the page or a chart is stale")
     options = parser.parse_args()
-    content = page()
-    if not options.check:
-        PAGE.write_text(content)
-    elif not PAGE.exists() or PAGE.read_text() != content:
-        raise SystemExit("docs/benchmarks/simulator.md is stale: run python -m benchmarks.papers.report")
+    for path, content in files().items():
+        if not options.check:
+            path.write_text(content)
+        elif not path.exists() or path.read_text() != content:
+            raise SystemExit(f"{path.relative_to(results.ROOT)} is stale: run python -m benchmarks.papers.report")
 
 
 if __name__ == "__main__":

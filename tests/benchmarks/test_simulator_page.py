@@ -43,6 +43,10 @@ def test_only_the_last_run_of_a_file_counts(tmp_path):
     assert "| 1.00 |" not in page
 
 
+def test_the_page_and_its_charts_are_those_of_the_newest_rows():
+    assert [path.name for path, content in report.files().items() if path.read_text() != content] == []
+
+
 def test_vtc_keeps_the_service_equal_and_first_come_first_served_does_not():
     gap = {policy: vtc.gaps(vtc.simulate(policy, 60.0)) for policy in ("fcfs", "vtc")}
     assert gap["fcfs"][-1][1] > 3 * gap["vtc"][-1][1]
