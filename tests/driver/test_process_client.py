@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from pomona.core.errors import CheckpointError, ConfigError, EngineUnavailableError, InvalidRequestError
+from pomona.core.errors import CheckpointError, ConfigError, EngineUnavailableError, InvalidRequestError, PomonaError
 from pomona.core.output import EngineStats
 from pomona.core.request import FinishReason
 from pomona.driver.client import ProcessClient
@@ -83,6 +85,19 @@ async def test_an_engine_that_a_request_brings_down_fails_that_request_and_comes
         assert reason in (outputs[-1].error or "")
         await until(lambda: client.is_ready, "restart")
         await _serves(client, "next")
+
+
+@pytest.mark.parametrize(("level", "num_lines"), [(logging.INFO, 1), (logging.CRITICAL, 0)])
+async def test_what_the_engine_logs_has_a_date_and_a_level_too_and_is_as_severe_as_asked(
+    level, num_lines, tmp_path, capfd, caplog
+):
+    caplog.set_level(level)
+    async with ProcessClient(TinyBuilder(), _QUICK) as client:
+        with pytest.raises(PomonaError, match="a bug in the host"):
+            await client.load_adapter(make_adapter(tmp_path / "a", "bug"))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "Staging" in line]
+    assert len(lines) == num_lines
+    assert all(re.match(r"\d{4}-\d\d-\d\d \S+ ERROR Staging .* failed", line) for line in lines)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGRTMIN"), reason="the system has no real-time signals")

@@ -27,7 +27,7 @@ from pomona.cli.residency import AdapterPlaces, check_adapters, give_names, make
 from pomona.core.engine_info import EngineInfo
 from pomona.core.errors import ConfigError, PomonaError
 from pomona.driver.client import ProcessClient
-from pomona.driver.config import DriverConfig
+from pomona.driver.config import LOG_FORMAT, DriverConfig
 from pomona.server.adapter_service import AdapterService
 from pomona.server.app import create_app
 from pomona.server.config import MAX_CHOICES, ServedModel, ServerConfig
@@ -85,7 +85,7 @@ def log_handler(console: Console) -> logging.Handler:
     if console.is_terminal:
         return RichHandler(console=console)
     handler = logging.StreamHandler(console.file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
     return handler
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pomona.core.errors import EngineUnavailableError, PomonaError
 from pomona.driver.channel import EngineChannel
+from pomona.driver.config import LOG_FORMAT
 from pomona.driver.loop import EngineBuilder, EngineLoop, EngineParts
 from pomona.driver.messages import Begin, Ended, Hello, Ready, Starting, pack_error
 from pomona.driver.process import ChildConfig
@@ -42,6 +43,7 @@ def main(directory: str, parent_pid: int, life_fd: int, channel_fd: int) -> int:
     faulthandler.enable()
     with Path(directory, "config").open("rb") as file:
         config: ChildConfig = pickle.load(file)
+    logging.basicConfig(level=config.log_level, format=LOG_FORMAT)
     builder_pickle = Path(directory, "builder").read_bytes()
     channel = EngineChannel(socket.socket(fileno=channel_fd))
     try:

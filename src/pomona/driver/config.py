@@ -4,6 +4,9 @@ from dataclasses import dataclass, fields
 
 from pomona.core.errors import ConfigError
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+"""Of logs that are not for a terminal; the engine's process has no other."""
+
 
 @dataclass(frozen=True, slots=True)
 class DriverConfig:

@@ -1,6 +1,7 @@
 """One engine process from start to end, with its session: what ProcessClient starts again after a death."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -60,7 +61,10 @@ class EngineLife:
             raise EngineUnavailableError(f"the engine's sockets could not be made: {error}") from error
         try:
             with life._engine_end:  # closed here, so that the child's end is the last one
-                life._process.start(build, ChildConfig(config.num_staging_threads), life._engine_end.fileno())
+                # What is no warning is not printed: the parent may be drawing a progress bar.
+                log_level = max(logging.getLogger().getEffectiveLevel(), logging.WARNING)
+                child_config = ChildConfig(config.num_staging_threads, log_level)
+                life._process.start(build, child_config, life._engine_end.fileno())
             await life._watch(life._ready, config.start_silence_limit_s)
             return life, life._ready.result()
         except BaseException:

@@ -34,9 +34,11 @@ sys.exit(main(directory, *map(int, numbers)))
 
 @dataclass(frozen=True, slots=True)
 class ChildConfig:
-    """What the engine's process needs of DriverConfig."""
+    """What the engine's process needs of DriverConfig, and of its parent."""
 
     num_staging_threads: int
+    log_level: int
+    """Least severe log to print."""
 
 
 class EngineProcess:
