@@ -43,6 +43,20 @@ async def _serves(client: ProcessClient, name: str, adapter_id=None) -> None:
     assert (await read(client.submit(request))) == (expected_tokens(request), FinishReason.LENGTH)
 
 
+async def test_signals_that_come_while_the_engines_process_begins_are_ignored_as_later_ones_are(monkeypatch):
+    class Signalled(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.send_signal(signal.SIGINT)
+            self.send_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    async with ProcessClient(TinyBuilder(), _QUICK) as client:
+        status = Path(f"/proc/{client.pid}/status").read_text()
+        assert int(re.search(r"SigBlk:\s*(\w+)", status)[1], 16) == 0, "nothing is blocked for its own children"
+        await _serves(client, "a")
+
+
 async def test_a_killed_engine_fails_its_requests_and_comes_back_without_adapters(tmp_path: Path):
     states: list[str] = []
     async with ProcessClient(TinyBuilder(step_s=0.001), _QUICK, on_state=states.append) as client:

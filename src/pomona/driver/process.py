@@ -18,11 +18,13 @@ from pomona.core.errors import ConfigError, EngineUnavailableError
 from pomona.driver.loop import EngineBuilder
 
 # Signals first: the terminal sends Ctrl-C to every process of the foreground group, but the parent decides when the
-# engine ends. The parent's module search path next, so that whatever the builder refers to is found.
+# engine ends; they are blocked until they are ignored. The parent's module search path next, so that whatever the
+# builder refers to is found.
 _BOOT = """
 import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 import pickle, sys
 directory, *numbers = sys.argv[1:]
 with open(directory + "/path", "rb") as file:
@@ -88,9 +90,11 @@ class EngineProcess:
             Path(self._directory, name).write_bytes(content)
         read_fd, self._life_fd = os.pipe()
         arguments = [sys.executable, "-P", "-c", _BOOT, self._directory, *map(str, (os.getpid(), read_fd, channel_fd))]
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # a child inherits it
         try:
             self._popen = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(read_fd, channel_fd))
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(read_fd)
 
     def remove_directory(self) -> None:
