@@ -1,14 +1,32 @@
 """``pomona serve`` around the model: what happens while that is loaded, with nothing to load."""
 
 import contextlib
+import signal
 import socket
 
 import pytest
+import uvicorn
 from rich.console import Console
 
 from pomona.cli import serve
 from pomona.cli.config import load_config
 from pomona.core.errors import ConfigError
+from support.driver import until
+
+
+async def test_signals_mean_after_a_server_what_they_meant_before_it():
+    server = serve._Server(uvicorn.Config(None), None)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    first = [signal.signal(number, lambda *_: None) for number in numbers]
+    try:
+        before = [signal.getsignal(number) for number in numbers]
+        with server.capture_signals():
+            signal.raise_signal(signal.SIGTERM)
+            await until(lambda: server.should_exit, "the server has heard it")
+        assert [signal.getsignal(number) for number in numbers] == before
+    finally:
+        for number, handler in zip(numbers, first, strict=True):
+            signal.signal(number, handler)
 
 
 async def test_of_servers_that_took_a_port_while_they_loaded_one_says_that_it_cannot_have_it(monkeypatch):

@@ -153,13 +153,16 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop on Ctrl-C and on SIGTERM: streams under way get some seconds to end; a second signal cuts them."""
+        """Stop on Ctrl-C and on SIGTERM: streams under way get some seconds to end; a second signal cuts them. What
+        comes later ends the program as it would have before."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
             loop.add_signal_handler(number, self.handle_exit, number, None)
         yield
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number, handler in before.items():
             loop.remove_signal_handler(number)
+            signal.signal(number, handler)
 
 
 async def _run_beside(when_ready: WhenReady, running: Running) -> None:
