@@ -1,6 +1,8 @@
 """``pomona serve`` around the model: what happens while that is loaded, with nothing to load."""
 
 import contextlib
+import itertools
+import logging
 import signal
 import socket
 
@@ -12,6 +14,22 @@ from pomona.cli import serve
 from pomona.cli.config import load_config
 from pomona.core.errors import ConfigError
 from support.driver import until
+
+
+def test_an_engine_that_is_not_started_again_is_an_error_in_the_log_and_percentages_do_not_fill_it(caplog):
+    caplog.set_level(logging.INFO)
+    states = ["ready", "restarting: why", "restarting: loading weights 3%", "restarting: loading weights 100%"]
+    states += ["restarting: allocating the KV cache", "ready", "restarting: why", "failed: why"]
+    for before, state in itertools.pairwise(states):
+        serve.log_state(state, before)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("INFO", "Engine restarting: why"),
+        ("INFO", "Engine restarting: loading weights 3%"),
+        ("INFO", "Engine restarting: allocating the KV cache"),
+        ("INFO", "Engine ready"),
+        ("INFO", "Engine restarting: why"),
+        ("ERROR", "Engine failed: why"),
+    ]
 
 
 async def test_signals_mean_after_a_server_what_they_meant_before_it():

@@ -89,6 +89,12 @@ def log_handler(console: Console) -> logging.Handler:
     return handler
 
 
+def log_state(state: str, before: str) -> None:
+    """Log what has become of the engine; nothing while only a percentage grows."""
+    if state.rstrip("%0123456789") != before.rstrip("%0123456789"):
+        _LOGGER.log(logging.ERROR if state.startswith("failed") else logging.INFO, "Engine %s", state)
+
+
 async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | None) -> None:
     _allow_many_files()
     with _bind(config) as listener:
@@ -232,21 +238,17 @@ async def _start(
 ) -> AsyncIterator[tuple[ProcessClient, AdapterService, EngineInfo]]:
     """The engine, with the adapters that the settings name, for the length of the block."""
     services: list[AdapterService] = []  # empty until the engine, which it needs, has started
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*columns, console=console, transient=True)
+    progress = _progress(console)
     start = progress.add_task(f"{escape(base_name)}: starting", total=None)
+    before = ""
 
     def show_state(state: str) -> None:
+        nonlocal before
         if not progress.live.is_started:
-            _LOGGER.info("Engine %s", state)
+            log_state(state, before)
         else:
             progress.update(start, description=escape(f"{base_name}: {state}"))
+        before = state
         if state == "ready":
             for service in services:
                 service.restage()
@@ -262,6 +264,17 @@ async def _start(
         yield client, service, info
     finally:
         await client.close()
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
 
 
 def _server_config(config: AppConfig) -> ServerConfig:
