@@ -345,7 +345,8 @@ class _Parts:
         pieces = []
         for start in range(0, left.shape[0], _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
-            adapted = (left[rows] @ right).mul_(scaling).to(self._base.device).add_(weight(rows))
+            part = weight(rows)
+            adapted = (left[rows] @ right).mul_(scaling).to(part.device).add_(part)
             pieces.append(torch.linalg.vector_norm(adapted, dim=dim).cpu())
         norm: Tensor = torch.cat(pieces) if dim == 1 else torch.linalg.vector_norm(torch.stack(pieces), dim=0)
         scale: Tensor = self._state.take(name, "lora_magnitude_vector", norm.shape).float() / norm
