@@ -54,6 +54,16 @@ def test_a_batch_that_nobody_has_begun_is_cancelled_at_once(store):
     store.delete_file(waiting.input_file_id, "acme")
 
 
+def test_a_batch_that_somebody_had_begun_is_ended_by_whoever_takes_it_over(store, monkeypatch):
+    """Its files are there."""
+    monkeypatch.setattr("pomona.accounts.batches.LEASE_S", -1.0)
+    batch = new_batch(store)
+    assert store.claim("dead") is not None
+    assert store.cancel(batch.id, "acme").status == "cancelling"
+    taken = store.claim("process")
+    assert taken is not None and taken.output_file_id is not None
+
+
 def test_a_tenant_has_so_many_batches_that_have_not_ended(store, monkeypatch):
     monkeypatch.setattr("pomona.accounts.batches._MAX_UNENDED", 2)
     batches = [new_batch(store) for _ in range(2)]

@@ -308,8 +308,7 @@ class BatchStore:
         with self._database.session(is_write=True) as session:
             cancel, now = update(BatchRow).where(BatchRow.id == batch_id), now_s()
             # It may be a day before anybody looks at it: after the tenant's other batches.
-            is_leased = BatchRow.leased_until_s >= self._database.now_s(session)
-            is_waiting = (BatchRow.status == "validating") & ~is_leased
+            is_waiting = (BatchRow.status == "validating") & BatchRow.output_file_id.is_(None)  # see ``claim``
             session.execute(cancel.where(is_waiting).values(status="cancelled", ended_s=now))
             is_running = or_(BatchRow.status == "validating", BatchRow.status == "in_progress")
             session.execute(cancel.where(is_running).values(status="cancelling"))
