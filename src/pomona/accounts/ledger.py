@@ -1,4 +1,5 @@
-"""The ledger: exactly one row of usage per accepted request, whoever dies when.
+"""The ledger: exactly one row of usage per accepted request, whoever dies when; a batch's line is one request, which
+has its row when it is answered, however often it was begun.
 
 A request is written into this process's journal before the engine sees it, its tokens are counted there before the
 client sees them, and its end is written there in the same turn of the event loop in which it ends. From the journal

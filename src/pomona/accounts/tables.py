@@ -118,7 +118,8 @@ class PriceRow(Table):
 
 
 class UsageRow(Table):
-    """The ledger: one row per request that was accepted, whatever became of it."""
+    """The ledger: one row per request that was accepted, whatever became of it; of a batch's line, when it is
+    answered."""
 
     __tablename__ = "usage"
     __table_args__ = (Index("ix_usage_tenant_id_ended_s", "tenant_id", "ended_s"), Index("ix_usage_ended_s", "ended_s"))
