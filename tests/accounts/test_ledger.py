@@ -76,7 +76,7 @@ def new_ledger(database):
     made = []
 
     def new(config, process_id="p1"):
-        made.append(Ledger(database, config, process_id, lambda sums: None))
+        made.append(Ledger(database, config, process_id, lambda *_: None))
         return made[-1]
 
     yield new

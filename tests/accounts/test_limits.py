@@ -20,6 +20,7 @@ from pomona.accounts.principal import Limits
 from pomona.accounts.slots import EXPIRY_S, Slots
 from pomona.accounts.tables import BucketRow, SpendingRow
 from pomona.accounts.tenants import TenantStore
+from pomona.accounts.usage_rows import Spending
 from pomona.core.errors import DatabaseUnavailableError, QuotaExceededError, RateLimitError
 
 
@@ -256,6 +257,19 @@ async def test_a_budget_holds_what_is_in_flight(config, database):
         await limiter.admit(scopes, 101)
     admission.settle(10)
     await limiter.admit(scopes, 60)
+
+
+async def test_a_budget_holds_what_has_ended_until_the_ledger_has_it(config, database):
+    limiter = Limiter(database, config, "p1")
+    scopes, month = [scope(monthly_tokens=100)], clock.month_of(clock.now_s())
+    (await limiter.admit(scopes, 60)).settle(50, "first")
+    with pytest.raises(RateLimitError, match="100 tokens a month has 50 left beside"):
+        await limiter.admit(scopes, 60)
+    limiter.budgets.note([Spending("tenant", "acme", month, 1, 50, 0)], ["first", "another"])
+    with pytest.raises(QuotaExceededError, match="100 tokens a month has 50 left"):
+        await limiter.admit(scopes, 60)
+    (await limiter.admit(scopes, 50)).settle(0)
+    assert not limiter.budgets._reserved
 
 
 async def test_requests_that_come_at_once_share_what_is_left_of_a_budget(config, database):

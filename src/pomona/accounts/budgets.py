@@ -1,8 +1,8 @@
-"""Budgets per month, from the ledger's own sums: what it has, plus what requests in flight may still use.
+"""Budgets per month, from the ledger's own sums: what it has, plus what requests in flight may still use, plus what
+those have used that ended in the last moments and are not yet in the ledger.
 
-A budget can be overrun by what ended in the last moments and is not yet in the ledger (a fifth of a second), and by
-what other server processes have begun since the sums were last read (a second). What requests in flight will cost is
-not known: a budget of cost lets them end.
+A budget can be overrun by what other server processes have begun since the sums were last read (a second). What
+requests will cost that are not in the ledger is not known: a budget of cost lets them end.
 """
 
 import asyncio
@@ -37,6 +37,8 @@ class Budgets:
         self._month = ""
         self._spent: dict[_Scope, tuple[int, int]] = {}
         self._reserved: Counter[_Scope] = Counter()
+        self._unwritten: dict[str, list[tuple[_Scope, int]]] = {}
+        """Request that has ended and is not in the ledger -> what is held for it."""
         self._reading: dict[_Scope, asyncio.Task[None]] = {}
         """Scopes whose sums are read for the first time: whoever asks for one waits for its."""
 
@@ -62,6 +64,11 @@ class Budgets:
         self._reserved[scope] -= num_tokens
         if not self._reserved[scope]:
             del self._reserved[scope]
+
+    def keep(self, scope: _Scope, num_tokens: int, request_id: str) -> None:
+        """Hold what a request has used until it is in the ledger's sums."""
+        self._reserved[scope] += num_tokens
+        self._unwritten.setdefault(request_id, []).append((scope, num_tokens))
 
     async def _know(self, scope: _Scope) -> None:
         """Have the scope's sums of this month at hand."""
@@ -99,12 +106,15 @@ class Budgets:
         if limits.monthly_cost_nanos is not None and spent_nanos >= limits.monthly_cost_nanos:
             raise QuotaExceededError(f"The {scope[0]}'s budget for this month is spent.", wait_s)
 
-    def note(self, sums: Iterable[Spending]) -> None:
-        """Take over sums that the ledger has just changed."""
+    def note(self, sums: Iterable[Spending], request_ids: Iterable[str]) -> None:
+        """Take over sums that the ledger has just changed, and let go of what they count by now."""
         for one in sums:
             scope = (one.scope, one.scope_id)
             if one.month == self._month and (scope in self._spent or scope in self._reading):
                 self._keep(scope, one.num_tokens, one.cost_nanos)
+        for request_id in request_ids:
+            for held in self._unwritten.pop(request_id, ()):
+                self.put(*held)
 
     async def refresh(self) -> None:
         """Read the sums again: other processes add to them. Called every second.

@@ -136,7 +136,8 @@ class Ledger:
         database: migrated.
         config: where the journal lies, and what to do without the database.
         process_id: of this server process; never used before.
-        on_spending: called on the event loop with the new sums of every group that has arrived in the database.
+        on_spending: called on the event loop with the new sums, and the requests, of every group that has arrived in
+            the database.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class Ledger:
         database: Database,
         config: AccountsConfig,
         process_id: str,
-        on_spending: Callable[[list[Spending]], None],
+        on_spending: Callable[[list[Spending], list[str]], None],
     ) -> None:
         self._database = database
         self._config = config
@@ -261,7 +262,7 @@ class Ledger:
                 if not rows:
                     self._num_shipped = num_written
                     return
-                self._on_spending(await self._insert(rows))
+                self._on_spending(await self._insert(rows), [row.request_id for row in rows])
                 self._num_own_rows += len(rows)
                 self._position = position
                 self._journal.forget_before(position)
@@ -274,7 +275,7 @@ class Ledger:
         """
         num_rows, spending = await self._database.run(self._adopt)
         self._num_adopted_rows += num_rows
-        self._on_spending(spending)
+        self._on_spending(spending, [])
         return num_rows
 
     async def close(self) -> None:

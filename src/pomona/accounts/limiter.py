@@ -62,11 +62,12 @@ class Admission:
         """Tokens, to where they were taken from."""
         self._slots: list[str] = []
 
-    def settle(self, num_tokens: int) -> None:
+    def settle(self, num_tokens: int, request_id: str | None = None) -> None:
         """End the request. Once.
 
         Args:
             num_tokens: used, prompt and output. More than was reserved is owed, and refuses later requests.
+            request_id: the ledger's, if the request is to be in it.
         """
         with contextlib.ExitStack() as ends:  # each of them, whatever happens to the others
             for give_back in self._give_back:
@@ -74,7 +75,10 @@ class Admission:
             for name in self._slots:
                 ends.callback(self._limiter.slots.put, name)
             for scope in self._scopes:
-                ends.callback(self._limiter.budgets.put, (scope.kind, scope.name), self._num_reserved)
+                owner, budgets = (scope.kind, scope.name), self._limiter.budgets
+                ends.callback(budgets.put, owner, self._num_reserved)
+                if request_id is not None:
+                    ends.callback(budgets.keep, owner, num_tokens, request_id)
 
 
 class Limiter:

@@ -71,12 +71,13 @@ class Admitted:
         self._entry = self._accounts.begin(self._principal, booking)
         return self._entry
 
-    def end(self) -> int:
-        """Close the ledger's line, if there is one; return the tokens that were used."""
+    def end(self) -> tuple[int, str | None]:
+        """Close the ledger's line, if there is one; return the tokens that were used, and the line's id."""
         if self._entry is None:
-            return 0
+            return 0, None
         self._entry.close("abort", time.monotonic())  # has no effect if it is closed, as it should be
-        return self._entry.counted.input_tokens + self._entry.counted.output_tokens
+        counted, start = self._entry.counted, self._entry.start
+        return counted.input_tokens + counted.output_tokens, start.request_id
 
 
 @contextlib.asynccontextmanager
@@ -106,7 +107,7 @@ async def admitted(
     num_tokens = sum(size.prompt_tokens) + size.max_output_tokens
     admission = await accounts.limiter.admit(scopes, num_tokens) if scopes else None
     generation = Admitted(accounts, principal, base_name, size, is_batch="is_batch" in connection.scope["state"])
-    used = 0
+    used: tuple[int, str | None] = (0, None)
     try:
         try:
             yield generation
@@ -114,7 +115,7 @@ async def admitted(
             used = generation.end()
     finally:
         if admission is not None:
-            admission.settle(used)
+            admission.settle(*used)
 
 
 def limit_headers(accounts: Accounts, scopes: list[Scope]) -> Mapping[str, str]:
