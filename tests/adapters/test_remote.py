@@ -148,7 +148,15 @@ def test_what_rotted_on_disk_is_fetched_anew(faulty, sources: AdapterSources):
     sources.release(again)
 
 
-@pytest.mark.parametrize("source", ["faulty://bucket/../x", "faulty://other/a", "faulty://bucket", "s3://bucket/a"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *("faulty://bucket/../x", "faulty://other/a", "faulty://bucket", "s3://bucket/a"),
+        # Web servers, and what speaks to them, take these for the first.
+        *("faulty://bucket/%2e%2E/x", "faulty://bucket/.%2e/x", "faulty://bucket/a%2f..%2F..%2fx"),
+        *("faulty://bucket/%252e%252e/x", "faulty://bucket/.\t./x", "faulty://bucket/.\n./x", "faulty://bucket/..\\x"),
+    ],
+)
 def test_urls_outside_are_forbidden(faulty, sources: AdapterSources, source):
     with pytest.raises(AdapterForbiddenError):
         sources.fetch(source)

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import huggingface_hub
 from huggingface_hub import constants as hub_constants
@@ -30,6 +31,8 @@ from pomona.core.errors import AdapterError, AdapterForbiddenError, AdapterNotFo
 from pomona.core.ids import AdapterId
 
 MAX_SOURCE_CHARS = 4096
+_URL_SEPARATOR = re.compile(r"[/\\]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?", re.ASCII)
 
 
@@ -115,9 +118,11 @@ class AdapterSources:
         return "local"
 
     def _check_url(self, source: str) -> None:
-        parts = source.partition("://")[2].split("/")
+        # Those who speak to web servers drop control characters and undo percent signs; so do servers, once more.
+        parts = _URL_SEPARATOR.split(unquote(unquote(source.partition("://")[2])))
+        is_plain = not _CONTROL_CHARACTER.search(source) and ".." not in parts and "." not in parts
         is_allowed = any(_is_below(source, root) for root in self.allowed_roots)
-        if not 0 < len(source) <= MAX_SOURCE_CHARS or ".." in parts or "." in parts or not is_allowed:
+        if not 0 < len(source) <= MAX_SOURCE_CHARS or not is_plain or not is_allowed:
             raise AdapterForbiddenError(
                 f"source {source[:200]!r}: outside the allowed adapter folders; the server's operator can allow more "
                 f"with --allowed-adapter-root"
