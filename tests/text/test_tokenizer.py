@@ -172,6 +172,7 @@ def test_tokens_are_what_the_config_declares_as_in_transformers(folder, is_added
         {"tokenizer_config": {"extra_special_tokens": {"tool_token": "<|tool|>"}, "audio_token": "<|user|>"}},
         {"tokenizer_config": {"added_tokens_decoder": {"435": {"content": "<|tool|>"}}, "cls_token": "<|tool|>"}},
         {"tokenizer_config": {"added_tokens_decoder": {"435": {"content": "<|tool|>"}}}},
+        {"tokenizer_config": {"tool_token": {"__type": "AddedToken", "content": "<|tool|>", "lstrip": True}}},
         {"special_tokens_map": {"unk_token": {"content": "e", "rstrip": True}, "mask_token": "<|tool|>"}},
         {"special_tokens_map": {"additional_special_tokens": ["<|tool|>"]}, "added_tokens": {"<|user|>": 435}},
     ],

@@ -158,7 +158,7 @@ def _token_of(entry: Any, *, is_special: bool) -> tokenizers.AddedToken | None:
 
 def _named_specials(config: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]:
     """Special tokens by name: those that every model may have, and a model's own, as ``image_token``."""
-    own = {name: entry for name, entry in config.items() if name.endswith("_token") and isinstance(entry, str)}
+    own = {name: entry for name, entry in config.items() if name.endswith("_token")}
     extra = config.get("extra_special_tokens")
     entries = {name: config.get(name) for name in _NAMED_SPECIALS} | own | (extra if isinstance(extra, dict) else {})
     tokens = {name: _token_of(entry, is_special=True) for name, entry in entries.items()}
