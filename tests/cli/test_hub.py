@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from pomona.cli.hub import bundled_dir, checkpoint_dir
+from pomona.cli.hub import bundled_dir, checkpoint_dir, model_name
 from pomona.core.errors import CheckpointError
 
 COMMON = ("config.json", "tokenizer.json")
@@ -59,6 +59,22 @@ def test_weights_are_downloaded_once(hub: Path, there: tuple[str, ...], download
     folder = checkpoint_dir("org/base@v1")
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     assert sorted(names) == sorted((*COMMON, *downloaded))
+
+
+def test_a_revision_may_have_slashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*COMMON, "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None, **_: object) -> str:
+        asked.append((repo_id, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert checkpoint_dir("org/base@refs/pr/1") == tmp_path
+    assert asked == [("org/base", "refs/pr/1")]
+    assert model_name("org/base@refs/pr/1") == "base@refs/pr/1"
+    assert model_name("org/base") == "base"
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_what_to_pass_instead(tmp_path: Path) -> None:

@@ -41,14 +41,17 @@ def _folder_of(model: str) -> Path:
         return path
     if model == BUNDLED_MODEL:
         return bundled_dir() / BUNDLED_MODEL
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if path.exists() or model.startswith((".", "/", "~")) or model.partition("@")[0].count("/") > 1:
         raise CheckpointError(f"model {model!r}: no such folder")
     return _download(model)
 
 
 def model_name(model: str) -> str:
     """The name under which a base is served by default: the last part of its folder or hub id."""
-    return Path(model).expanduser().resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser().resolve().name
+    repo_id, at, revision = model.partition("@")
+    return repo_id.rpartition("/")[2] + at + revision
 
 
 def _download(hub_id: str) -> Path:
