@@ -178,6 +178,17 @@ def test_a_signal_while_the_command_is_imported_ends_it_quietly(tmp_path, number
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
+def test_a_command_whose_standard_files_are_closed_gives_their_numbers_to_nothing_else(tmp_path):
+    """libuv would abort the server."""
+    (tmp_path / "typer.py").write_text("import os\nnumber = os.open(os.devnull, os.O_RDONLY)\nos._exit(number)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "pomona", "version"]
+    done = subprocess.run(
+        command, timeout=60, env=environment, preexec_fn=functools.partial(os.closerange, 0, 3), check=False
+    )
+    assert done.returncode > 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
