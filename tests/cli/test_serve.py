@@ -1,10 +1,12 @@
 """``pomona serve`` around the model: what happens while that is loaded, with nothing to load."""
 
+import asyncio
 import contextlib
 import itertools
 import logging
 import signal
 import socket
+import sys
 
 import pytest
 import uvicorn
@@ -45,6 +47,29 @@ async def test_signals_mean_after_a_server_what_they_meant_before_it():
     finally:
         for number, handler in zip(numbers, first, strict=True):
             signal.signal(number, handler)
+
+
+def test_sigterm_while_the_model_is_loaded_ends_nothing_in_the_middle(monkeypatch):
+    """An engine's process of which nobody has heard yet would be left to itself."""
+    has_gone_on = False
+
+    @contextlib.asynccontextmanager
+    async def load(config, console):
+        nonlocal has_gone_on
+        signal.raise_signal(signal.SIGTERM)
+        has_gone_on = True
+        await asyncio.sleep(60)
+        yield None, None, "base"
+
+    monkeypatch.setattr(serve, "_build_app", load)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("at once"))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            serve.run_server(load_config({"port": 0}))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert has_gone_on
+    assert ended.value.code == 143
 
 
 async def test_of_servers_that_took_a_port_while_they_loaded_one_says_that_it_cannot_have_it(monkeypatch):

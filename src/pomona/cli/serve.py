@@ -7,6 +7,7 @@ import logging
 import resource
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
     Raises:
         PomonaError: a model, adapter or setting is wrong, or the port is taken.
         KeyboardInterrupt: Ctrl-C before the server answered.
+        SystemExit: SIGTERM before the server answered.
     """
     console = Console(stderr=True, emoji=False)
     logging.basicConfig(
@@ -77,7 +79,10 @@ def run_server(config: AppConfig, when_ready: WhenReady | None = None) -> None:
     # The loop that uvicorn would choose: uvloop where there is one.
     make_loop = uvicorn.Config("", log_config=None).get_loop_factory()
     with asyncio.Runner(loop_factory=make_loop) as runner:
-        runner.run(_serve(config, console, when_ready))
+        try:
+            runner.run(_serve(config, console, when_ready))
+        except asyncio.CancelledError:
+            sys.exit(128 + signal.SIGTERM)
 
 
 def log_handler(console: Console) -> logging.Handler:
@@ -97,7 +102,7 @@ def log_state(state: str, before: str) -> None:
 
 async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | None) -> None:
     _allow_many_files()
-    with _bind(config) as listener:
+    with _cancelled_by_sigterm(), _bind(config) as listener:
         async with _build_app(config, console) as (app, running_adapters, base_name):
             _listen(listener, config)
             host = f"[{config.host}]" if ":" in config.host else config.host
@@ -127,6 +132,18 @@ async def _serve(config: AppConfig, console: Console, when_ready: WhenReady | No
             if beside is not None:
                 beside.cancel()
                 await asyncio.gather(beside, return_exceptions=True)
+
+
+@contextlib.contextmanager
+def _cancelled_by_sigterm() -> Iterator[None]:
+    """SIGTERM cancels the task, as asyncio has Ctrl-C do: an exception amid the start of the engine would lose it."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None
+    before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class _Server(uvicorn.Server):
