@@ -1,13 +1,16 @@
 """Every test of accounts runs on SQLite and on PostgreSQL."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from pomona.accounts.config import AccountsConfig
 from pomona.accounts.database import Database
+from support.accounts import ServedAccounts, serve_accounts
 from support.databases import PostgresServer, postgres_server
+from support.server import listen
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +48,22 @@ def database(config: AccountsConfig) -> Iterator[Database]:
     database.migrate()
     yield database
     database.close()
+
+
+@pytest.fixture
+async def served(config: AccountsConfig, tmp_path: Path) -> AsyncIterator[ServedAccounts]:
+    async with serve_accounts(tmp_path, config) as running:
+        yield running
+
+
+@pytest.fixture
+async def clients(served: ServedAccounts) -> AsyncIterator[dict[str, openai.AsyncOpenAI]]:
+    """OpenAI clients of both tenants."""
+    async with listen(served.served.app) as url:
+        found = {
+            who: openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=served.keys[who], max_retries=0)
+            for who in ("acme", "bolt")
+        }
+        yield found
+        for client in found.values():
+            await client.close()

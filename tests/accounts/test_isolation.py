@@ -14,17 +14,11 @@ from pomona.cli.accounts import announce_adapters
 from pomona.core.errors import AdapterError, AdapterUnavailableError
 from pomona.server.auth import RULES, Who, who_may
 from pomona.server.middleware import OPEN_PATHS
-from support.accounts import ServedAccounts, serve_accounts
+from support.accounts import ServedAccounts
 from support.driver import FolderHost, make_adapter
 from support.server import BASE
 
 STAFF = ("admin", "operator", "auditor")
-
-
-@pytest.fixture
-async def served(config, tmp_path):
-    async with serve_accounts(tmp_path, config) as running:
-        yield running
 
 
 @pytest.fixture

@@ -20,12 +20,6 @@ from support.driver import make_adapter
 from support.server import BASE, Connection, listen
 
 
-@pytest.fixture
-async def served(config, tmp_path):
-    async with serve_accounts(tmp_path, config) as running:
-        yield running
-
-
 async def set_limits(served, path, **limits):
     response = await served.call("admin", "PUT", f"/v1/admin/limits/{path}", limits)
     assert response.status_code == 200, response.text
