@@ -114,6 +114,17 @@ class FairRun:
             ranking.enter = self._recording(ranking.enter)
         for name, num_pages in (("x", 1), ("y", 1), ("wide", 2)):
             self.harness.register(name, num_pages)
+        self.barred: set[Sequence] = set()
+        """From adapter pages when the step was planned: the claim may have ended since."""
+        self.scheduler._turn.is_barred = self._noting(self.scheduler._turn.is_barred)  # type: ignore[method-assign]
+
+    def _noting(self, is_barred: Callable[[Sequence], bool]) -> Callable[[Sequence], bool]:
+        def note(seq: Sequence) -> bool:
+            if found := is_barred(seq):
+                self.barred.add(seq)
+            return found
+
+        return note
 
     def _recording(self, enter: Callable[[Account], None]) -> Callable[[Account], None]:
         def record(account: Account) -> None:
@@ -142,6 +153,7 @@ class FairRun:
 
     def step(self) -> None:
         self.harness.executor.during_step = self.check_nothing_idles
+        self.barred.clear()
         self.harness.step(1.0)
         check_integrity(self.scheduler)
         self.ledger.note([account for account in self.queue._accounts.values() if account.num_waiting])
@@ -158,7 +170,9 @@ class FairRun:
         is_spent = plan.num_scheduled_tokens == self.harness.config.max_num_batched_tokens
         preempted = set(plan.released) & set(scheduler._seqs)
         is_loading = is_resident and scheduler.adapters.is_loading(adapter_id)
-        if not (is_spent or is_barred or preempted or is_loading or scheduler._turn.is_barred(seq)):
+        if not (
+            is_spent or is_barred or preempted or is_loading or scheduler._turn.is_barred(seq) or seq in self.barred
+        ):
             assert not scheduler._fits(seq, []), "who is next and fits is admitted"
 
     def play(self, events: list[Burst], after_step: Callable[[], None] = lambda: None) -> None:
@@ -205,6 +219,24 @@ def test_pages_pinned_for_a_tenant_too_far_ahead_do_not_stop_everybody():
     prices = ServicePrices(per_output_token=1.0)
     run = FairRun({**config, **loading}, FairnessConfig(policy="vtc", prices=prices, has_seats=False))
     run.play([Burst(0, "p", 3, 1, 2, "wide"), Burst(0, "p", 2, 1, 1, None), Burst(0, "q", 1, 1, 1, "x")])
+    assert run.ledger.largest <= run.bound()
+
+
+def test_a_claim_that_ends_as_the_step_is_planned_has_barred_who_was_asked_before():
+    config = {"num_kv_blocks": 6, "block_size": 1, "max_num_batched_tokens": 6, "max_num_seqs": 1}
+    loading = {"num_adapter_pages": 2, "adapter_wait_limit_s": 2.0, "adapter_loading": "join"}
+    run = FairRun({**config, **loading}, FairnessConfig(policy="vtc", prices=ServicePrices(1.0, 1.0), has_seats=False))
+    run.play(
+        [
+            Burst(0, "p", 5, 1, 1, None, Priority.INTERACTIVE),
+            Burst(0, "p", 1, 1, 1, "y", Priority.BATCH),
+            Burst(0, "q", 4, 1, 6, "y", Priority.INTERACTIVE),
+            Burst(0, "p", 1, 1, 1, "x", Priority.BATCH),
+            Burst(0, "p", 1, 1, 1, "wide"),
+            Burst(0, "p", 3, 1, 2, "wide", Priority.INTERACTIVE),
+            Burst(0, "r", 4, 6, 1, None, Priority.INTERACTIVE),
+        ]
+    )
     assert run.ledger.largest <= run.bound()
 
 
